@@ -1,0 +1,38 @@
+# Every target makes the virtual environment it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# A plain `torch` can fetch gigabytes of CUDA; exporting traces on the CPU.
+TORCH ?= torch==2.13.0
+
+MODEL ?= demo
+K ?= 64
+OUT ?= build/$(notdir $(MODEL))-k$(K)
+ROOMS := exporter graphs runtime
+
+.PHONY: setup demo test lint export bench clean
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) --editable '.[test]'
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/typecheck/resprune
+	for room in $(ROOMS); do ln -sfn ../../../$$room build/typecheck/resprune/$$room; done
+	MYPYPATH=build/typecheck $(BIN)/mypy $(ROOMS:%=-p resprune.%)
+
+export: setup
+	$(BIN)/resprune export $(MODEL) $(OUT) -k $(K)
+
+clean:
+	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""PyTorch → bundle: runs on a workstation, needs the `export` extra."""

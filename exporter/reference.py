@@ -1,0 +1,138 @@
+"""ResPrune in PyTorch: the ground truth that every graph and kernel must match, pick for pick.
+
+Source: arXiv 2603.21105. Relevance is its Eq. 13; the selection is its greedy subspace expansion by residual
+energy, written as pivoted Gram-Schmidt. Rules that the paper leaves open (ties, exhaustion, masks) are stated in
+the README, section "The method".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TIE = 1e-5
+"""Scores within a factor (1 - TIE) of the largest are tied; the lowest index among them is picked."""
+
+EXHAUSTED = 1e-6
+"""The span is exhausted once the best score is at most EXHAUSTED times the best score before any pick."""
+
+SCALES = ("minmax", "clamp", "shifted")
+
+
+def text_gain(
+    visual: Tensor,
+    text: Tensor,
+    text_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    scale: str = "minmax",
+) -> Tensor:
+    """Gain of each visual token from its relevance to the prompt's nouns (Eq. 13, scaled, to the power alpha).
+
+    Args:
+        visual: [B, N, D] visual tokens in the language model's embedding space, any float dtype.
+        text: [B, M, D] embeddings of the nouns' tokens; M may be 0.
+        text_mask: [B, M] bool, False where a text row is padding.
+        token_mask: [B, N] bool, False where a visual row is padding.
+        alpha: strength of the text guidance, at least 0; 0 gives a gain of 1 everywhere.
+        scale: "minmax" of the relevance over the valid tokens, "clamp" max(r, 0), or "shifted" (1 + r) / 2.
+
+    Returns:
+        [B, N] float32 in [0, 1]; all ones for a row of the batch without text; 0 at padding.
+
+    Raises:
+        ValueError: an unknown scale or a negative alpha.
+
+    """
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    if alpha < 0:
+        raise ValueError(f"alpha must be at least 0, got {alpha}")
+    B, N, _ = visual.shape
+    valid = _mask(token_mask, (B, N), visual)
+    text_valid = _mask(text_mask, (B, text.shape[1]), visual)
+    if text.shape[1] == 0:
+        return valid.float()
+
+    cosine = _unit(visual) @ _unit(text).transpose(1, 2)  # [B, N, M]
+    relevance = cosine.masked_fill(~text_valid[:, None, :], -torch.inf).amax(dim=2)  # [B, N]
+    if scale == "minmax":
+        low = relevance.masked_fill(~valid, torch.inf).amin(dim=1, keepdim=True)
+        high = relevance.masked_fill(~valid, -torch.inf).amax(dim=1, keepdim=True)
+        span = high - low
+        scaled = torch.where(span > 0, (relevance - low) / span, torch.ones_like(relevance))
+    elif scale == "clamp":
+        scaled = relevance.clamp(min=0)
+    else:
+        scaled = (1 + relevance) / 2
+    gain = scaled.clamp(0, 1) ** alpha
+    gain = torch.where(text_valid.any(dim=1, keepdim=True), gain, torch.ones_like(gain))
+    return torch.where(valid, gain, torch.zeros_like(gain))
+
+
+def residual_select(visual: Tensor, gain: Tensor, k: int, token_mask: Tensor | None = None) -> Tensor:
+    """Greedy choice of k tokens by gain times residual energy (the paper's greedy subspace expansion).
+
+    Args:
+        visual: [B, N, D] visual tokens, not normalised, any float dtype.
+        gain: [B, N] from `text_gain`.
+        k: tokens to keep per image.
+        token_mask: [B, N] bool, False where a row is padding and may never be picked.
+
+    Returns:
+        [B, k] int64 token indices in the order picked, -1 where fewer than k rows are valid. Nested: the first
+        j picks are the picks for j.
+
+    Raises:
+        ValueError: k below 1.
+
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    V = visual.float()
+    B, N, _ = V.shape
+    available = _mask(token_mask, (B, N), V).clone()
+    gain = gain.float()
+    residual = V.clone()
+    initial = gain * V.square().sum(dim=2)  # [B, N]: the score before any pick
+    best_initial = initial.masked_fill(~available, 0).amax(dim=1, keepdim=True)
+    picks = torch.full((B, k), -1, dtype=torch.int64, device=V.device)
+    rows = torch.arange(B, device=V.device)
+
+    for t in range(min(k, N)):
+        score = (gain * residual.square().sum(dim=2)).masked_fill(~available, -1)
+        exhausted = score.amax(dim=1, keepdim=True) <= EXHAUSTED * best_initial
+        score = torch.where(exhausted, initial, score).masked_fill(~available, -1)
+        best = score.amax(dim=1, keepdim=True)
+        tied = (score >= best * (1 - TIE)) & available
+        pick = tied.int().argmax(dim=1)  # the lowest index among the tied
+        picks[:, t] = torch.where(available.any(dim=1), pick, -1)
+        available[rows, pick] = False
+        direction = residual[rows, pick]  # [B, D]
+        direction = direction / direction.norm(dim=1, keepdim=True).clamp(min=torch.finfo(V.dtype).tiny)
+        direction = direction.masked_fill(exhausted, 0)
+        residual -= (residual @ direction[:, :, None]) * direction[:, None, :]  # modified Gram-Schmidt
+    return picks
+
+
+def keep(visual: Tensor, pick_order: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [B, K, D] of the picked tokens in ascending index, and those indices [B, K] (−1, with a zero row, last)."""
+    N = visual.shape[1]
+    order = torch.where(pick_order < 0, N, pick_order).sort(dim=1).values
+    indices = torch.where(order == N, -1, order)
+    rows = visual.gather(1, indices.clamp(min=0)[:, :, None].expand(-1, -1, visual.shape[2]))
+    return rows.masked_fill((indices < 0)[:, :, None], 0), indices
+
+
+def _mask(mask: Tensor | None, shape: tuple[int, int], like: Tensor) -> Tensor:
+    return torch.ones(shape, dtype=torch.bool, device=like.device) if mask is None else mask.bool()
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows [..., D] in float32 scaled to length 1; a zero row stays zero, so its cosine with everything is 0."""
+    rows = rows.float()
+    norm = rows.norm(dim=-1, keepdim=True)
+    return torch.where(
+        norm > 0, rows / norm.clamp(min=torch.finfo(torch.float32).tiny), torch.zeros_like(rows)
+    )

@@ -1,0 +1,5 @@
+"""The ONNX pieces: the two ops, their function bodies and graph surgery. Never imports torch."""
+
+from resprune.graphs.selection import attach_selection, token_select_model
+
+__all__ = ["attach_selection", "token_select_model"]

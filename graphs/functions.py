@@ -1,0 +1,192 @@
+"""The ops `resprune::TextGain` and `resprune::ResidualSelect` as model-local functions of standard ONNX operators.
+
+The bodies follow arXiv 2603.21105 and the rules in the README's section "The method". The selection is the
+pivoted-Cholesky form: with the Gram matrix G = V Vᵀ and the columns kept so far in L,
+
+    c = G[p] − L L[p]ᵀ,   l = c / √E_p,   E ← E − l²
+
+gives the residual energies that Gram-Schmidt on V gives, at the cost of one row of G a step. Only operators that
+ONNX Runtime and TensorRT both take are used: no NonZero, ArgMax on matrices only, Loops with a trip count only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript
+
+DOMAIN = "resprune"
+VERSION = 1
+TEXT_GAIN = "TextGain"
+RESIDUAL_SELECT = "ResidualSelect"
+SCALES = ("minmax", "clamp", "shifted")
+BODIES = ("loop", "unrolled")
+
+TIE = 1e-5
+"""Scores within a factor (1 - TIE) of the largest are tied; the lowest index among them is picked."""
+EXHAUSTED = 1e-6
+"""The span is exhausted once the best score is at most EXHAUSTED times the best score before any pick."""
+FILL = 1e-7
+"""Scores before any pick, times FILL, stand in for tokens without residual energy: below EXHAUSTED, so that a
+token outside the span always comes first, and one maximum serves both rules."""
+
+
+def text_gain_function(*, alpha: float, scale: str, opset: int) -> ir.Function:
+    """`TextGain`: visual [B,N,D], text [B,M,D], text_mask [B,M], token_mask [B,N] → gain [B,N] float32 (Eq. 13).
+
+    Raises:
+        ValueError: an unknown scale or a negative alpha.
+
+    """
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    if alpha < 0:
+        raise ValueError(f"alpha must be at least 0, got {alpha}")
+
+    def body(op: Any, visual: Any, text: Any, text_mask: Any, token_mask: Any) -> Any:
+        V = op.Cast(visual, to=ir.DataType.FLOAT)  # [B, N, D]
+        T = op.Cast(text, to=ir.DataType.FLOAT)  # [B, M, D]
+        # One more row that is masked out: a maximum over no row at all is not defined.
+        batch, dim = op.Shape(T, start=0, end=1), op.Shape(T, start=2, end=3)
+        T = op.Concat(T, op.Expand(0.0, op.Concat(batch, [1], dim, axis=0)), axis=1)
+        text_mask = op.Concat(text_mask, op.Expand(False, op.Concat(batch, [1], axis=0)), axis=1)
+
+        T = op.Mul(T, _inverse_norm(op, T))
+        cosine = op.Mul(op.MatMul(V, op.Transpose(T, perm=[0, 2, 1])), _inverse_norm(op, V))  # [B, N, M + 1]
+        cosine = op.Where(op.Unsqueeze(text_mask, [1]), cosine, -2.0)  # below any cosine
+        relevance = op.ReduceMax(cosine, [2], keepdims=0)  # [B, N]
+        if scale == "minmax":
+            low = op.ReduceMin(op.Where(token_mask, relevance, 4.0), [1])
+            high = op.ReduceMax(op.Where(token_mask, relevance, -4.0), [1])
+            span = op.Sub(high, low)
+            spread = op.Greater(span, 0.0)
+            span = op.Where(spread, span, 1.0)
+            scaled = op.Where(spread, op.Div(op.Sub(relevance, low), span), 1.0)
+        elif scale == "clamp":
+            scaled = relevance
+        else:
+            scaled = op.Mul(op.Add(relevance, 1.0), 0.5)
+        gain = op.Pow(op.Clip(scaled, 0.0, 1.0), alpha)
+        any_text = op.Greater(op.ReduceMax(op.Cast(text_mask, to=ir.DataType.FLOAT), [1]), 0.0)
+        gain = op.Where(any_text, gain, 1.0)
+        return op.Where(token_mask, gain, 0.0)
+
+    return _function(TEXT_GAIN, body, ("visual", "text", "text_mask", "token_mask"), "gain", opset)
+
+
+def residual_select_function(k: int, *, body: str, opset: int) -> ir.Function:
+    """`ResidualSelect`: visual [B,N,D], gain [B,N], token_mask [B,N] → pick_order [B,k] int64.
+
+    `body` is "loop" (one Loop of k steps) or "unrolled" (the same k steps in a row, for runtimes that capture a
+    graph only without control flow, such as CUDA graphs).
+
+    Raises:
+        ValueError: k below 1, or an unknown body.
+
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if body not in BODIES:
+        raise ValueError(f"body must be one of {', '.join(BODIES)}, got {body!r}")
+
+    def trace(op: Any, visual: Any, gain: Any, token_mask: Any) -> Any:
+        state, fixed = _before_the_first_pick(op, visual, gain, token_mask, k)
+        if body == "unrolled":
+            picks = []
+            for t in range(k):
+                state, pick = _step(op, [t], state, fixed, k)
+                picks.append(pick)
+            return op.Concat(*picks, axis=1) if k > 1 else picks[0]
+
+        def step(op: Any, t: Any, condition: Any, *state: Any) -> Any:
+            op.builder.push_module("step")  # names of its own: a Loop body may not shadow its function's
+            state, pick = _step(op, t, state, fixed, k)
+            return op.Identity(condition), *state, pick
+
+        loop_body = op.builder.subgraph(
+            step,
+            inputs=[
+                ir.val("step", ir.DataType.INT64, []),
+                ir.val("condition_in", ir.DataType.BOOL, []),
+                ir.val("energy_in", ir.DataType.FLOAT, ["batch_size", "num_tokens"]),
+                ir.val("fill_in", ir.DataType.FLOAT, ["batch_size", "num_tokens"]),
+                ir.val("columns_in", ir.DataType.FLOAT, ["batch_size", "num_tokens", k]),
+            ],
+            outputs=[
+                ir.val("condition_out", ir.DataType.BOOL, []),
+                ir.val("energy_out"),
+                ir.val("fill_out"),
+                ir.val("columns_out"),
+                ir.val("pick", ir.DataType.INT64),
+            ],
+            name="select_one",
+        )
+        *_, picks = op.Loop(k, None, *state, body=loop_body, _outputs=4)  # [k, B, 1]
+        return op.Transpose(op.Squeeze(picks, [2]), perm=[1, 0])
+
+    return _function(RESIDUAL_SELECT, trace, ("visual", "gain", "token_mask"), "pick_order", opset)
+
+
+def _before_the_first_pick(op: Any, visual: Any, gain: Any, token_mask: Any, k: int) -> tuple[Any, Any]:
+    V = op.Cast(visual, to=ir.DataType.FLOAT)  # [B, N, D]
+    gain = op.Cast(gain, to=ir.DataType.FLOAT)  # [B, N]
+    gram = op.MatMul(V, op.Transpose(V, perm=[0, 2, 1]))  # [B, N, N]
+    shape = op.Shape(gain)  # [B, N]
+    tokens = op.Range(0, op.Squeeze(op.Shape(gain, start=1, end=2), [0]), 1)  # [N]
+    # Energies come from the diagonal of G, not from V: a duplicate's residual then cancels to rounding.
+    index = op.Unsqueeze(op.Expand(tokens, shape), [2])  # [B, N, 1]
+    energy = op.Squeeze(op.GatherElements(gram, index, axis=2), [2])  # [B, N]
+    initial = op.Where(token_mask, op.Mul(gain, energy), 0.0)
+    threshold = op.Mul(op.ReduceMax(initial, [1]), EXHAUSTED)  # [B, 1]
+    fill = op.Where(token_mask, op.Mul(initial, FILL), -1.0)
+    energy = op.Where(token_mask, energy, 0.0)
+    columns = op.Expand(0.0, op.Concat(shape, [k], axis=0))  # [B, N, k]
+    return (energy, fill, columns), (gram, gain, tokens, threshold)
+
+
+def _step(op: Any, t: Any, state: Any, fixed: Any, k: int) -> tuple[Any, Any]:
+    """One pick [B, 1] and the state after it: energy [B, N], fill [B, N] (−1 once picked), columns [B, N, k]."""
+    energy, fill, columns = state
+    gram, gain, tokens, threshold = fixed
+    score = op.Mul(gain, energy)
+    score = op.Where(op.Greater(score, threshold), score, fill)
+    best = op.ReduceMax(score, [1])  # [B, 1]
+    tied = op.GreaterOrEqual(score, op.Mul(best, 1 - TIE))
+    pick = op.ArgMax(op.Cast(tied, to=ir.DataType.FLOAT), axis=1, keepdims=1)  # [B, 1]: the lowest tied index
+
+    row = op.GatherND(gram, pick, batch_dims=1)  # [B, N]
+    earlier = op.Unsqueeze(op.GatherND(columns, pick, batch_dims=1), [2])  # [B, k, 1]
+    column = op.Sub(row, op.Squeeze(op.MatMul(columns, earlier), [2]))  # [B, N]
+    # Once exhausted there is nothing to divide by, and no residual is left to update.
+    inverse = op.Reciprocal(op.Sqrt(op.GatherElements(energy, pick, axis=1)))  # [B, 1]
+    inverse = op.Where(op.Greater(best, threshold), inverse, 0.0)
+    column = op.Mul(column, inverse)
+
+    picked = op.Equal(tokens, pick)  # [B, N]
+    energy = op.Where(picked, 0.0, op.Relu(op.Sub(energy, op.Mul(column, column))))
+    fill = op.Where(picked, -1.0, fill)
+    this = op.Equal(list(range(k)), t)  # [k]
+    columns = op.Where(this, op.Unsqueeze(column, [2]), columns)
+    nothing_left = op.Less(best, 0.0)
+    return (energy, fill, columns), op.Where(nothing_left, [-1], pick)
+
+
+def _inverse_norm(op: Any, rows: Any) -> Any:
+    """1 / ‖row‖ as [..., 1], 0 for a zero row: its cosine with everything is 0."""
+    norm = op.Sqrt(op.ReduceSumSquare(rows, [-1]))
+    nonzero = op.Greater(norm, 0.0)
+    return op.Where(nonzero, op.Reciprocal(op.Where(nonzero, norm, 1.0)), 0.0)
+
+
+def _function(name: str, body: Any, inputs: tuple[str, ...], output: str, opset: int) -> ir.Function:
+    def named(op: Any, *values: Any) -> Any:
+        return op.Identity(body(op, *values), _outputs=[output])
+
+    return onnxscript.build_function(
+        named,
+        [ir.val(value) for value in inputs],
+        domain=DOMAIN,
+        name=name,
+        opset_imports={"": opset},
+    )

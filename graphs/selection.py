@@ -1,0 +1,148 @@
+"""Selection as a graph of its own, or attached to the end of a vision encoder.
+
+Both put one node of each op in domain `resprune` into the main graph, with a model-local function of the same name
+as its body and the attribute `plugin_namespace`: ONNX Runtime runs the function, TensorRT a plugin if one is
+registered under that name and the function if not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+
+from resprune.graphs.functions import (
+    DOMAIN,
+    VERSION,
+    residual_select_function,
+    text_gain_function,
+)
+
+OPSET = 20
+"""Of the stand-alone selector; an attached selection takes the encoder's."""
+
+IR_VERSION = 10
+"""The first with model-local functions that also carry value information; ONNX Runtime 1.18 and later read it."""
+
+DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+
+
+def token_select_model(
+    k: int, *, alpha: float, scale: str, body: str = "loop", dtype: str = "float32"
+) -> onnx.ModelProto:
+    """The stand-alone selector, for any number of tokens and any hidden size.
+
+    Inputs: `image_features` [batch_size, num_tokens, hidden_size] and `text_embeds` [batch_size, text_tokens,
+    hidden_size] of `dtype`, `token_mask` [batch_size, num_tokens] and `text_mask` [batch_size, text_tokens] bool.
+    Outputs: `kept_features` [batch_size, k, hidden_size] float32 and `kept_indices` [batch_size, k] int64,
+    ascending by index; `pick_order` [batch_size, k] int64. −1, with a row of zeros, where fewer than k exist.
+    Arithmetic is float32 whatever the dtype.
+
+    Raises:
+        ValueError: k below 1, alpha below 0, or an unknown scale, body or dtype.
+
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    features = ir.val("image_features", DTYPES[dtype], ["batch_size", "num_tokens", "hidden_size"])
+    token_mask = ir.val("token_mask", ir.DataType.BOOL, ["batch_size", "num_tokens"])
+    graph = ir.Graph(
+        [features, token_mask], [], nodes=[], opset_imports={"": OPSET, DOMAIN: VERSION}, name="token_select"
+    )
+    op = onnxscript.GraphBuilder(graph).op
+    functions = _select(
+        op, features, token_mask, k, alpha=alpha, scale=scale, body=body, kept_name="kept_features"
+    )
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="resprune", functions=functions)
+    return ir.to_proto(model)
+
+
+def attach_selection(
+    encoder: onnx.ModelProto, k: int, *, alpha: float, scale: str, body: str = "loop"
+) -> onnx.ModelProto:
+    """`vision_select` from `vision_encoder`: the encoder's N rows go through the selection inside the graph.
+
+    The encoder's output `image_features` [batch_size, N, D] is replaced by the K kept rows under the same name, with
+    `kept_indices` and `pick_order` as in `token_select_model`; the inputs `text_embeds` and `text_mask` are added.
+    Tensors in external files stay there: only their references are copied.
+
+    Raises:
+        ValueError: no output `image_features`, k outside 1 … N, or an unknown scale or body.
+
+    """
+    model = ir.from_proto(encoder)
+    graph = model.graph
+    output = next((value for value in graph.outputs if value.name == "image_features"), None)
+    if output is None:
+        raise ValueError("the encoder has no output image_features")
+    num_tokens = None if output.shape is None else output.shape[1]
+    if isinstance(num_tokens, int) and k > num_tokens:
+        raise ValueError(f"k must be at most the encoder's {num_tokens} tokens, got {k}")
+    output.name = "all_image_features"
+    graph.outputs.remove(output)
+    op = onnxscript.GraphBuilder(graph).op
+    every = op.Expand(True, op.Shape(output, start=0, end=2))  # [B, N]: a fixed grid has no padding
+    functions = _select(op, output, every, k, alpha=alpha, scale=scale, body=body, kept_name="image_features")
+    graph.opset_imports[DOMAIN] = VERSION
+    for function in functions:
+        model.functions[function.identifier()] = function
+    return ir.to_proto(model)
+
+
+def _select(
+    op: Any,
+    features: ir.Value,
+    token_mask: ir.Value,
+    k: int,
+    *,
+    alpha: float,
+    scale: str,
+    body: str,
+    kept_name: str,
+) -> list[ir.Function]:
+    """Append both ops, the gathering of the kept rows, and the graph's outputs; return the ops' functions."""
+    graph = op.builder.graph
+    op.builder.push_module("select")  # names of its own, whatever the encoder's are
+    opset = graph.opset_imports[""]
+    functions = [
+        text_gain_function(alpha=alpha, scale=scale, opset=opset),
+        residual_select_function(k, body=body, opset=opset),
+    ]
+    batch, _, hidden = features.shape or ("batch_size", "num_tokens", "hidden_size")
+    text = ir.val("text_embeds", features.dtype, [batch, "text_tokens", hidden])
+    text_mask = ir.val("text_mask", ir.DataType.BOOL, [batch, "text_tokens"])
+    graph.inputs.extend([text, text_mask])
+
+    ours: dict[str, Any] = {"_domain": DOMAIN, "_version": VERSION, "plugin_namespace": DOMAIN}
+    gain = op.TextGain(features, text, text_mask, token_mask, alpha=alpha, scale=scale, **ours)
+    gain.dtype = ir.DataType.FLOAT
+    pick_order = op.ResidualSelect(features, gain, token_mask, k=k, **ours)
+    pick_order.dtype = ir.DataType.INT64
+
+    # Ascending by index with the missing (−1) last. Sorted as float32, exact up to 2²⁴ tokens: TensorRT's TopK
+    # does not take int64.
+    missing_last = op.Where(op.Less(pick_order, 0), 2**24, pick_order)
+    order = op.Cast(missing_last, to=ir.DataType.FLOAT)
+    ascending, _ = op.TopK(order, [k], axis=1, largest=0, sorted=1, _outputs=2)
+    indices = op.Cast(ascending, to=ir.DataType.INT64)
+    missing = op.Equal(indices, 2**24)
+    kept_indices = op.Where(missing, -1, indices)
+    rows = op.GatherND(features, op.Unsqueeze(op.Max(kept_indices, 0), [2]), batch_dims=1)  # [B, K, D]
+    kept = op.Where(op.Unsqueeze(missing, [2]), 0.0, op.Cast(rows, to=ir.DataType.FLOAT))
+
+    for value, name, dtype, shape in (
+        (kept, kept_name, ir.DataType.FLOAT, [batch, k, hidden]),
+        (kept_indices, "kept_indices", ir.DataType.INT64, [batch, k]),
+        (pick_order, "pick_order", ir.DataType.INT64, [batch, k]),
+    ):
+        value.name = name
+        value.dtype = dtype
+        value.shape = ir.Shape(shape)
+        graph.outputs.append(value)
+    return functions

@@ -1,0 +1,1 @@
+"""Bundle → answers: runs on the device with numpy and onnxruntime alone."""

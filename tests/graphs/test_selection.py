@@ -1,0 +1,155 @@
+"""The ops' function bodies in ONNX Runtime, against the float64 cases and the PyTorch reference."""
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from resprune.exporter.reference import keep, residual_select, text_gain
+from resprune.graphs import attach_selection, token_select_model
+from tests.vectors import CASES
+
+BODIES = ("loop", "unrolled")
+
+
+def run(model, visual, text, text_mask, token_mask, outputs=None):
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    feed = {"image_features": visual, "text_embeds": text, "text_mask": text_mask, "token_mask": token_mask}
+    return dict(zip([o.name for o in session.get_outputs()], session.run(outputs, feed), strict=True))
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_vectors(case, body):
+    model = token_select_model(case.k, alpha=case.alpha, scale=case.scale, body=body)
+    out = run(model, *case.inputs())
+    expected = case.arrays["pick_order"]
+    np.testing.assert_array_equal(out["pick_order"][0], expected)
+    ascending = np.sort(expected[expected >= 0])
+    np.testing.assert_array_equal(out["kept_indices"][0, : len(ascending)], ascending)
+    np.testing.assert_array_equal(out["kept_features"][0, : len(ascending)], case.arrays["visual"][ascending])
+    assert (out["kept_indices"][0, len(ascending) :] == -1).all()
+    assert not out["kept_features"][0, len(ascending) :].any()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gain_of_vectors(case):
+    model = token_select_model(case.k, alpha=case.alpha, scale=case.scale)
+    node = next(node for node in model.graph.node if node.op_type == "TextGain")
+    model.graph.output.append(helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None))
+    out = run(model, *case.inputs())
+    valid = case.arrays["token_mask"].astype(bool)
+    np.testing.assert_allclose(out[node.output[0]][0][valid], case.arrays["gain"][valid], atol=1e-5)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_the_file_is_a_valid_model_with_one_node_of_each_op(body):
+    model = token_select_model(5, alpha=1.0, scale="minmax", body=body)
+    onnx.checker.check_model(model, full_check=True)
+    ours = [node for node in model.graph.node if node.domain == "resprune"]
+    assert [node.op_type for node in ours] == ["TextGain", "ResidualSelect"]
+    for node in ours:
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        assert attributes["plugin_namespace"] == b"resprune"
+    assert sorted(f.name for f in model.functions) == ["ResidualSelect", "TextGain"]
+    inner = {node.op_type for f in model.functions for node in f.node}
+    assert ("Loop" in inner) == (body == "loop")
+    assert all(node.domain == "" for f in model.functions for node in f.node)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_input_is_computed_in_float32(dtype):
+    case = next(case for case in CASES if case.name == "llava_like")
+    visual, text, text_mask, token_mask = map(torch.from_numpy, case.inputs())
+    half = getattr(torch, dtype)
+    visual, text = visual.to(half), text.to(half)
+    expected = residual_select(
+        visual, text_gain(visual, text, text_mask, token_mask, alpha=1.0, scale="minmax"), case.k, token_mask
+    )
+    model = token_select_model(case.k, alpha=1.0, scale="minmax", dtype=dtype)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+    def value(tensor):
+        if dtype == "float16":
+            return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
+        bits = tensor.contiguous().view(torch.int16).numpy()
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, TensorProto.BFLOAT16)
+
+    feed = {
+        "image_features": value(visual),
+        "text_embeds": value(text),
+        "text_mask": ort.OrtValue.ortvalue_from_numpy(text_mask.numpy()),
+        "token_mask": ort.OrtValue.ortvalue_from_numpy(token_mask.numpy()),
+    }
+    (picks,) = session.run_with_ort_values(["pick_order"], feed)
+    np.testing.assert_array_equal(picks.numpy(), expected.numpy())
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_batch_with_masks_matches_the_reference(body):
+    generator = torch.Generator().manual_seed(7)
+    visual = torch.randn(4, 33, 20, generator=generator)
+    text = torch.randn(4, 5, 20, generator=generator)
+    text_mask = torch.rand(4, 5, generator=generator) > 0.4
+    text_mask[2] = False  # a question without text in a batch with text
+    token_mask = torch.rand(4, 33, generator=generator) > 0.3
+    token_mask[3] = False
+    token_mask[3, 4:7] = True  # fewer than k
+    gain = text_gain(visual, text, text_mask, token_mask, alpha=2.0, scale="shifted")
+    picks = residual_select(visual, gain, 12, token_mask)
+    rows, indices = keep(visual, picks)
+    out = run(
+        token_select_model(12, alpha=2.0, scale="shifted", body=body),
+        *(tensor.numpy() for tensor in (visual, text, text_mask, token_mask)),
+    )
+    np.testing.assert_array_equal(out["pick_order"], picks.numpy())
+    np.testing.assert_array_equal(out["kept_indices"], indices.numpy())
+    np.testing.assert_array_equal(out["kept_features"], rows.numpy())
+
+
+def encoder(batch="batch_size", tokens=9, dim=4):
+    """A stand-in for a vision encoder: one product, with the output that every encoder of a bundle has."""
+    weight = np.random.default_rng(0).standard_normal((3, dim)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["pixel_values", "weight"], ["image_features"])],
+        "vision_encoder",
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, [batch, tokens, 3])],
+        [helper.make_tensor_value_info("image_features", TensorProto.FLOAT, [batch, tokens, dim])],
+        [onnx.numpy_helper.from_array(weight, "weight")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), weight
+
+
+def test_attached_selection_equals_encoder_then_selector():
+    model, weight = encoder()
+    fused = attach_selection(model, 4, alpha=1.0, scale="minmax")
+    onnx.checker.check_model(fused, full_check=True)
+    assert [i.name for i in fused.graph.input] == ["pixel_values", "text_embeds", "text_mask"]
+    assert [o.name for o in fused.graph.output] == ["image_features", "kept_indices", "pick_order"]
+    rng = np.random.default_rng(1)
+    pixels = rng.standard_normal((2, 9, 3)).astype(np.float32)
+    text, text_mask = rng.standard_normal((2, 2, 4)).astype(np.float32), np.ones((2, 2), bool)
+    session = ort.InferenceSession(fused.SerializeToString(), providers=["CPUExecutionProvider"])
+    rows, indices, picks = session.run(
+        None, {"pixel_values": pixels, "text_embeds": text, "text_mask": text_mask}
+    )
+    apart = run(
+        token_select_model(4, alpha=1.0, scale="minmax"),
+        pixels @ weight,
+        text,
+        text_mask,
+        np.ones((2, 9), bool),
+    )
+    np.testing.assert_array_equal(picks, apart["pick_order"])
+    np.testing.assert_array_equal(indices, apart["kept_indices"])
+    np.testing.assert_allclose(rows, apart["kept_features"], atol=1e-6)
+
+
+def test_arguments_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="at most the encoder's 9"):
+        attach_selection(encoder()[0], 10, alpha=1.0, scale="minmax")
+    for wrong in ({"k": 0}, {"alpha": -1.0}, {"scale": "soft"}, {"body": "while"}, {"dtype": "int8"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            token_select_model(**{"k": 4, "alpha": 1.0, "scale": "minmax", **wrong})
