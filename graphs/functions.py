@@ -95,35 +95,13 @@ def residual_select_function(k: int, *, body: str, opset: int) -> ir.Function:
         if body == "unrolled":
             picks = []
             for t in range(k):
-                state, pick = _step(op, [t], state, fixed, k)
+                state, pick = _step(op, t, state, fixed, k)
                 picks.append(pick)
-            return op.Concat(*picks, axis=1) if k > 1 else picks[0]
-
-        def step(op: Any, t: Any, condition: Any, *state: Any) -> Any:
-            op.builder.push_module("step")  # names of its own: a Loop body may not shadow its function's
-            state, pick = _step(op, t, state, fixed, k)
-            return op.Identity(condition), *state, pick
-
-        loop_body = op.builder.subgraph(
-            step,
-            inputs=[
-                ir.val("step", ir.DataType.INT64, []),
-                ir.val("condition_in", ir.DataType.BOOL, []),
-                ir.val("energy_in", ir.DataType.FLOAT, ["batch_size", "num_tokens"]),
-                ir.val("fill_in", ir.DataType.FLOAT, ["batch_size", "num_tokens"]),
-                ir.val("columns_in", ir.DataType.FLOAT, ["batch_size", "num_tokens", k]),
-            ],
-            outputs=[
-                ir.val("condition_out", ir.DataType.BOOL, []),
-                ir.val("energy_out"),
-                ir.val("fill_out"),
-                ir.val("columns_out"),
-                ir.val("pick", ir.DataType.INT64),
-            ],
-            name="select_one",
-        )
-        *_, picks = op.Loop(k, None, *state, body=loop_body, _outputs=4)  # [k, B, 1]
-        return op.Transpose(op.Squeeze(picks, [2]), perm=[1, 0])
+            order = op.Concat(*picks, axis=1)
+        else:
+            order = _loop(op, state, fixed, k)
+        valid = op.ReduceSum(op.Cast(token_mask, to=ir.DataType.INT64), [1])  # [B, 1]
+        return op.Where(op.Less(list(range(k)), valid), order, -1)
 
     return _function(RESIDUAL_SELECT, trace, ("visual", "gain", "token_mask"), "pick_order", opset)
 
@@ -132,44 +110,70 @@ def _before_the_first_pick(op: Any, visual: Any, gain: Any, token_mask: Any, k: 
     V = op.Cast(visual, to=ir.DataType.FLOAT)  # [B, N, D]
     gain = op.Cast(gain, to=ir.DataType.FLOAT)  # [B, N]
     gram = op.MatMul(V, op.Transpose(V, perm=[0, 2, 1]))  # [B, N, N]
-    shape = op.Shape(gain)  # [B, N]
-    tokens = op.Range(0, op.Squeeze(op.Shape(gain, start=1, end=2), [0]), 1)  # [N]
+    batch, count = op.Shape(gain, start=0, end=1), op.Shape(gain, start=1, end=2)
+    tokens = op.Range(0, op.Squeeze(count, [0]), 1)  # [N]
     # Energies come from the diagonal of G, not from V: a duplicate's residual then cancels to rounding.
-    index = op.Unsqueeze(op.Expand(tokens, shape), [2])  # [B, N, 1]
+    index = op.Unsqueeze(op.Expand(tokens, op.Shape(gain)), [2])  # [B, N, 1]
     energy = op.Squeeze(op.GatherElements(gram, index, axis=2), [2])  # [B, N]
     initial = op.Where(token_mask, op.Mul(gain, energy), 0.0)
     threshold = op.Mul(op.ReduceMax(initial, [1]), EXHAUSTED)  # [B, 1]
     fill = op.Where(token_mask, op.Mul(initial, FILL), -1.0)
     energy = op.Where(token_mask, energy, 0.0)
-    columns = op.Expand(0.0, op.Concat(shape, [k], axis=0))  # [B, N, k]
-    return (energy, fill, columns), (gram, gain, tokens, threshold)
+    columns = op.Expand(0.0, op.Concat(batch, [k], count, axis=0))  # [B, k, N]
+    one_column = op.Concat(batch, [1], count, axis=0)
+    return (energy, fill, columns), (gram, gain, tokens, threshold, one_column)
+
+
+def _loop(op: Any, state: Any, fixed: Any, k: int) -> Any:
+    """The k steps as a Loop with a trip count: pick order [B, k]."""
+
+    def body(op: Any, t: Any, condition: Any, *state: Any) -> Any:
+        op.builder.push_module("step")  # names of its own: a Loop body may not shadow its function's
+        state, pick = _step(op, t, state, fixed, k)
+        return op.Identity(condition), *state, pick
+
+    names = ("energy", "fill", "columns")
+    shapes = (["batch_size", "num_tokens"], ["batch_size", "num_tokens"], ["batch_size", k, "num_tokens"])
+    loop_body = op.builder.subgraph(
+        body,
+        inputs=[
+            ir.val("step", ir.DataType.INT64, []),
+            ir.val("condition_in", ir.DataType.BOOL, []),
+            *(ir.val(f"{n}_in", ir.DataType.FLOAT, shape) for n, shape in zip(names, shapes, strict=True)),
+        ],
+        outputs=[
+            ir.val("condition_out", ir.DataType.BOOL, []),
+            *(ir.val(f"{n}_out") for n in names),
+            ir.val("pick", ir.DataType.INT64),
+        ],
+        name="select_one",
+    )
+    *_, picks = op.Loop(k, None, *state, body=loop_body, _outputs=4)  # [k, B, 1]
+    return op.Transpose(op.Squeeze(picks, [2]), perm=[1, 0])
 
 
 def _step(op: Any, t: Any, state: Any, fixed: Any, k: int) -> tuple[Any, Any]:
-    """One pick [B, 1] and the state after it: energy [B, N], fill [B, N] (−1 once picked), columns [B, N, k]."""
+    """One pick [B, 1] and the state after it: energy [B, N], fill [B, N] (−1 once picked), columns [B, k, N]."""
     energy, fill, columns = state
-    gram, gain, tokens, threshold = fixed
+    gram, gain, tokens, threshold, one_column = fixed
     score = op.Mul(gain, energy)
     score = op.Where(op.Greater(score, threshold), score, fill)
-    best = op.ReduceMax(score, [1])  # [B, 1]
-    tied = op.GreaterOrEqual(score, op.Mul(best, 1 - TIE))
+    tied = op.GreaterOrEqual(score, op.Mul(op.ReduceMax(score, [1]), 1 - TIE))
     pick = op.ArgMax(op.Cast(tied, to=ir.DataType.FLOAT), axis=1, keepdims=1)  # [B, 1]: the lowest tied index
 
     row = op.GatherND(gram, pick, batch_dims=1)  # [B, N]
-    earlier = op.Unsqueeze(op.GatherND(columns, pick, batch_dims=1), [2])  # [B, k, 1]
-    column = op.Sub(row, op.Squeeze(op.MatMul(columns, earlier), [2]))  # [B, N]
-    # Once exhausted there is nothing to divide by, and no residual is left to update.
-    inverse = op.Reciprocal(op.Sqrt(op.GatherElements(energy, pick, axis=1)))  # [B, 1]
-    inverse = op.Where(op.Greater(best, threshold), inverse, 0.0)
-    column = op.Mul(column, inverse)
+    here = op.Expand(op.Unsqueeze(pick, [1]), [1, k, 1])  # [B, k, 1]
+    earlier = op.Transpose(op.GatherElements(columns, here, axis=2), perm=[0, 2, 1])  # [B, 1, k]
+    column = op.Sub(row, op.Squeeze(op.MatMul(earlier, columns), [1]))  # [B, N]
+    # Once the span is exhausted this divides rounding by rounding, or 0 by 0. That does no harm: energies only fall,
+    # or become NaN, and neither is above the threshold again, so every later pick is a fill.
+    column = op.Div(column, op.Sqrt(op.GatherElements(energy, pick, axis=1)))
 
     picked = op.Equal(tokens, pick)  # [B, N]
-    energy = op.Where(picked, 0.0, op.Relu(op.Sub(energy, op.Mul(column, column))))
+    energy = op.Where(picked, 0.0, op.Sub(energy, op.Mul(column, column)))
     fill = op.Where(picked, -1.0, fill)
-    this = op.Equal(list(range(k)), t)  # [k]
-    columns = op.Where(this, op.Unsqueeze(column, [2]), columns)
-    nothing_left = op.Less(best, 0.0)
-    return (energy, fill, columns), op.Where(nothing_left, [-1], pick)
+    columns = op.ScatterElements(columns, op.Expand(t, one_column), op.Unsqueeze(column, [1]), axis=1)
+    return (energy, fill, columns), pick
 
 
 def _inverse_norm(op: Any, rows: Any) -> Any:

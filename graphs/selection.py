@@ -134,7 +134,8 @@ def _select(
     missing = op.Equal(indices, 2**24)
     kept_indices = op.Where(missing, -1, indices)
     rows = op.GatherND(features, op.Unsqueeze(op.Max(kept_indices, 0), [2]), batch_dims=1)  # [B, K, D]
-    kept = op.Where(op.Unsqueeze(missing, [2]), 0.0, op.Cast(rows, to=ir.DataType.FLOAT))
+    present = op.Cast(op.Unsqueeze(op.Not(missing), [2]), to=ir.DataType.FLOAT)
+    kept = op.Mul(op.Cast(rows, to=ir.DataType.FLOAT), present)
 
     for value, name, dtype, shape in (
         (kept, kept_name, ir.DataType.FLOAT, [batch, k, hidden]),
