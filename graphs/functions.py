@@ -45,8 +45,8 @@ def text_gain_function(*, alpha: float, scale: str, opset: int) -> ir.Function:
         raise ValueError(f"alpha must be at least 0, got {alpha}")
 
     def body(op: Any, visual: Any, text: Any, text_mask: Any, token_mask: Any) -> Any:
-        V = op.Cast(visual, to=ir.DataType.FLOAT)  # [B, N, D]
-        T = op.Cast(text, to=ir.DataType.FLOAT)  # [B, M, D]
+        V = _float32(op, visual, rank=3)  # [B, N, D]
+        T = _float32(op, text, rank=3)  # [B, M, D]
         # One more row that is masked out: a maximum over no row at all is not defined.
         batch, dim = op.Shape(T, start=0, end=1), op.Shape(T, start=2, end=3)
         T = op.Concat(T, op.Expand(0.0, op.Concat(batch, [1], dim, axis=0)), axis=1)
@@ -107,8 +107,8 @@ def residual_select_function(k: int, *, body: str, opset: int) -> ir.Function:
 
 
 def _before_the_first_pick(op: Any, visual: Any, gain: Any, token_mask: Any, k: int) -> tuple[Any, Any]:
-    V = op.Cast(visual, to=ir.DataType.FLOAT)  # [B, N, D]
-    gain = op.Cast(gain, to=ir.DataType.FLOAT)  # [B, N]
+    V = _float32(op, visual, rank=3)  # [B, N, D]
+    gain = _float32(op, gain, rank=2)  # [B, N]
     gram = op.MatMul(V, op.Transpose(V, perm=[0, 2, 1]))  # [B, N, N]
     batch, count = op.Shape(gain, start=0, end=1), op.Shape(gain, start=1, end=2)
     tokens = op.Range(0, op.Squeeze(count, [0]), 1)  # [N]
@@ -127,10 +127,11 @@ def _before_the_first_pick(op: Any, visual: Any, gain: Any, token_mask: Any, k: 
 def _loop(op: Any, state: Any, fixed: Any, k: int) -> Any:
     """The k steps as a Loop with a trip count: pick order [B, k]."""
 
-    def body(op: Any, t: Any, condition: Any, *state: Any) -> Any:
+    def body(op: Any, t: Any, _: Any, *state: Any) -> Any:
         op.builder.push_module("step")  # names of its own: a Loop body may not shadow its function's
         state, pick = _step(op, t, state, fixed, k)
-        return op.Identity(condition), *state, pick
+        # Not the condition that came in: TensorRT knows none where the Loop has a trip count only.
+        return op.Identity(True), *state, pick
 
     names = ("energy", "fill", "columns")
     shapes = (["batch_size", "num_tokens"], ["batch_size", "num_tokens"], ["batch_size", k, "num_tokens"])
@@ -176,6 +177,14 @@ def _step(op: Any, t: Any, state: Any, fixed: Any, k: int) -> tuple[Any, Any]:
     return (energy, fill, columns), pick
 
 
+def _float32(op: Any, value: Any, *, rank: int) -> Any:
+    """`value` in float32, with what the builder needs to give the Python numbers beside it their type."""
+    cast = op.Cast(value, to=ir.DataType.FLOAT)
+    cast.dtype = ir.DataType.FLOAT
+    cast.shape = ir.Shape([None] * rank)
+    return cast
+
+
 def _inverse_norm(op: Any, rows: Any) -> Any:
     """1 / ‖row‖ as [..., 1], 0 for a zero row: its cosine with everything is 0."""
     norm = op.Sqrt(op.ReduceSumSquare(rows, [-1]))
@@ -189,7 +198,10 @@ def _function(name: str, body: Any, inputs: tuple[str, ...], output: str, opset:
 
     return onnxscript.build_function(
         named,
-        [ir.val(value) for value in inputs],
+        [
+            ir.val(value, ir.DataType.BOOL, [None, None]) if value.endswith("mask") else ir.val(value)
+            for value in inputs
+        ],
         domain=DOMAIN,
         name=name,
         opset_imports={"": opset},
