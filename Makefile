@@ -31,6 +31,14 @@ lint: setup
 	for room in $(ROOMS); do ln -sfn ../../../$$room build/typecheck/resprune/$$room; done
 	MYPYPATH=build/typecheck $(BIN)/mypy $(ROOMS:%=-p resprune.%)
 
+demo: setup
+	$(BIN)/resprune export demo build/demo-k16 -k 16 --force
+	$(BIN)/resprune ask build/demo-k16 demo/pictures/shapes.png "What color is the triangle?" --show build/kept.png
+	@echo "The tokens that were kept: build/kept.png"
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
 export: setup
 	$(BIN)/resprune export $(MODEL) $(OUT) -k $(K)
 

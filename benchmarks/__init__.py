@@ -1,0 +1,1 @@
+"""Everything that prints a number in the README: `python -m benchmarks` runs it all."""

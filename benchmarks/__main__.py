@@ -1,0 +1,59 @@
+"""`python -m benchmarks [part …]`: measure, and write benchmarks/results/<part>.json and benchmarks/REPORT.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import demo, selection
+from benchmarks.measure import machine, plain
+
+HERE = Path(__file__).parent
+PARTS = {
+    "selection": ("The selection beside the vision encoder", selection.run, selection.table),
+    "demo": ("The demo model", demo.run_demo, demo.table),
+}
+
+
+def main() -> None:
+    """Run the parts that are named, or all, and write down what came."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "parts", nargs="*", choices=[*PARTS, []], help="which to measure; all if none is named"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/bench"), help="where checkpoints and bundles go"
+    )
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    (HERE / "results").mkdir(exist_ok=True)
+    for part in arguments.parts or PARTS:
+        title, measure, table = PARTS[part]
+        result = measure(arguments.work)
+        record: dict[str, Any] = {"title": title, "machine": machine(), "table": table(result)}
+        record["figures"] = plain(result)
+        (HERE / "results" / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n")
+        print(f"\n## {title}\n\n{record['table']}\n", flush=True)
+    _report()
+
+
+def _report() -> None:
+    """REPORT.md from every result that is there, so that a part measured alone does not lose the others."""
+    sections = ["# Measured\n\nWritten by `make bench`; medians, with quartiles, of calls that take turns.\n"]
+    for part in PARTS:
+        path = HERE / "results" / f"{part}.json"
+        if path.exists():
+            record = json.loads(path.read_text())
+            where = record["machine"]
+            versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+            sections.append(
+                f"## {record['title']}\n\n{record['table']}\n\n"
+                f"{where['processor']}, {where['threads']} threads, {versions}.\n"
+            )
+    (HERE / "REPORT.md").write_text("\n".join(sections))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Checkpoints of real shape with random weights, written tensor by tensor so that size does not matter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from resprune.exporter.weightless import blank
+
+DEMO = Path(__file__).parent.parent / "demo" / "model"
+SHARD_BYTES = 1 << 30
+
+
+def write_checkpoint(
+    folder: Path, model_class: Any, config: Any, *, dtype: torch.dtype, image_side: int, seed: int = 0
+) -> None:
+    """Write `config` with random weights in `dtype`, and the demo's tokenizer and template.
+
+    Weights are normal with the deviation that keeps activations near one, 1/√(inputs); norms are one and biases
+    zero. Never more than one shard is in memory.
+    """
+    folder.mkdir(parents=True)
+    model = blank(model_class, config)
+    index: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(_shards(model, dtype, seed)):
+        name = f"model-{number:05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        index.update(dict.fromkeys(shard, name))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+    )
+    config.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(DEMO / name, folder / name)
+    processor = json.loads((DEMO / "processor_config.json").read_text())
+    processor["image_processor"]["size"] = {"shortest_edge": image_side}
+    processor["image_processor"]["crop_size"] = {"height": image_side, "width": image_side}
+    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
+
+
+def _shards(model: nn.Module, dtype: torch.dtype, seed: int) -> Iterator[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, parameter in model.named_parameters():
+        shard[name] = _values(name, parameter.shape, generator).to(dtype)
+        size += shard[name].nbytes
+        if size >= SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+    if shard:
+        yield shard
+
+
+def _values(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    if len(shape) < 2:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    inputs = shape[1:].numel()
+    return torch.randn(shape, generator=generator) / inputs**0.5
+
+
+def llava_config(vision: dict[str, int], text: dict[str, int]) -> LlavaConfig:
+    """A LLaVA-1.5 configuration over the demo's vocabulary."""
+    demo = LlavaConfig.from_pretrained(DEMO)
+    ids = {key: getattr(demo.text_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=LlamaConfig(vocab_size=demo.text_config.vocab_size, **text, **ids),
+        image_token_id=demo.image_token_id,
+        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+
+
+CLIP_L_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+
+
+def write_llava15_vision(folder: Path) -> None:
+    """LLaVA-1.5's tower and projector at their real shapes (576 tokens of 4,096), on a one-layer language model."""
+    text = {
+        "hidden_size": 4096,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "max_position_embeddings": 4096,
+    }
+    config = llava_config(CLIP_L_336, text)
+    write_checkpoint(
+        folder, LlavaForConditionalGeneration, config, dtype=torch.float16, image_side=336, seed=0
+    )

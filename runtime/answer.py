@@ -1,0 +1,123 @@
+"""An answer that comes piece by piece, and what it was made from."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+from resprune.runtime.generate import TextStream
+from resprune.runtime.prompt import Prompt
+from resprune.runtime.splice import Picks
+
+
+@dataclass
+class Row:
+    """One answer as it grows."""
+
+    stream: TextStream
+    token_ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+
+    def push(self, token: int) -> None:
+        """Take the next token and its text."""
+        self.token_ids.append(token)
+        self.add(self.stream.push(token))
+
+    def add(self, piece: str) -> None:
+        """Take a piece of text; an empty one is none."""
+        if piece:
+            self.pieces.append(piece)
+
+
+class Run:
+    """One run of the language model over one or more questions; it goes on only as far as it is read."""
+
+    def __init__(
+        self, steps: Iterator[list[int | None]], rows: Sequence[Row], timings: dict[str, float]
+    ) -> None:
+        self._steps = steps
+        self.rows = rows
+        self.timings = timings
+        self.timings["decode"] = 0.0
+        self.finished = False
+
+    def advance(self) -> None:
+        """Make the next token of every row."""
+        start = perf_counter()
+        tokens = next(self._steps, None)
+        if tokens is None:
+            self.finished = True
+            for row in self.rows:
+                row.add(row.stream.finish())
+        else:
+            for row, token in zip(self.rows, tokens, strict=True):
+                if token is not None:
+                    row.push(token)
+        self.timings["decode"] += (perf_counter() - start) * 1e3
+
+    def finish(self) -> None:
+        """Go on to the end."""
+        while not self.finished:
+            self.advance()
+
+
+class Answer:
+    """Iterate over it for the text as it comes, or ask for `text`, `token_ids` or `timings`, which finish it.
+
+    `prompt` is what was asked, `images` which tokens of each picture were kept.
+    """
+
+    def __init__(self, run: Run, row: Row, prompt: Prompt, images: Sequence[Picks]) -> None:
+        self._run = run
+        self._row = row
+        self.prompt = prompt
+        self.images = list(images)
+
+    def __iter__(self) -> Iterator[str]:
+        """The text in pieces of whole characters; a second time from the start."""
+        given = 0
+        while True:
+            while given < len(self._row.pieces):
+                yield self._row.pieces[given]
+                given += 1
+            if self._run.finished:
+                return
+            self._run.advance()
+
+    def finish(self) -> "Answer":
+        """Let the language model go on to the end."""
+        self._run.finish()
+        return self
+
+    @property
+    def text(self) -> str:
+        """The whole text, without special tokens and without white space at its start."""
+        self.finish()
+        return "".join(self._row.pieces)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Every generated id, the one that ended the answer included."""
+        self.finish()
+        return list(self._row.token_ids)
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Milliseconds of each stage; for a batch, those of the whole batch."""
+        self.finish()
+        return dict(self._run.timings)
+
+    def describe(self) -> dict[str, Any]:
+        """All of it as JSON values: text, ids, the nouns that steered the selection, picks, timings."""
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "prompt_ids": self.prompt.ids,
+            "text_token_ids": self.prompt.text_token_ids,
+            "nouns": self.prompt.nouns,
+            "images": [
+                {"kept_indices": picks.kept_indices.tolist(), "pick_order": picks.pick_order.tolist()}
+                for picks in self.images
+            ],
+            "timings": self.timings,
+        }

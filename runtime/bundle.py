@@ -1,0 +1,419 @@
+"""The bundle: the directory an export writes and the runtime reads (README, "The bundle").
+
+`resprune.json` is its manifest, and this file the only definition of it, for writer and reader. Everything in
+a manifest is checked before it is used, for it may come from anywhere: each fault is one `ResPruneError`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from resprune.runtime.errors import ResPruneError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "resprune.json"
+# A manifest lists a few dozen files: anything near this size is not one.
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_RANK = 8
+
+DTYPES = ("float32", "float16", "int64", "bool")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "q4", "q4f16")
+SCALES = ("minmax", "clamp", "shifted")
+BODIES = ("loop", "unrolled")
+POSITIONS = ("contiguous", "original")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One graph input or output; a string in `shape` names a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX graph: its file relative to the bundle, precision of its weights, inputs and outputs."""
+
+    file: str
+    precision: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """Size in bytes and lower-case hexadecimal SHA-256 of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the selection inside the graph was built for.
+
+    `num_tokens` is N, None where it varies by image; `max_tokens` is then the largest there is. `share` is the part
+    of a picture's tokens that was asked for in place of a number, and K what it comes to for the largest picture.
+    """
+
+    k: int
+    num_tokens: int | None
+    alpha: float
+    scale: str
+    body: str
+    max_tokens: int | None = None
+    share: float | None = None
+
+    def budget(self, num_tokens: int) -> int:
+        """How many tokens of a picture with `num_tokens` are kept: K, or fewer if a share of them is fewer."""
+        return self.k if self.share is None else min(self.k, share_of(self.share, num_tokens))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of `resprune.json`; `files` has every file of the bundle but the manifest itself."""
+
+    format_version: int
+    family: str
+    model: str
+    revision: str | None
+    selection: Selection
+    positions: str
+    image_token_id: int
+    context_length: int
+    graphs: dict[str, GraphSpec]
+    files: dict[str, FileSpec]
+    versions: dict[str, str]
+    command: str
+    parity: dict[str, Any]
+    created: str
+
+    def to_json(self) -> str:
+        """Text of `resprune.json`; raises `ValueError` for a number JSON has no way to write (NaN)."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str | bytes) -> "Manifest":
+        """Parse and check the text of a `resprune.json`; every fault is a `ResPruneError` that names it."""
+        top = _parse(text)
+        version = _field(top, "format_version", int)
+        if version > FORMAT_VERSION:
+            raise ResPruneError(
+                f"the bundle has format version {_show(version)} and this resprune reads up to "
+                f"{FORMAT_VERSION}; upgrade resprune"
+            )
+        if version < 1:
+            raise _fault("format_version", "1 or more", version)
+        files = {name: _file_spec(name, spec) for name, spec in _table(top, "files")}
+        graphs = {name: _graph_spec(name, spec) for name, spec in _table(top, "graphs")}
+        for name, graph in graphs.items():
+            if graph.file not in files:
+                raise _fault(f"graphs.{name}.file", "one of the names in files", graph.file)
+        revision = top.get("revision")
+        return Manifest(
+            format_version=version,
+            family=_field(top, "family", str),
+            model=_field(top, "model", str),
+            revision=None if revision is None else _field(top, "revision", str),
+            selection=_selection(_field(top, "selection", dict)),
+            positions=_choice(top, "positions", POSITIONS),
+            image_token_id=_whole(top, "image_token_id", least=0),
+            context_length=_whole(top, "context_length", least=1),
+            graphs=graphs,
+            files=files,
+            versions={
+                name: _expect(f"versions.{name}", value, str) for name, value in _table(top, "versions")
+            },
+            command=_field(top, "command", str),
+            parity=_field(top, "parity", dict),
+            created=_field(top, "created", str),
+        )
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose manifest, and unless it was asked not to, whose files have been checked."""
+
+    root: Path
+    manifest: Manifest
+
+    def file_path(self, name: str) -> Path:
+        """Path of a file that the manifest lists; `ResPruneError` if it does not list it."""
+        if name not in self.manifest.files:
+            raise ResPruneError(f"the bundle {self.root} has no {name}; export it again")
+        return self.root / name
+
+    def graph_path(self, name: str) -> Path:
+        """Path of a graph's `.onnx` file by the graph's name, such as `vision_select`."""
+        if name not in self.manifest.graphs:
+            have = ", ".join(sorted(self.manifest.graphs)) or "none"
+            raise ResPruneError(
+                f"the bundle {self.root} has no graph {name} (it has: {have}); export it again"
+            )
+        return self.file_path(self.manifest.graphs[name].file)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the checkpoint, such as `config.json`, which must hold an object."""
+        path = self.file_path(name)
+        try:
+            value = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise ResPruneError(f"{path} cannot be read as JSON ({error}); export the bundle again") from None
+        if not isinstance(value, dict):
+            raise ResPruneError(f"{path} should hold a JSON object; export the bundle again")
+        return value
+
+
+def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
+    """Read the manifest in directory `path`; check that every file it lists is there and as it was written.
+
+    Sizes are always compared; `check_hashes=False` leaves out the SHA-256 of the contents. Raises
+    `ResPruneError`, naming the file, for one that is missing, altered, or outside the directory.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise ResPruneError(f"{root} is not a directory; give the directory that resprune export wrote")
+    if not (root / MANIFEST_NAME).exists():
+        raise ResPruneError(
+            f"{root} has no {MANIFEST_NAME}, so it is not a bundle; make one with resprune export"
+        )
+    if _plain_file_size(root, MANIFEST_NAME) > MAX_MANIFEST_BYTES:
+        raise ResPruneError(
+            f"{root / MANIFEST_NAME} is larger than {MAX_MANIFEST_BYTES} bytes; export it again"
+        )
+    try:
+        text = (root / MANIFEST_NAME).read_bytes()
+    except OSError as error:
+        raise ResPruneError(f"{root / MANIFEST_NAME} cannot be read: {error.strerror}") from None
+    manifest = Manifest.from_json(text)
+    for name, spec in manifest.files.items():
+        size = _plain_file_size(root, name)
+        if size != spec.size:
+            raise ResPruneError(
+                f"{root / name} has {size} bytes where {spec.size} were written; "
+                f"copy the bundle again or export it again"
+            )
+    if check_hashes:
+        for name, spec in manifest.files.items():
+            if _sha256(root / name) != spec.sha256:
+                raise ResPruneError(
+                    f"{root / name} was altered after the export (its SHA-256 differs); "
+                    f"copy the bundle again or export it again"
+                )
+    return Bundle(root, manifest)
+
+
+def write_manifest(root: str | Path, manifest: Manifest) -> None:
+    """Write `resprune.json` into `root`, after reading back that this version accepts it."""
+    text = manifest.to_json()
+    Manifest.from_json(text)
+    (Path(root) / MANIFEST_NAME).write_text(text, encoding="utf-8", newline="\n")
+
+
+def describe_files(root: str | Path) -> dict[str, FileSpec]:
+    """Size and SHA-256 of every file under `root` but the manifest, by its relative posix name, sorted."""
+    root = Path(root)
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir())
+    return {
+        _safe_name(name): FileSpec(_plain_file_size(root, name), _sha256(root / name))
+        for name in names
+        if name != MANIFEST_NAME
+    }
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ResPruneError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _plain_file_size(root: Path, name: str) -> int:
+    """Bytes of `root/name`, refusing what is missing, no plain file, or a link that leaves `root`."""
+    path = root / name
+    try:
+        if not path.resolve(strict=True).is_relative_to(root.resolve(strict=True)):
+            raise ResPruneError(f"{path} points outside the bundle; copy the file into it")
+        status = path.stat()
+    except FileNotFoundError:
+        raise ResPruneError(f"{path} is missing; copy the bundle again or export it again") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise ResPruneError(f"{path} cannot be read: {error}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ResPruneError(f"{path} is not a plain file; copy the bundle again or export it again")
+    return status.st_size
+
+
+def _safe_name(name: str) -> str:
+    """`name` if it is a relative posix path that stays inside and means one file on every system."""
+    parts = name.split("/")
+    bad = (
+        PurePosixPath(name).is_absolute()
+        or any(part in ("", ".", "..") for part in parts)
+        or any(character in '\\:*?"<>|' or not character.isprintable() for character in name)
+        or name == MANIFEST_NAME
+        or len(os.fsencode(name)) > 1024
+    )
+    if bad:
+        raise _fault("a name in files", "a relative path that stays inside the bundle", name)
+    return name
+
+
+def _parse(text: str | bytes) -> dict[str, Any]:
+    """A JSON object without repeated keys and without NaN, infinite or overflowing numbers."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in table:
+                raise ValueError(f"the key {_show(key)} stands twice")
+            table[key] = value
+        return table
+
+    def finite(literal: str) -> float:
+        value = float(literal)
+        if not math.isfinite(value):
+            raise ValueError(f"{_show(literal)} is no finite number")
+        return value
+
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+    except RecursionError:
+        raise ResPruneError(f"{MANIFEST_NAME} is nested too deeply; export the bundle again") from None
+    except ValueError as error:
+        raise ResPruneError(f"{MANIFEST_NAME} is not valid JSON ({error}); export the bundle again") from None
+    return _expect("its content", value, dict)
+
+
+def share_of(share: float, num_tokens: int) -> int:
+    """A share of a picture's tokens, rounded up; not by the rounding errors of a decimal fraction, though."""
+    return math.ceil(round(share * num_tokens, 6))
+
+
+def _selection(table: dict[str, Any]) -> Selection:
+    where = "selection."
+    num_tokens = None if table.get("num_tokens") is None else _whole(table, "num_tokens", where, least=1)
+    k = _whole(table, "k", where, least=1)
+    max_tokens = None if table.get("max_tokens") is None else _whole(table, "max_tokens", where, least=1)
+    for name, most in (("num_tokens", num_tokens), ("max_tokens", max_tokens)):
+        if most is not None and k > most:
+            raise _fault("selection.k", f"at most {name} = {most}", k)
+    share = None if table.get("share") is None else _field(table, "share", float, where)
+    if share is not None and not 0 < share <= 1:
+        raise _fault("selection.share", "above 0 and at most 1", share)
+    alpha = _field(table, "alpha", float, where)
+    if alpha < 0:
+        raise _fault("selection.alpha", "0 or more", alpha)
+    return Selection(
+        k=k,
+        num_tokens=num_tokens,
+        alpha=alpha,
+        scale=_choice(table, "scale", SCALES, where),
+        body=_choice(table, "body", BODIES, where),
+        max_tokens=max_tokens,
+        share=share,
+    )
+
+
+def _graph_spec(name: str, value: object) -> GraphSpec:
+    table, where = _expect(f"graphs.{name}", value, dict), f"graphs.{name}."
+    return GraphSpec(
+        file=_field(table, "file", str, where),
+        precision=_choice(table, "precision", PRECISIONS, where),
+        inputs=tuple(_tensor_specs(table, "inputs", where)),
+        outputs=tuple(_tensor_specs(table, "outputs", where)),
+    )
+
+
+def _tensor_specs(table: dict[str, Any], key: str, where: str) -> Iterator[TensorSpec]:
+    seen = set()
+    for index, value in enumerate(_field(table, key, list, where)):
+        here = f"{where}{key}[{index}]"
+        tensor = _expect(here, value, dict)
+        name = _field(tensor, "name", str, f"{here}.")
+        if name in seen:
+            raise _fault(f"{here}.name", "a name not yet used", name)
+        seen.add(name)
+        shape = _field(tensor, "shape", list, f"{here}.")
+        if len(shape) > MAX_RANK:
+            raise _fault(f"{here}.shape", f"at most {MAX_RANK} axes", len(shape))
+        for axis in shape:
+            named = isinstance(axis, str) and axis != ""
+            fixed = isinstance(axis, int) and not isinstance(axis, bool) and 0 <= axis < 1 << 63
+            if not (named or fixed):
+                raise _fault(f"{here}.shape", "a list of sizes and axis names", axis)
+        yield TensorSpec(name, _choice(tensor, "dtype", DTYPES, f"{here}."), tuple(shape))
+
+
+def _file_spec(name: str, value: object) -> FileSpec:
+    _safe_name(name)
+    table, where = _expect(f"files.{name}", value, dict), f"files.{name}."
+    digest = _field(table, "sha256", str, where)
+    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise _fault(f"{where}sha256", "64 lower-case hexadecimal digits", digest)
+    return FileSpec(_whole(table, "size", where, least=0), digest)
+
+
+def _table(top: dict[str, Any], key: str) -> list[tuple[str, Any]]:
+    return list(_field(top, key, dict).items())
+
+
+def _choice(table: dict[str, Any], key: str, choices: tuple[str, ...], where: str = "") -> str:
+    value = _field(table, key, str, where)
+    if value not in choices:
+        raise _fault(f"{where}{key}", f"one of {', '.join(choices)}", value)
+    return value
+
+
+def _whole(table: dict[str, Any], key: str, where: str = "", *, least: int) -> int:
+    value = _field(table, key, int, where)
+    if not least <= value < 1 << 63:
+        raise _fault(f"{where}{key}", f"a whole number from {least}", value)
+    return value
+
+
+def _field(table: dict[str, Any], key: str, kind: type[T], where: str = "") -> T:
+    if key not in table:
+        raise ResPruneError(f"{MANIFEST_NAME} has no {where}{key}; export the bundle again")
+    return _expect(f"{where}{key}", table[key], kind)
+
+
+def _expect(what: str, value: object, kind: type[T]) -> T:
+    """`value` if it is of `kind`; a whole number serves as a float, a bool never serves as a number."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63:
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        words = {dict: "an object", list: "a list", str: "a string", int: "a whole number", float: "a number"}
+        raise _fault(what, words[kind], value)
+    return value
+
+
+def _fault(what: str, wanted: str, got: object) -> ResPruneError:
+    return ResPruneError(
+        f"{MANIFEST_NAME}: {_clip(what)} should be {wanted}, not {_show(got)}; export the bundle again"
+    )
+
+
+def _show(value: object) -> str:
+    """A short printable form of anything: `ascii` because a name may hold characters no terminal prints."""
+    try:
+        return _clip(ascii(value))
+    except (ValueError, RecursionError):  # an integer of more than 4,300 digits
+        return f"a huge {type(value).__name__}"
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,162 @@
+"""The command `resprune`: finds its subcommands through entry points, and turns faults into one sentence."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points, version
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resprune.runtime.errors import ResPruneError
+
+if TYPE_CHECKING:
+    from resprune.runtime.answer import Answer
+    from resprune.runtime.pipeline import Pipeline
+
+COMMANDS = "resprune.commands"
+# What a shell reports of a program ended by these signals: 128 + their number.
+INTERRUPTED, BROKEN_PIPE = 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 2 for what the user can put right, told in one sentence."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets "?" for it
+    try:
+        status = _dispatch(words)
+        sys.stdout.flush()  # here, where a reader that has gone is still caught
+    except ResPruneError as error:
+        print(f"resprune: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more on its way out; that must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return status
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    commands = {command.name: command for command in entry_points(group=COMMANDS)}
+    parser = argparse.ArgumentParser(
+        prog="resprune", description="Vision-language models with a fraction of their visual tokens."
+    )
+    parser.add_argument("--version", action="version", version=f"resprune {version('resprune')}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    named: list[EntryPoint] = [commands[words[0]]] if words and words[0] in commands else [*commands.values()]
+    for command in named:
+        command.load()(subparsers)
+    arguments = parser.parse_args(words)
+    status: int = arguments.run(arguments)
+    return status
+
+
+def register_ask(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `resprune ask`."""
+    parser = subparsers.add_parser("ask", help="ask a question about a picture")
+    parser.add_argument("bundle", metavar="BUNDLE", help="directory that resprune export wrote")
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="picture file; several stand in one prompt"
+    )
+    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("--tokens", type=int, metavar="K", help="visual tokens to keep of each picture")
+    parser.add_argument("--about", metavar="WORDS", help='words that steer the selection: "square,table"')
+    parser.add_argument(
+        "--show", metavar="PNG", help="draw the kept tokens; of several pictures PNG-2.png is the second"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, metavar="N", help="repeat a draw")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a physical core")
+    parser.add_argument(
+        "--max-pixels", type=int, metavar="N", help="largest picture taken; default: 64000000"
+    )
+    parser.add_argument("--skip-hashes", action="store_true", help="do not check the SHA-256 of the files")
+    parser.set_defaults(run=_ask)
+
+
+def register_inspect(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `resprune inspect`."""
+    parser = subparsers.add_parser("inspect", help="say what is in a bundle")
+    parser.add_argument("bundle", metavar="BUNDLE", help="directory that resprune export wrote")
+    parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
+    parser.add_argument("--skip-hashes", action="store_true", help="do not check the SHA-256 of the files")
+    parser.set_defaults(run=_inspect)
+
+
+def _ask(arguments: argparse.Namespace) -> int:
+    from resprune.runtime.image import MAX_PIXELS
+    from resprune.runtime.pipeline import Pipeline
+
+    max_pixels = MAX_PIXELS if arguments.max_pixels is None else arguments.max_pixels
+    about = None
+    if arguments.about is not None:
+        about = [word.strip() for word in arguments.about.split(",") if word.strip()]
+    with Pipeline.load(
+        arguments.bundle,
+        check_hashes=not arguments.skip_hashes,
+        threads=arguments.threads,
+        max_pixels=max_pixels,
+    ) as pipeline:
+        answer = pipeline.ask(
+            arguments.images,
+            arguments.question,
+            about=about,
+            tokens=arguments.tokens,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        )
+        if arguments.json:
+            report = answer.describe() | {"positions": pipeline.manifest.positions}
+            report["timings"] = {"load": pipeline.load_ms, **answer.timings}
+            print(json.dumps(report, ensure_ascii=False))
+        else:
+            for piece in answer:
+                print(piece, end="", flush=True)
+            print()
+        if arguments.show is not None:
+            _draw(pipeline, arguments.images, answer, Path(arguments.show), max_pixels)
+    return 0
+
+
+def _draw(
+    pipeline: "Pipeline", sources: Sequence[str], answer: "Answer", path: Path, max_pixels: int
+) -> None:
+    """Write each picture with its kept tokens: `kept.png`, then `kept-2.png`, …."""
+    from resprune.runtime.image import load_image
+    from resprune.runtime.show import draw_kept
+
+    for number, (source, picks) in enumerate(zip(sources, answer.images, strict=True), 1):
+        image = load_image(source, max_pixels=max_pixels)
+        target = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        drawn = draw_kept(image, pipeline.boxes(image.size), picks.pick_order.tolist())
+        try:
+            drawn.save(target)
+        except (OSError, ValueError) as error:  # ValueError: no format goes by this suffix
+            raise ResPruneError(
+                f"{target} cannot be written ({error}); give --show a path such as kept.png"
+            ) from None
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from resprune.runtime.bundle import read_bundle
+    from resprune.runtime.inspection import describe
+
+    bundle = read_bundle(arguments.bundle, check_hashes=not arguments.skip_hashes)
+    print(bundle.manifest.to_json() if arguments.json else describe(bundle), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

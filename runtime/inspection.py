@@ -1,0 +1,71 @@
+"""What `resprune inspect` prints."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from resprune.runtime.bundle import Bundle, GraphSpec, Manifest, TensorSpec
+
+
+def describe(bundle: Bundle) -> str:
+    """Several lines on what a bundle holds: source, selection, graphs, parity, versions, sizes."""
+    manifest = bundle.manifest
+    selection = manifest.selection
+    of = f" of {selection.num_tokens}" if selection.num_tokens else ""
+    of += f" of up to {selection.max_tokens}" if selection.max_tokens else ""
+    share = "" if selection.share is None else f", {100 * selection.share:g} % of its tokens"
+    revision = "" if manifest.revision is None else f" at revision {manifest.revision}"
+    total = sum(file.size for file in manifest.files.values())
+    lines = [
+        f"{bundle.root}: {manifest.family} bundle, format {manifest.format_version}, {_megabytes(total)}",
+        f"  source      {manifest.model}{revision}",
+        f"  made        {manifest.created} by {manifest.command}",
+        f"  selection   keeps {selection.k}{of} tokens a picture{share}, alpha {selection.alpha:g}, "
+        f"scale {selection.scale}, body {selection.body}",
+        f"  positions   {manifest.positions}",
+        f"  context     {manifest.context_length} tokens; image token {manifest.image_token_id}",
+        "graphs",
+    ]
+    for name, graph in manifest.graphs.items():
+        lines.extend(_graph_lines(name, graph, manifest))
+    lines.append("parity with PyTorch, measured at export")
+    lines.extend(_parity_lines(manifest.parity))
+    lines.append("versions")
+    lines.append("  " + ", ".join(f"{name} {value}" for name, value in manifest.versions.items()))
+    return "\n".join(lines) + "\n"
+
+
+def _graph_lines(name: str, graph: GraphSpec, manifest: Manifest) -> Iterator[str]:
+    size = manifest.files[graph.file].size
+    data = manifest.files.get(f"{graph.file}_data")
+    yield f"  {name}  {graph.precision}, {_megabytes(size + (data.size if data else 0))}"
+    for title, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        yield f"    {title:<8}" + "; ".join(_tensors(tensors))
+
+
+def _tensors(tensors: tuple[TensorSpec, ...]) -> Iterator[str]:
+    """Each tensor once; of the layers' keys and values the first pair stands for all."""
+    layered = [tensor for tensor in tensors if tensor.name.startswith(("past_key_values.", "present."))]
+    for tensor in tensors:
+        if tensor not in layered[2:]:
+            yield f"{tensor.name} {tensor.dtype}[{', '.join(map(str, tensor.shape))}]"
+    if len(layered) > 2:
+        yield f"… {len(layered)} in all"
+
+
+def _parity_lines(figures: dict[str, Any], indent: str = "  ") -> Iterator[str]:
+    for name, value in figures.items():
+        if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
+            yield f"{indent}{name}"
+            yield from _parity_lines(value, indent + "  ")
+        elif isinstance(value, dict):
+            yield f"{indent}{name}  " + ", ".join(f"{key} {_figure(inner)}" for key, inner in value.items())
+        else:
+            yield f"{indent}{name}  {_figure(value)}"
+
+
+def _figure(value: object) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,139 @@
+"""The language model behind a narrow seam: embeddings in, logits out, and nothing about pictures."""
+
+import re
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from resprune.runtime.bundle import Bundle, GraphSpec
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.session import SessionOptions, graph_faults, open_session
+from resprune.runtime.splice import Floats, Ints
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_CUDA_PROVIDERS = {"CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"}
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+
+
+class LanguageModel(Protocol):
+    """A decoder with its KV cache. `prefill` starts a new sequence and forgets the one before."""
+
+    def prefill(self, inputs_embeds: Floats, position_ids: Ints, attention_mask: Ints) -> Floats:
+        """Logits [B, vocabulary] after the prompt.
+
+        `inputs_embeds` [B, S, D]; `position_ids` [B, S], or [3, B, S] for M-RoPE; `attention_mask` [B, S] is 0 where
+        a shorter prompt is filled up, on its left.
+        """
+        ...
+
+    def step(self, tokens: Ints) -> Floats:
+        """Logits [B, vocabulary] after one more token a row, `tokens` [B]; positions count on by one."""
+        ...
+
+    def close(self) -> None:
+        """Give back the cache and the sessions; the model cannot be used afterwards."""
+        ...
+
+
+class Embedding:
+    """The language model's input table, as the bundle's `embed_tokens` graph."""
+
+    def __init__(self, bundle: Bundle, options: SessionOptions) -> None:
+        self._session = open_session(bundle, "embed_tokens", options)
+
+    def __call__(self, input_ids: Ints) -> Floats:
+        """`input_ids` [B, S] → `inputs_embeds` [B, S, D] float32."""
+        with graph_faults("embed_tokens"):
+            embeds: Floats = self._session.run(["inputs_embeds"], {"input_ids": input_ids})[0]
+        return embeds
+
+
+class OrtLanguageModel:
+    """`decoder_model_merged` in ONNX Runtime.
+
+    The KV cache is a list of OrtValues: what one run binds as output (`present.*`) the next binds as input
+    (`past_key_values.*`), on the device of the first provider, so Python neither copies it nor brings it to the
+    host. On the CPU that costs the same as `session.run` with arrays, because ONNX Runtime 1.32 hands those over
+    without a copy too: a random Llama (4 layers, width 256, fp32, one thread), CPU time of a step with
+    `run` / `run_with_ort_values` / IOBinding / IOBinding into two preallocated buffers: 1.58 / 1.65 / 1.64 / 1.64 ms
+    at 600 cached tokens, 6.46 / 6.67 / 6.58 / 6.19 ms at 4,000 (medians of 31 steps). What grows with the cache is
+    the graph's own `Concat`.
+    """
+
+    def __init__(self, bundle: Bundle, embedding: Embedding, options: SessionOptions) -> None:
+        spec = bundle.manifest.graphs.get("decoder_model_merged")
+        self._session = open_session(bundle, "decoder_model_merged", options)
+        assert spec is not None  # open_session has refused a bundle without it
+        self._embedding = embedding
+        self._past_names, self._empty = _empty_cache(spec)
+        self._output_names = ["logits", *(_present(name) for name in self._past_names)]
+        self._device = "cuda" if _CUDA_PROVIDERS & set(self._session.get_providers()) else "cpu"
+        self._past: list[onnxruntime.OrtValue] = []
+        self._mask = np.zeros((0, 0), np.int64)
+        self._position = np.zeros((0, 0), np.int64)
+
+    def prefill(self, inputs_embeds: Floats, position_ids: Ints, attention_mask: Ints) -> Floats:
+        """Logits [B, vocabulary] after the prompt (see `LanguageModel`)."""
+        import onnxruntime as ort
+
+        self._past = []  # the old cache goes before the new one is made
+        batch = len(inputs_embeds)
+        past = [
+            ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, *shape), dtype)) for shape, dtype in self._empty
+        ]
+        self._mask = attention_mask
+        self._position = position_ids[..., -1:] + 1  # [B, 1] or [3, B, 1]
+        return self._run(inputs_embeds, position_ids, past)
+
+    def step(self, tokens: Ints) -> Floats:
+        """Logits [B, vocabulary] after one more token a row."""
+        position_ids = self._position
+        self._mask = np.concatenate([self._mask, np.ones((len(tokens), 1), np.int64)], axis=1)
+        self._position = position_ids + 1
+        return self._run(self._embedding(tokens[:, None]), position_ids, self._past)
+
+    def close(self) -> None:
+        """Give back the cache and the session."""
+        self._past = []
+        del self._session
+
+    def _run(self, inputs_embeds: Floats, position_ids: Ints, past: "list[onnxruntime.OrtValue]") -> Floats:
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("inputs_embeds", inputs_embeds)
+        binding.bind_cpu_input("attention_mask", self._mask)
+        binding.bind_cpu_input("position_ids", position_ids)
+        for name, value in zip(self._past_names, past, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits", "cpu")
+        for name in self._output_names[1:]:
+            binding.bind_output(name, self._device)
+        with graph_faults("decoder_model_merged"):
+            self._session.run_with_iobinding(binding)
+        logits, *self._past = binding.get_outputs()
+        last: Floats = logits.numpy()[:, -1]  # [B, S or 1, V] → [B, V]
+        return last
+
+
+def _empty_cache(spec: GraphSpec) -> tuple[list[str], list[tuple[tuple[int, int, int], npt.DTypeLike]]]:
+    """Names of the decoder's past inputs, and the shape (without batch) and dtype of each when empty."""
+    names: list[str] = []
+    empty: list[tuple[tuple[int, int, int], npt.DTypeLike]] = []
+    for tensor in spec.inputs:
+        if not _PAST.fullmatch(tensor.name):
+            continue
+        _, heads, _, width = tensor.shape if len(tensor.shape) == 4 else (None,) * 4
+        if not isinstance(heads, int) or not isinstance(width, int):
+            raise ResPruneError(
+                f"{spec.file}: {tensor.name} should have the shape [batch_size, heads, past_sequence_length, "
+                f"width] with fixed heads and width, not {list(tensor.shape)}; export the bundle again"
+            )
+        names.append(tensor.name)
+        empty.append(((heads, 0, width), np.dtype(tensor.dtype)))
+    return names, empty
+
+
+def _present(past_name: str) -> str:
+    return past_name.replace("past_key_values", "present", 1)

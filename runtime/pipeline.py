@@ -1,0 +1,329 @@
+"""From pictures and a question to an answer: the runtime's front door."""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import TypedDict, Unpack
+
+import numpy as np
+
+from resprune.runtime.answer import Answer, Row, Run
+from resprune.runtime.bundle import Bundle, Manifest, read_bundle
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families import family_of
+from resprune.runtime.generate import Sampling, TextStream, eos_token_ids, generate
+from resprune.runtime.image import MAX_PIXELS, Box, ImageSource, load_image
+from resprune.runtime.language_model import Embedding, LanguageModel, OrtLanguageModel
+from resprune.runtime.picture import Picture
+from resprune.runtime.prompt import Prompt, Prompter, Turn
+from resprune.runtime.session import SessionOptions
+from resprune.runtime.splice import Floats, KeptTokens, Spliced, splice
+from resprune.runtime.vision import Looked, Vision
+
+Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """What every way of asking takes by keyword, with the defaults of `generate.Sampling`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+
+
+class Pipeline:
+    """A bundle that is ready to answer. It holds one KV cache, so use one pipeline a thread.
+
+    An answer that is still being read when the next question comes is finished first (its remaining pieces wait
+    for the reader); one that nobody holds any more is dropped.
+    """
+
+    def __init__(self, bundle: Bundle, options: SessionOptions, max_pixels: int = MAX_PIXELS) -> None:
+        self._bundle = bundle
+        self._max_pixels = max_pixels
+        self._prompter = Prompter(bundle)
+        self._preprocessor = family_of(bundle).preprocessor(bundle)
+        self._eos = eos_token_ids(bundle)
+        self._vision = Vision(bundle, self._preprocessor, options)
+        self._vision.open("vision_select")
+        self._embedding = Embedding(bundle, options)
+        self._model: LanguageModel = OrtLanguageModel(bundle, self._embedding, options)
+        self._running: Callable[[], Run | None] = lambda: None
+        self.load_ms = 0.0
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path,
+        *,
+        check_hashes: bool = True,
+        providers: Sequence[str] | None = None,
+        threads: int = 0,
+        max_pixels: int = MAX_PIXELS,
+    ) -> "Pipeline":
+        """Check a bundle and open it.
+
+        `check_hashes=False` leaves out the SHA-256 of the files; `providers` and `threads` as in `SessionOptions`;
+        a picture of more than `max_pixels` is refused before it is decoded.
+        Raises `ResPruneError` for a bundle that is incomplete, altered or made by a newer resprune.
+        """
+        start = perf_counter()
+        options = SessionOptions(providers, threads)
+        pipeline = cls(read_bundle(bundle, check_hashes=check_hashes), options, max_pixels)
+        pipeline.load_ms = (perf_counter() - start) * 1e3
+        return pipeline
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says of itself."""
+        return self._bundle.manifest
+
+    def ask(
+        self,
+        image: Images,
+        question: str,
+        *,
+        about: Sequence[str] | None = None,
+        tokens: int | None = None,
+        stream: bool = True,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Answer:
+        """Ask about a picture, or about a list of pictures that the prompt shows in that order.
+
+        A picture is a path, the bytes of a file, a Pillow image or a uint8 array. `about` names the words that
+        steer the selection in place of the question's nouns; `tokens` is how many visual tokens of each picture
+        to keep, at most the bundle's K, which is the default. The answer comes as it is read; with `stream=False`
+        it is complete on return. Raises `ResPruneError` for what the user can put right.
+        """
+        timings: dict[str, float] = {}
+        with _stage(timings, "prompt"):
+            prompt = self._prompter.prompt(question, len(_listed(image)), about=about)
+        with _stage(timings, "pixels"):
+            looked = Looked(self._pictures(_listed(image)), None)
+        (answer,) = self._answer(
+            [prompt], looked, [len(_listed(image))], timings, tokens, Sampling(**sampling)
+        )
+        return answer if stream else answer.finish()
+
+    def ask_batch(
+        self,
+        images: Sequence[Images],
+        questions: Sequence[str],
+        *,
+        about: Sequence[Sequence[str] | None] | None = None,
+        tokens: int | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> list[Answer]:
+        """Ask several questions at once, each about its own picture or list of pictures; complete on return.
+
+        `about` has one entry a question. An answer is the one `ask` gives, in fewer runs of the language model.
+        """
+        listed = [_listed(image) for image in images]
+        terms = [None] * len(questions) if about is None else about
+        if not len(listed) == len(questions) == len(terms):
+            raise ResPruneError(
+                f"a batch has one picture (or list of pictures) a question: "
+                f"got {len(listed)} for {len(questions)} questions"
+                + ("" if about is None else f" and {len(about)} entries of about")
+            )
+        if not questions:
+            return []
+        timings: dict[str, float] = {}
+        with _stage(timings, "prompt"):
+            prompts = [
+                self._prompter.prompt(question, len(row), about=words)
+                for question, row, words in zip(questions, listed, terms, strict=True)
+            ]
+        with _stage(timings, "pixels"):
+            looked = Looked(self._pictures([image for row in listed for image in row]), None)
+        answers = self._answer(
+            prompts, looked, [len(row) for row in listed], timings, tokens, Sampling(**sampling)
+        )
+        return [answer.finish() for answer in answers]
+
+    def look(self, image: Images) -> "View":
+        """Take in a picture, or several, to ask about more than once.
+
+        With a split bundle (`resprune export --split`) the pictures go through the vision tower here and never
+        again; from a fused bundle only their pixels are kept, and the tower runs with each question.
+        """
+        return View(self, self._vision.look(self._pictures(_listed(image))))
+
+    def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
+        """Where each visual token lies in a picture of `image_size` (width, height) pixels; None for nowhere."""
+        return self._preprocessor.boxes(image_size)
+
+    def close(self) -> None:
+        """Give back the sessions and the cache."""
+        self._model.close()
+        self._vision.close()
+
+    def __enter__(self) -> "Pipeline":
+        """The pipeline itself; it is closed at the end of the block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def _pictures(self, images: Sequence[ImageSource]) -> list[Picture]:
+        return [self._preprocessor(load_image(image, max_pixels=self._max_pixels)) for image in images]
+
+    def _answer(
+        self,
+        prompts: Sequence[Prompt],
+        looked: Looked,
+        counts: Sequence[int],
+        timings: dict[str, float],
+        tokens: int | None,
+        sampling: Sampling,
+    ) -> list[Answer]:
+        """Answers to prompts; of the pictures of `looked` the first `counts[0]` belong to the first prompt …."""
+        with _stage(timings, "vision"):
+            embeds = self._embed(prompts)
+            text = [
+                row[prompt.text_positions]
+                for row, prompt, count in zip(embeds, prompts, counts, strict=True)
+                for _ in range(count)
+            ]
+            kept = iter(self._vision.select(looked, text, tokens))
+            kept_rows = [[next(kept) for _ in range(count)] for count in counts]
+        with _stage(timings, "prefill"):
+            spliced = self._splice(embeds, prompts, kept_rows)
+            sampling = self._within_context(spliced, sampling)
+            if (running := self._running()) is not None:
+                running.finish()
+            logits = self._model.prefill(spliced.inputs_embeds, spliced.position_ids, spliced.attention_mask)
+        rows = [Row(TextStream(self._prompter.tokenizer)) for _ in prompts]
+        run = Run(generate(self._model, logits, sampling, self._eos), rows, timings)
+        self._running = weakref.ref(run)
+        return [
+            Answer(run, row, prompt, [tokens.picks for tokens in of_row])
+            for row, prompt, of_row in zip(rows, prompts, kept_rows, strict=True)
+        ]
+
+    def _embed(self, prompts: Sequence[Prompt]) -> list[Floats]:
+        """Input embeddings [S_b, D] of each prompt; those of its image tokens are of no meaning."""
+        ids = np.concatenate([np.asarray(prompt.ids, dtype=np.int64) for prompt in prompts])
+        # A checkpoint's table may end before its image token.
+        ids[ids == self.manifest.image_token_id] = 0
+        embeds = self._embedding(ids[None])[0]  # [S_0 + S_1 + …, D]
+        return np.split(embeds, np.cumsum([len(prompt.ids) for prompt in prompts])[:-1])
+
+    def _splice(
+        self,
+        embeds: Sequence[Floats],
+        prompts: Sequence[Prompt],
+        kept: Sequence[Sequence[KeptTokens]],
+    ) -> Spliced:
+        return splice(
+            embeds,
+            [prompt.ids for prompt in prompts],
+            kept,
+            image_token_id=self.manifest.image_token_id,
+            positions=self.manifest.positions,
+        )
+
+    def _within_context(self, spliced: Spliced, sampling: Sampling) -> Sampling:
+        """`sampling`, ending where the context ends; `ResPruneError` if the prompt leaves no room for a token."""
+        length, limit = int(spliced.position_ids.max()) + 1, self.manifest.context_length
+        if length >= limit:
+            raise ResPruneError(
+                f"the question is past the context: {length} tokens with its pictures, limit {limit}; "
+                f"ask a shorter question or about fewer pictures"
+            )
+        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, limit - length))
+
+
+class View:
+    """Pictures that have been looked at, to be asked about any number of times."""
+
+    def __init__(self, pipeline: Pipeline, looked: Looked) -> None:
+        self._pipeline = pipeline
+        self._looked = looked
+
+    def ask(
+        self,
+        question: str,
+        *,
+        about: Sequence[str] | None = None,
+        history: Sequence[Turn] = (),
+        tokens: int | None = None,
+        stream: bool = True,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Answer:
+        """Ask as `Pipeline.ask` does; the selection is made anew for this question.
+
+        `history` is what was said about these pictures before.
+        """
+        timings: dict[str, float] = {}
+        count = len(self._looked.pictures)
+        with _stage(timings, "prompt"):
+            prompt = self._pipeline._prompter.prompt(question, count, history=history, about=about)
+        (answer,) = self._pipeline._answer(
+            [prompt], self._looked, [count], timings, tokens, Sampling(**sampling)
+        )
+        return answer if stream else answer.finish()
+
+    def chat(self) -> "Chat":
+        """A conversation about these pictures, which begins empty."""
+        return Chat(self)
+
+
+class Chat:
+    """A conversation in which every question makes its own selection.
+
+    The new selection changes rows near the head of the prompt, on which every later key and value depends. So the
+    whole conversation is prefilled again with the rows this question keeps: prompt, positions and KV cache always
+    belong together, and an answer is the one a fresh prompt of the whole conversation gets.
+    """
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._turns: list[tuple[str, Answer]] = []
+
+    @property
+    def history(self) -> list[Turn]:
+        """What has been said; the answer being read is finished first."""
+        return [Turn(question, answer.text.strip()) for question, answer in self._turns]
+
+    def ask(
+        self,
+        question: str,
+        *,
+        about: Sequence[str] | None = None,
+        tokens: int | None = None,
+        stream: bool = True,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Answer:
+        """The next question; one that raises leaves the conversation as it was."""
+        answer = self._view.ask(
+            question, about=about, history=self.history, tokens=tokens, stream=stream, **sampling
+        )
+        self._turns.append((question, answer))
+        return answer
+
+
+def _listed(image: Images) -> list[ImageSource]:
+    listed: list[ImageSource] = list(image) if isinstance(image, list | tuple) else [image]
+    if not listed:
+        raise ResPruneError("there is no picture; give at least one")
+    return listed
+
+
+@contextmanager
+def _stage(timings: dict[str, float], name: str) -> Iterator[None]:
+    """Note the milliseconds the block takes."""
+    start = perf_counter()
+    yield
+    timings[name] = (perf_counter() - start) * 1e3

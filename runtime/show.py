@@ -1,0 +1,66 @@
+"""Draws which patches of a picture were kept, and in which order they were picked."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from resprune.runtime.image import Box
+
+# Pixels of the long side: a smaller picture is enlarged, a larger one shrunk, unless the numbers need more room.
+LONG_SIDE = (768, 1280)
+MAX_PIXELS = 24_000_000
+# Neither black nor white, so that dark and light patches both stand out from what it veils; the veiled part keeps
+# a trace of its color, for shapes as light as their background would vanish in grey.
+VEIL, VEIL_OPACITY = (112, 118, 128), 0.7
+TAG, DIGITS = (255, 214, 64), (0, 0, 0)
+FONT_SIZE = (13, 30)
+
+
+def draw_kept(image: Image.Image, boxes: Sequence[Box | None], pick_order: Iterable[int]) -> Image.Image:
+    """The RGB picture with its kept patches clear, outlined and numbered from 1 in pick order, the rest dimmed.
+
+    `boxes` has the place of every visual token in pixels of `image`, as `ImageProcessor.patch_boxes` gives it,
+    or None for a token that has none; `pick_order` indexes it, −1 standing for no token. The picture returned
+    has the proportions of `image` and is large enough for the numbers to be read; where that would take more
+    than `MAX_PIXELS` (patches of less than a pixel of a long thin picture), the numbers are left out.
+    """
+    picks = [index for index in pick_order if index >= 0]
+    patch_side = max(
+        (min(right - left, bottom - top) for left, top, right, bottom in filter(None, boxes)), default=0
+    )
+    # The widest number in the smallest font, on no more than two thirds of a patch.
+    widest = _tag_size(str(len(picks)), ImageFont.load_default(size=FONT_SIZE[0]))[0]
+    readable = 1.5 * widest / patch_side if patch_side else 0.0
+    wanted = max(min(max(max(image.size), LONG_SIDE[0]), LONG_SIDE[1]) / max(image.size), readable)
+    scale = min(wanted, math.sqrt(MAX_PIXELS / (image.width * image.height)))
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    clear = image.resize(size, Image.Resampling.BICUBIC)
+    shown = Image.blend(clear, Image.new("RGB", size, VEIL), VEIL_OPACITY)
+    draw = ImageDraw.Draw(shown)
+    corners = []
+    # Large ones first: LLaVA-NeXT's tokens of the whole view lie below those of its tiles.
+    for number, index in sorted(enumerate(picks, 1), key=lambda pick: -_area(boxes[pick[1]])):
+        left, top, right, bottom = (round(edge * scale) for edge in boxes[index] or (0, 0, 0, 0))
+        if left < right and top < bottom:  # else the patch saw nothing of the picture
+            shown.paste(clear.crop((left, top, right, bottom)), (left, top))
+            draw.rectangle((left, top, right - 1, bottom - 1), outline=TAG)
+            corners.append((left, top, str(number)))
+    if scale >= readable:
+        font = ImageFont.load_default(
+            size=min(max(FONT_SIZE[0], round(0.3 * patch_side * scale)), FONT_SIZE[1])
+        )
+        for left, top, text in corners:
+            width, height = _tag_size(text, font)
+            draw.rectangle((left, top, left + width - 1, top + height - 1), fill=TAG)
+            draw.text((left + 3, top + 2), text, fill=DIGITS, font=font, anchor="lt")
+    return shown
+
+
+def _area(box: Box | None) -> float:
+    return 0.0 if box is None else (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _tag_size(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> tuple[int, int]:
+    left, top, right, bottom = font.getbbox(text, anchor="lt")
+    return round(right - left) + 5, round(bottom - top) + 5

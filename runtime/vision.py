@@ -1,0 +1,105 @@
+"""The vision half of a bundle: pictures and the question's tokens in, kept visual tokens out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from resprune.runtime.bundle import Bundle
+from resprune.runtime.picture import Picture, Preprocessor
+from resprune.runtime.session import SessionOptions, graph_faults, open_session
+from resprune.runtime.splice import Floats, KeptTokens, cut_picks
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+@dataclass(frozen=True)
+class Looked:
+    """Pictures that have been looked at.
+
+    `image_features[i]` [N_i, D] float32 are all tokens of picture i if the bundle could encode it apart from a
+    question; else None.
+    """
+
+    pictures: Sequence[Picture]
+    image_features: Sequence[Floats] | None
+
+
+class Vision:
+    """Opens the graphs a question needs when the first one needs them, and keeps them open."""
+
+    def __init__(self, bundle: Bundle, preprocessor: Preprocessor, options: SessionOptions) -> None:
+        self._bundle = bundle
+        self._preprocessor = preprocessor
+        self._options = options
+        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+
+    def open(self, graph: str) -> "onnxruntime.InferenceSession":
+        """The session of a graph."""
+        if graph not in self._sessions:
+            self._sessions[graph] = open_session(self._bundle, graph, self._options)
+        return self._sessions[graph]
+
+    def close(self) -> None:
+        """Give back the sessions."""
+        self._sessions.clear()
+
+    def look(self, pictures: Sequence[Picture]) -> Looked:
+        """Encode the pictures, if the bundle has the encoder and the selector apart."""
+        if not {"vision_encoder", "token_select"} <= self._bundle.manifest.graphs.keys():
+            return Looked(pictures, None)
+        features: list[Floats] = []
+        for start, stop in self._runs(len(pictures)):
+            together = pictures[start:stop]
+            (rows,) = self._run("vision_encoder", self._preprocessor.batch(together), ["image_features"])
+            features += [row[: picture.num_tokens] for row, picture in zip(rows, together, strict=True)]
+        return Looked(pictures, features)
+
+    def select(self, looked: Looked, text: Sequence[Floats], tokens: int | None) -> list[KeptTokens]:
+        """The tokens of each picture that its question keeps.
+
+        `text[i]` [M_i, D] float32 are the embeddings of the nouns asked about picture i, M_i may be 0; `tokens` as
+        in `cut_picks`, None for what the bundle was exported to keep.
+        """
+        selection = self._bundle.manifest.selection
+        kept: list[KeptTokens] = []
+        for start, stop in self._runs(len(looked.pictures)):
+            text_embeds, text_mask = pad_rows(text[start:stop])
+            feeds: dict[str, npt.NDArray[Any]] = {"text_embeds": text_embeds, "text_mask": text_mask}
+            if looked.image_features is None:
+                feeds |= self._preprocessor.batch(looked.pictures[start:stop])
+                outputs = self._run("vision_select", feeds, ["image_features", "kept_indices", "pick_order"])
+            else:
+                feeds["image_features"], feeds["token_mask"] = pad_rows(looked.image_features[start:stop])
+                outputs = self._run("token_select", feeds, ["kept_features", "kept_indices", "pick_order"])
+            for picture, rows, indices, order in zip(looked.pictures[start:stop], *outputs, strict=True):
+                budget = selection.budget(picture.num_tokens) if tokens is None else tokens
+                kept.append(cut_picks(rows, indices, order, budget, picture.offsets, picture.advance))
+        return kept
+
+    def _run(
+        self, graph: str, feeds: dict[str, npt.NDArray[Any]], outputs: list[str]
+    ) -> list[npt.NDArray[Any]]:
+        session = self.open(graph)
+        with graph_faults(graph):
+            arrays: list[npt.NDArray[Any]] = session.run(outputs, feeds)
+        return arrays
+
+    def _runs(self, count: int) -> list[tuple[int, int]]:
+        """Which pictures go through a graph together."""
+        step = self._preprocessor.pictures_a_run or count
+        return [(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def pad_rows(rows: Sequence[Floats]) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Lists of rows [M_i, D] → [B, M, D], M at least 1, and the mask [B, M] that leaves the filling out."""
+    longest = max(1, *(len(row) for row in rows))
+    padded = np.zeros((len(rows), longest, rows[0].shape[1]), np.float32)
+    mask = np.zeros((len(rows), longest), dtype=bool)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+        mask[index, : len(row)] = True
+    return padded, mask

@@ -1,0 +1,225 @@
+"""The command: what it prints, and one sentence with exit status 2 for what the user can put right."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from resprune.runtime import Pipeline
+from resprune.runtime.cli import main
+
+QUESTION = "what colour is the square?"
+COMMAND = [sys.executable, "-m", "resprune.runtime.cli"]
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Callable[..., Path]) -> str:
+    return str(tiny_bundle("clip-llama", k=7, split=True))
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.linear_gradient("L").resize((60, 50)).convert("RGB").save(path)
+    return str(path)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one sentence on stderr of a command that ends with status 2."""
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("resprune: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_ask_prints_the_answer(bundle: str, photo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ask", bundle, photo, QUESTION, "--max-new-tokens", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == Pipeline.load(bundle).ask(photo, QUESTION, max_new_tokens=8).text + "\n"
+
+
+def test_ask_json_prints_one_object(bundle: str, photo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["ask", bundle, photo, photo, QUESTION, "--json", "--max-new-tokens", "8", "--tokens", "4"]
+    assert main([*words, "--about", "square, colour"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) == {
+        *("text", "token_ids", "prompt_ids", "text_token_ids", "nouns", "positions", "images", "timings")
+    }
+    answer = Pipeline.load(bundle).ask([photo, photo], QUESTION, tokens=4, max_new_tokens=8)
+    assert report["text"] == answer.text
+    assert report["token_ids"] == answer.token_ids
+    assert report["prompt_ids"] == answer.prompt.ids
+    assert report["prompt_ids"].count(4) == 2, "one image token a picture"
+    assert report["nouns"] == ["colour", "square"]
+    assert set(report["text_token_ids"]) < set(report["prompt_ids"])
+    assert report["positions"] == "contiguous"
+    assert [len(image["pick_order"]) for image in report["images"]] == [4, 4]
+    assert report["images"][0]["kept_indices"] == sorted(report["images"][0]["pick_order"])
+    assert list(report["timings"]) == ["load", "prompt", "pixels", "vision", "prefill", "decode"]
+
+
+def test_ask_draws_every_picture(bundle: str, photo: str, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.png"
+    assert main(["ask", bundle, photo, photo, QUESTION, "--show", str(kept), "--max-new-tokens", "1"]) == 0
+    with Image.open(kept) as first, Image.open(tmp_path / "kept-2.png") as second:
+        assert first.size == second.size
+        assert first.width >= 60
+
+
+def test_sampling_options_reach_the_model(
+    bundle: str, photo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(*options: str) -> str:
+        assert main(["ask", bundle, photo, QUESTION, "--max-new-tokens", "12", *options]) == 0
+        return capsys.readouterr().out
+
+    hot = ("--temperature", "2")
+    assert answer(*hot, "--seed", "1") == answer(*hot, "--seed", "1") != answer(*hot, "--seed", "2")
+    assert answer(*hot, "--top-p", "0.000001", "--seed", "1") == answer() == answer("--temperature", "0")
+
+
+def test_inspect_says_what_is_in_it(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", bundle]) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "llava bundle, format 1",
+        "source      clip-llama",
+        "keeps 7 of 16 tokens a picture, alpha 1, scale minmax, body loop",
+        "positions   contiguous",
+        "vision_select  fp32",
+        "pixel_values float32[batch_size, 3, 32, 32]",
+        "picks  21/21",
+        "onnxruntime 1.",
+    ):
+        assert words in shown
+    assert main(["inspect", bundle, "--json"]) == 0
+    manifest = json.loads(capsys.readouterr().out)
+    assert manifest["selection"]["k"] == 7
+    assert manifest == json.loads((Path(bundle) / "resprune.json").read_text())
+
+
+def test_wrong_input_is_one_sentence(
+    bundle: str, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(Path(photo).read_bytes()[:-60])
+    for words, sentence in [
+        (("ask", bundle, photo, " "), "question is empty"),
+        (("ask", bundle, photo, "what is <image>?"), "contains <image>"),
+        (("ask", bundle, photo, QUESTION, "--tokens", "8"), "1 to 7, not 8"),
+        (("ask", bundle, photo, QUESTION, "--about", "dog"), '"dog" is not in the question'),
+        (("ask", bundle, photo, QUESTION, "--top-p", "2"), "top_p"),
+        (("ask", bundle, photo, QUESTION, "--threads", "-1"), "threads"),
+        (("ask", bundle, photo, "square " * 600), "past the context"),
+        (("ask", bundle, str(text), QUESTION), "text.png"),
+        (("ask", bundle, str(cut), QUESTION), "cut.png"),
+        (("ask", bundle, str(tmp_path / "none.png"), QUESTION), "none.png"),
+        (("ask", str(tmp_path), photo, QUESTION), "resprune.json"),
+        (("inspect", str(tmp_path / "nothing")), "not a directory"),
+    ]:
+        assert sentence in fails(capsys, *words), words
+
+
+def test_an_altered_file_is_refused_unless_hashes_are_skipped(
+    bundle: str, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text().replace("USER", "User"))
+    assert "chat_template.jinja was altered" in fails(capsys, "ask", str(copy), photo, QUESTION)
+    assert "chat_template.jinja was altered" in fails(capsys, "inspect", str(copy))
+    assert main(["ask", str(copy), photo, QUESTION, "--skip-hashes", "--max-new-tokens", "2"]) == 0
+    assert main(["inspect", str(copy), "--skip-hashes"]) == 0
+
+
+def test_a_graph_that_is_no_graph_is_one_sentence(
+    bundle: str, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    graph = copy / "onnx" / "vision_select.onnx"
+    graph.write_bytes(b"\xff" * graph.stat().st_size)
+    sentence = fails(capsys, "ask", str(copy), photo, QUESTION, "--skip-hashes")
+    assert "vision_select.onnx cannot be opened by onnxruntime" in sentence
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ask"],
+        ["ask", "bundle", "photo.png"],
+        ["ask", "bundle", "photo.png", "why?", "--tokens", "abc"],
+        ["fly"],
+        [],
+    ],
+)
+def test_usage_errors_exit_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    assert exit_.value.code == 2
+    assert "usage: resprune" in capsys.readouterr().err
+
+
+def test_help_lists_the_commands_of_every_room(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in ("ask", "inspect", "export"))
+
+
+def test_a_terminal_that_shows_only_ascii_gets_the_answer(bundle: str, photo: str) -> None:
+    words = ["ask", bundle, photo, QUESTION, "--max-new-tokens", "40", "--json"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*COMMAND, *words], capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    text = Pipeline.load(bundle).ask(photo, QUESTION, max_new_tokens=40).text
+    assert not text.isascii(), "shows nothing"
+    assert json.loads(done.stdout)["text"] == text.encode("ascii", "replace").decode()
+
+
+def test_a_reader_that_goes_away_is_no_traceback(bundle: str, photo: str) -> None:
+    asking = subprocess.Popen(
+        [*COMMAND, "ask", bundle, photo, QUESTION, "--max-new-tokens", "400"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert asking.stdout is not None
+    asking.stdout.close()
+    _, err = asking.communicate(timeout=120)
+    assert err == b""
+    assert asking.returncode == 141
+
+
+def test_ctrl_c_is_no_traceback(bundle: str, photo: str) -> None:
+    asking = subprocess.Popen(
+        [*COMMAND, "ask", bundle, photo, QUESTION, "--max-new-tokens", "490", "--temperature", "3"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert asking.stdout is not None
+    assert asking.stdout.read(1), "the answer has begun"
+    asking.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, err = asking.communicate(timeout=120)
+    assert err == b""
+    assert asking.returncode in (130, 0)  # 0: it had ended before the signal came
+    assert time.monotonic() - started < 60
+
+
+def test_the_limit_on_pixels_can_be_set(bundle: str, photo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = fails(capsys, "ask", bundle, photo, QUESTION, "--max-pixels", "2999")
+    assert "more than the limit of 2999" in sentence
+    assert main(["ask", bundle, photo, QUESTION, "--max-pixels", "3000", "--max-new-tokens", "1"]) == 0

@@ -1,0 +1,93 @@
+"""Kept rows in the prompt's place for the picture, under both ways of numbering."""
+
+import numpy as np
+import pytest
+
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.splice import KeptTokens, Picks, cut_picks, splice
+
+IMAGE = 7
+
+
+def kept(indices: list[int], num_tokens: int, base: float) -> KeptTokens:
+    order = np.array(indices)
+    rows = (base + np.sort(order))[:, None].astype(np.float32)
+    return KeptTokens(rows, Picks(np.sort(order), order), np.sort(order), num_tokens)
+
+
+def embed(ids: list[int]) -> np.ndarray:
+    return np.array(ids, np.float32)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("positions", "numbers"),
+    [
+        ("contiguous", [0, 1, 2, 3, 4, 5, 6, 7]),
+        # 1 token, picture of 9 from 1, 2 tokens, picture of 5 from 12, 1 token after it
+        ("original", [0, 1 + 3, 1 + 8, 10, 11, 12 + 0, 12 + 4, 17]),
+    ],
+)
+def test_two_pictures(positions: str, numbers: list[int]) -> None:
+    ids = [1, IMAGE, 2, 3, IMAGE, 4]
+    pictures = [kept([8, 3], 9, 100), kept([0, 4], 5, 200)]
+    result = splice([embed(ids)], [ids], [pictures], image_token_id=IMAGE, positions=positions)
+    assert result.inputs_embeds[0, :, 0].tolist() == [1, 103, 108, 2, 3, 200, 204, 4]
+    assert result.position_ids[0].tolist() == numbers
+    assert result.attention_mask[0].tolist() == [1] * 8
+
+
+def test_a_picture_at_either_end_of_the_prompt() -> None:
+    ids = [IMAGE, 5, IMAGE]
+    pictures = [kept([1], 3, 10), kept([2], 3, 20)]
+    result = splice([embed(ids)], [ids], [pictures], image_token_id=IMAGE, positions="original")
+    assert result.inputs_embeds[0, :, 0].tolist() == [11, 5, 22]
+    assert result.position_ids[0].tolist() == [1, 3, 6]
+
+
+def test_shorter_prompts_are_filled_up_on_the_left() -> None:
+    ids = [[1, IMAGE, 2, 3], [IMAGE]]
+    pictures = [[kept([0, 1], 4, 100)], [kept([1, 2], 4, 200)]]
+    result = splice([embed(row) for row in ids], ids, pictures, image_token_id=IMAGE, positions="contiguous")
+    assert result.inputs_embeds[:, :, 0].tolist() == [[1, 100, 101, 2, 3], [0, 0, 0, 201, 202]]
+    assert result.attention_mask.tolist() == [[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
+    assert result.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1]]
+
+
+def test_fewer_picks_are_the_first_ones() -> None:
+    features = np.array([[10.0], [20.0], [30.0], [40.0]], np.float32)  # rows of tokens 1, 2, 3, 4
+    whole = cut_picks(features, np.array([1, 2, 3, 4]), np.array([3, 1, 4, 2]), None, np.arange(9), 9)
+    assert whole.rows[:, 0].tolist() == [10, 20, 30, 40]
+    some = cut_picks(features, np.array([1, 2, 3, 4]), np.array([3, 1, 4, 2]), 3, 10 * np.arange(9), 9)
+    assert some.rows[:, 0].tolist() == [10, 30, 40]
+    assert some.picks.kept_indices.tolist() == [1, 3, 4]
+    assert some.picks.pick_order.tolist() == [3, 1, 4]
+    assert some.offsets.tolist() == [10, 30, 40]
+    assert some.advance == 9
+
+
+def test_places_that_nothing_fills_are_left_out() -> None:
+    features = np.array([[10.0], [20.0], [0.0]], np.float32)
+    result = cut_picks(features, np.array([1, 2, -1]), np.array([2, 1, -1]), None, np.arange(3), 3)
+    assert result.rows[:, 0].tolist() == [10, 20]
+    assert result.picks.pick_order.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 3])
+def test_tokens_out_of_range_names_k(tokens: int) -> None:
+    with pytest.raises(ResPruneError, match=f"1 to 2, not {tokens}"):
+        cut_picks(np.zeros((2, 1), np.float32), np.array([0, 1]), np.array([0, 1]), tokens, np.arange(9), 9)
+
+
+def test_positions_of_three_axes() -> None:
+    grid = np.array(
+        [[0, 0, 0], [0, 1, 1], [1, 0, 1]]
+    )  # time, height and width of tokens 1, 2 and 3 of a 2 x 2 grid
+    kept3 = KeptTokens(np.zeros((3, 1), np.float32), Picks(np.array([1, 2, 3]), np.array([3, 1, 2])), grid, 2)
+    ids = [1, IMAGE, 2, 3]
+    result = splice([embed(ids)], [ids], [[kept3]], image_token_id=IMAGE, positions="original")
+    assert result.position_ids.shape == (3, 1, 6)
+    assert result.position_ids[:, 0].tolist() == [
+        [0, 1, 1, 1, 3, 4],
+        [0, 1, 2, 2, 3, 4],
+        [0, 2, 1, 2, 3, 4],
+    ]

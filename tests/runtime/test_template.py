@@ -1,0 +1,111 @@
+"""Prompts as text: the same as transformers renders them, for templates of every make."""
+
+import json
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from resprune.runtime.bundle import Bundle
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.template import (
+    DEFAULT_TEMPLATE,
+    assistant_message,
+    chat_template,
+    render,
+    user_message,
+)
+from tests.runtime.bundles import bundle_of_files
+
+VARIABLES = {"bos_token": "<s>", "eos_token": "</s>", "image_token": "<image>"}
+CHAT = [
+    user_message("What is <b>it</b> & why?", 2),
+    assistant_message('It\'s a "café" 🎉'),
+    user_message("And\nnow?", 0),
+]
+# llava-hf/llava-1.5-7b-hf, word for word
+LLAVA_15 = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}"
+    "{% endif %}{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', "
+    "'image') %}{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+BLOCKS = """{{ bos_token }}
+{%- for message in messages %}
+    {% if loop.index > 7 %}
+        {% break %}
+    {% endif %}
+    <|{{ message['role'] }}|>
+    {% for part in message['content'] %}
+        {% if part.type == 'image' %}<image>{% else %}{{ part.text | trim | tojson }}{% endif %}
+    {% endfor %}
+{% endfor %}
+{% if messages | length > 9 %}{{ raise_exception('too long') }}{% endif %}
+{% set ns = namespace(count=1) %}{{ ns.count }}{{ strftime_now('%Y') }}{{ dict(a=1)['a'] }}
+"""
+
+
+@pytest.mark.parametrize("template", [LLAVA_15, BLOCKS])
+def test_renders_as_transformers_does(template: str) -> None:
+    expected, _ = render_jinja_template(
+        [CHAT], chat_template=template, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
+    )
+    assert render(CHAT, template, VARIABLES) == expected[0]
+
+
+def test_default_is_the_template_of_llava_15() -> None:
+    assert render(CHAT, DEFAULT_TEMPLATE, VARIABLES) == render(CHAT, LLAVA_15, VARIABLES)
+    assert render([user_message("Why?", 1)], DEFAULT_TEMPLATE, VARIABLES) == "USER: <image>\nWhy? ASSISTANT:"
+
+
+def test_a_template_for_plain_text_gets_strings() -> None:
+    template = (
+        "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] + '\n' }}{% endfor %}"
+    )
+    assert render(CHAT, template, VARIABLES) == (
+        '[user] <image>\n<image>\nWhat is <b>it</b> & why?\n[assistant] It\'s a "café" 🎉\n[user] And\nnow?\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{% if %}", "not valid Jinja"),
+        ("no picture here", "no <image> for a picture"),
+        ("{{ raise_exception('only in French') }}", "only in French"),
+        ("{{ ''.__class__.__mro__ }}<image>", "chat template cannot make this prompt"),
+        ("{{ messages.append(1) }}<image><image>", "chat template cannot make this prompt"),
+    ],
+)
+def test_a_template_that_fails_is_one_sentence(template: str, sentence: str) -> None:
+    with pytest.raises(ResPruneError, match=sentence):
+        render(CHAT, template, VARIABLES)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"chat_template.jinja": "A", "chat_template.json": '{"chat_template": "B"}'}, "A"),
+        (
+            {
+                "processor_config.json": '{"chat_template": "P"}',
+                "chat_template.json": '{"chat_template": "B"}',
+            },
+            "P",
+        ),
+        ({"chat_template.json": '{"chat_template": "B"}', "tokenizer_config.json": "{}"}, "B"),
+        ({"tokenizer_config.json": json.dumps({"chat_template": "T"})}, "T"),
+        (
+            {"tokenizer_config.json": json.dumps({"chat_template": [{"name": "default", "template": "D"}]})},
+            "D",
+        ),
+        ({"processor_config.json": '{"chat_template": {"default": "D", "rag": "R"}}'}, "D"),
+        ({"tokenizer_config.json": "{}"}, DEFAULT_TEMPLATE),
+        ({}, DEFAULT_TEMPLATE),
+    ],
+)
+def test_finds_the_template(tmp_path, files: dict[str, str], expected: str) -> None:
+    bundle: Bundle = bundle_of_files(tmp_path, files)
+    assert chat_template(bundle) == expected

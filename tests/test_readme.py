@@ -1,0 +1,57 @@
+"""The README's commands and its Python do what it says, on a copy of the demo in an empty directory."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A working directory in which the README's relative paths lead to the demo."""
+    work = tmp_path_factory.mktemp("readme")
+    (work / "demo").symlink_to(ROOT / "demo")
+    return work
+
+
+def run(command, directory):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        command, cwd=directory, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+
+
+def test_commands_then_python(directory):
+    commands = [line for block in blocks("sh") for line in block.splitlines()]
+    assert commands
+    for command in commands:
+        done = run(["bash", "-c", command], directory)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+    programs = blocks("python")
+    assert programs
+    for program in programs:
+        done = run([sys.executable, "-c", program], directory)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"\bmake ([a-z-]+)", README))
+    made = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert targets <= made
+    assert {"demo", "test", "bench", "export"} <= targets
+
+
+def test_files_that_are_named_exist():
+    named = re.findall(r"`((?:demo|benchmarks|exporter|graphs|runtime|tests)/[\w./-]+)`", README)
+    assert [name for name in named if not (ROOT / name).exists()] == []

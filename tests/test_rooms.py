@@ -1,0 +1,70 @@
+"""The rooms' one direction (exporter → graphs, runtime), read from every import statement."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# room → what its files may never import
+FORBIDDEN = {
+    "runtime": (
+        *("torch", "torchvision", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"),
+        *("huggingface_hub", "resprune.exporter", "resprune.graphs", "demo", "benchmarks", "tests"),
+    ),
+    "graphs": (
+        *("torch", "torchvision", "transformers", "resprune.exporter", "resprune.runtime"),
+        *("demo", "benchmarks", "tests"),
+    ),
+    "exporter": ("demo", "benchmarks", "tests"),
+}
+KERNELS = "kernels"  # in graphs: the one part that the runtime may import and that may import torch
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything a file imports, inside functions and TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def under(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def excepted(room: str, path: Path, name: str) -> bool:
+    if room == "runtime":
+        return under(name, f"resprune.graphs.{KERNELS}")
+    return room == "graphs" and KERNELS in path.with_suffix("").parts and under(name, "torch")
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_a_room_imports_only_what_it_may(room: str) -> None:
+    files = sorted((ROOT / room).rglob("*.py"))
+    assert len(files) > 1
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in files
+        for line, name in imports(path)
+        for package in FORBIDDEN[room]
+        if under(name, package) and not excepted(room, path, name)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "found"),
+    [
+        ("import torch.nn as nn", "torch.nn"),
+        ("def f():\n    from resprune.exporter.export import export", "resprune.exporter.export.export"),
+        ("from resprune import exporter", "resprune.exporter"),
+    ],
+)
+def test_the_reader_sees_every_form_of_import(tmp_path: Path, statement: str, found: str) -> None:
+    path = tmp_path / "file.py"
+    path.write_text(statement)
+    assert [name for _, name in imports(path)] == [found]
