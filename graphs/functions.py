@@ -133,18 +133,18 @@ def _loop(op: Any, state: Any, fixed: Any, k: int) -> Any:
         # Not the condition that came in: TensorRT knows none where the Loop has a trip count only.
         return op.Identity(True), *state, pick
 
-    names = ("energy", "fill", "columns")
-    shapes = (["batch_size", "num_tokens"], ["batch_size", "num_tokens"], ["batch_size", k, "num_tokens"])
+    rows = ir.Shape(["batch_size", "num_tokens"])
+    carried = {"energy": rows, "fill": rows, "columns": ir.Shape(["batch_size", k, "num_tokens"])}
     loop_body = op.builder.subgraph(
         body,
         inputs=[
             ir.val("step", ir.DataType.INT64, []),
             ir.val("condition_in", ir.DataType.BOOL, []),
-            *(ir.val(f"{n}_in", ir.DataType.FLOAT, shape) for n, shape in zip(names, shapes, strict=True)),
+            *(ir.val(f"{name}_in", ir.DataType.FLOAT, shape) for name, shape in carried.items()),
         ],
         outputs=[
             ir.val("condition_out", ir.DataType.BOOL, []),
-            *(ir.val(f"{n}_out") for n in names),
+            *(ir.val(f"{name}_out") for name in carried),
             ir.val("pick", ir.DataType.INT64),
         ],
         name="select_one",

@@ -64,16 +64,24 @@ def token_select_model(
 
 
 def attach_selection(
-    encoder: onnx.ModelProto, k: int, *, alpha: float, scale: str, body: str = "loop"
+    encoder: onnx.ModelProto,
+    k: int,
+    *,
+    alpha: float,
+    scale: str,
+    body: str = "loop",
+    padding: str | None = None,
 ) -> onnx.ModelProto:
     """`vision_select` from `vision_encoder`: the encoder's N rows go through the selection inside the graph.
 
     The encoder's output `image_features` [batch_size, N, D] is replaced by the K kept rows under the same name, with
     `kept_indices` and `pick_order` as in `token_select_model`; the inputs `text_embeds` and `text_mask` are added.
-    Tensors in external files stay there: only their references are copied.
+    Tensors in external files stay there: only their references are copied. `padding` names an int64 input
+    [batch_size, N] of the encoder that is below 0 where a picture with fewer tokens than the others has none; without
+    it every token is a candidate.
 
     Raises:
-        ValueError: no output `image_features`, k outside 1 … N, or an unknown scale or body.
+        ValueError: no output `image_features`, no input `padding`, k outside 1 … N, or an unknown scale or body.
 
     """
     model = ir.from_proto(encoder)
@@ -87,8 +95,16 @@ def attach_selection(
     output.name = "all_image_features"
     graph.outputs.remove(output)
     op = onnxscript.GraphBuilder(graph).op
-    every = op.Expand(True, op.Shape(output, start=0, end=2))  # [B, N]: a fixed grid has no padding
-    functions = _select(op, output, every, k, alpha=alpha, scale=scale, body=body, kept_name="image_features")
+    if padding is None:
+        candidates = op.Expand(True, op.Shape(output, start=0, end=2))  # [B, N]
+    else:
+        source = next((value for value in graph.inputs if value.name == padding), None)
+        if source is None:
+            raise ValueError(f"the encoder has no input {padding}")
+        candidates = op.GreaterOrEqual(source, 0)
+    functions = _select(
+        op, output, candidates, k, alpha=alpha, scale=scale, body=body, kept_name="image_features"
+    )
     graph.opset_imports[DOMAIN] = VERSION
     for function in functions:
         model.functions[function.identifier()] = function
@@ -115,8 +131,8 @@ def _select(
         residual_select_function(k, body=body, opset=opset),
     ]
     batch, _, hidden = features.shape or ("batch_size", "num_tokens", "hidden_size")
-    text = ir.val("text_embeds", features.dtype, [batch, "text_tokens", hidden])
-    text_mask = ir.val("text_mask", ir.DataType.BOOL, [batch, "text_tokens"])
+    text = ir.val("text_embeds", features.dtype, ir.Shape([batch, "text_tokens", hidden]))
+    text_mask = ir.val("text_mask", ir.DataType.BOOL, ir.Shape([batch, "text_tokens"]))
     graph.inputs.extend([text, text_mask])
 
     ours: dict[str, Any] = {"_domain": DOMAIN, "_version": VERSION, "plugin_namespace": DOMAIN}

@@ -1,0 +1,118 @@
+"""`resprune export`: arguments in, exit status out. Heavy imports happen only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from resprune.runtime.bundle import BODIES, POSITIONS, SCALES
+from resprune.runtime.errors import ResPruneError
+
+NEEDED = ("torch", "transformers", "onnx", "onnxscript", "huggingface_hub", "tqdm")
+
+
+def register_export(subparsers: Any) -> None:
+    """Add the subcommand `export`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "export", help="turn a checkpoint into a bundle", description="Turn a checkpoint into a bundle."
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="demo, llava15, llava-next, qwen25vl-3b or another alias, a hub id, or a directory",
+    )
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="the bundle's directory, which must not exist yet"
+    )
+    parser.add_argument(
+        "-k",
+        type=_budget,
+        required=True,
+        metavar="K",
+        help="visual tokens to keep for each picture, or their share, as in 11%%",
+    )
+    parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="precision of the weights")
+    parser.add_argument(
+        "--split", action="store_true", help="also write encoder and selector apart: encode once, ask often"
+    )
+    parser.add_argument(
+        "--alpha",
+        type=_strength,
+        default=1.0,
+        help="strength of the question's guidance, 0 for none (default 1)",
+    )
+    parser.add_argument(
+        "--scale", choices=SCALES, default="minmax", help="how relevance is scaled (default minmax)"
+    )
+    parser.add_argument("--positions", choices=POSITIONS, help="position ids of the pruned prompt")
+    parser.add_argument(
+        "--body", choices=BODIES, default="loop", help="selection as a Loop node, or unrolled"
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        metavar="PIXELS",
+        help="largest picture, for families that take any size (default: the checkpoint's own limit)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--force", action="store_true", help="replace the bundle at OUT")
+    parser.set_defaults(run=run_export)
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Export; returns 0, or 1 with a table on stderr if a graph misses parity. Raises `ResPruneError`."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ResPruneError(
+            f'export needs {", ".join(missing)}; install with: pip install "resprune[export]"'
+        )
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from resprune.exporter.export import Options, export
+    from resprune.exporter.verify import ParityError
+
+    options = Options(
+        **arguments.k,
+        dtype=arguments.dtype,
+        split=arguments.split,
+        alpha=arguments.alpha,
+        scale=arguments.scale,
+        positions=arguments.positions,
+        max_pixels=arguments.max_pixels,
+        body=arguments.body,
+        revision=arguments.revision,
+        force=arguments.force,
+        command=shlex.join(["resprune", *sys.argv[1:]]),
+    )
+    try:
+        export(arguments.model, arguments.out, options, report=_print_line)
+    except ParityError as error:
+        print(f"resprune: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _print_line(line: str) -> None:
+    print(line, flush=True)
+
+
+def _budget(text: str) -> dict[str, Any]:
+    """The field of `Options` that -k fills: `k`, or `share` if there is a percent sign."""
+    try:
+        return {"share": float(text[:-1]) / 100} if text.endswith("%") else {"k": int(text)}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither a number of tokens nor a share like 11%"
+        ) from None
+
+
+def _strength(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
+    return value

@@ -1,0 +1,312 @@
+"""From a checkpoint to a bundle, in one transaction that proves itself before it ends."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import onnx
+from tqdm import tqdm
+
+from resprune.exporter import precision, verify
+from resprune.exporter.checkpoint import Checkpoint, resolve
+from resprune.exporter.families import Family, family_of
+from resprune.exporter.ort_worker import OrtWorker
+from resprune.exporter.pieces import Piece, Pieces
+from resprune.exporter.shards import StoredTensor
+from resprune.exporter.sidefiles import check_side_files, copy_side_files
+from resprune.exporter.trace import Traced, trace
+from resprune.exporter.transaction import new_directory, require_space
+from resprune.exporter.verify import Difference, Verifier
+from resprune.exporter.weightless import fake_mode
+from resprune.exporter.weights import data_size, find_weights, write_graph
+from resprune.graphs import attach_selection, token_select_model
+from resprune.runtime.bundle import (
+    FORMAT_VERSION,
+    GraphSpec,
+    Manifest,
+    Selection,
+    TensorSpec,
+    describe_files,
+    share_of,
+    write_manifest,
+)
+from resprune.runtime.errors import ResPruneError
+
+# Graph structure, tokenizer and manifest, which the count of weights leaves out.
+OVERHEAD_BYTES = 32 << 20
+PACKAGES = ("resprune", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+ELEMENT_TYPES = {1: "float32", 7: "int64", 9: "bool", 10: "float16"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may choose: `k` tokens a picture, or a `share` of its tokens, above 0 and at most 1.
+
+    `positions` None means the family's default, `max_pixels` None the checkpoint's own limit.
+    """
+
+    k: int | None = None
+    share: float | None = None
+    dtype: str = "fp32"
+    split: bool = False
+    alpha: float = 1.0
+    scale: str = "minmax"
+    positions: str | None = None
+    body: str = "loop"
+    max_pixels: int | None = None
+    revision: str | None = None
+    force: bool = False
+    command: str = "resprune export"
+
+
+Report = Callable[[str], None]
+
+
+def export(model: str, out: Path, options: Options, report: Report = print) -> Path:
+    """Export `model` (alias, hub id or directory) to the bundle `out`, which is there whole or not at all.
+
+    `report` gets one line a stage. Raises `ResPruneError` for what the user can put right and `ParityError` if a
+    graph differs from PyTorch by more than it may.
+    """
+    if (options.k is None) == (options.share is None):
+        raise ResPruneError("give the tokens to keep either as a number or as a share")
+    if options.k is not None and options.k < 1:
+        raise ResPruneError(f"-k {options.k} keeps no visual token; give 1 or more")
+    if options.share is not None and not 0 < options.share <= 1:
+        raise ResPruneError(
+            f"-k {100 * options.share:g}% is no share of the visual tokens to keep; give more than 0% and at most 100%"
+        )
+    with new_directory(out, force=options.force) as work:
+        _Export(model, out, options, report, work).run()
+    return out
+
+
+@dataclass
+class _Export:
+    """One export under way; `work` is the directory that becomes the bundle."""
+
+    model: str
+    out: Path
+    options: Options
+    report: Report
+    work: Path
+    graphs: dict[str, GraphSpec] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    stage: int = 0
+
+    def run(self) -> None:
+        started = perf_counter()
+        checkpoint = resolve(self.model, revision=self.options.revision)
+        family = family_of(checkpoint)
+        checkpoint = self._limit_pixels(checkpoint, family)
+        positions = self._positions(family)
+        check_side_files(checkpoint)
+        mode = fake_mode()
+        pieces = family.take_apart(checkpoint, precision.DTYPES[self.options.dtype], mode)
+        selection = self._selection(pieces)
+        stored = find_weights(checkpoint, pieces.model)
+        require_space(self.work.parent, self._bytes_needed(pieces))
+        parameters = sum(tensor.numel() for tensor in pieces.model.parameters())
+        size = sum(tensor.nbytes for tensor in checkpoint.weights.values())
+        self._line("checkpoint", started, size, f"{family.title}, {parameters / 1e6:,.1f} M parameters")
+
+        (self.work / "onnx").mkdir()
+        with OrtWorker() as worker:
+            verifier = Verifier(pieces, stored, self.options.dtype)
+            for piece in (pieces.embed, pieces.vision, pieces.decoder):
+                started = perf_counter()
+                traced = trace(piece, pieces.model, mode)
+                if piece is pieces.vision:
+                    self._vision(traced, pieces, stored, selection, verifier, worker, started)
+                else:
+                    self._graph(piece, traced, stored, verifier, worker, started)
+            started = perf_counter()
+            note = verifier.level
+            if verifier.has_decoder:
+                paths = {name: self.work / spec.file for name, spec in self.graphs.items()}
+                equal = verifier.compare_greedy(worker, paths, selection, positions)
+                note = f"greedy tokens {self._count('greedy tokens', equal)}"
+            self._line("generation", started, None, note)
+            verify.require(self.differences, self.counts, exact=self.options.dtype == "fp32")
+
+        started = perf_counter()
+        copy_side_files(checkpoint, self.work)
+        self._manifest(checkpoint, family, pieces, selection, positions, verifier.level)
+        total = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
+        of = selection.num_tokens or f"up to {selection.max_tokens}"
+        self._line(str(self.out), started, total, f"K {selection.k} of {of}")
+
+    def _vision(
+        self,
+        traced: Traced,
+        pieces: Pieces,
+        stored: Mapping[str, StoredTensor],
+        selection: Selection,
+        verifier: Verifier,
+        worker: OrtWorker,
+        started: float,
+    ) -> None:
+        """vision_select, the default; and with --split the encoder and the selector apart."""
+        how: Any = {"alpha": selection.alpha, "scale": selection.scale, "body": selection.body}
+        attached = attach_selection(traced.model, selection.k, **how, padding=pieces.padding)
+        fused = Traced(attached, traced.weights)
+        path = self._write("vision_select", fused, stored)
+        differences, equal, total = verifier.compare_selection(worker, path, selection)
+        self._compared(path, started, differences, f"picks {self._count('picks', (equal, total))}")
+        if not self.options.split:
+            return
+        started = perf_counter()
+        encoder = self._write("vision_encoder", traced, stored)
+        self._compared(encoder, started, verifier.compare(worker, pieces.vision, encoder), "")
+        started = perf_counter()
+        selector = self._write("token_select", Traced(token_select_model(selection.k, **how), {}), {})
+        same = verifier.compare_split(worker, path, encoder, selector)
+        self._compared(selector, started, [], f"picks {self._count('split picks', same)}")
+
+    def _graph(
+        self,
+        piece: Piece,
+        traced: Traced,
+        stored: Mapping[str, StoredTensor],
+        verifier: Verifier,
+        worker: OrtWorker,
+        started: float,
+    ) -> None:
+        path = self._write(piece.name, traced, stored)
+        if verifier.has_decoder or piece.name != "decoder_model_merged":
+            self._compared(path, started, verifier.compare(worker, piece, path), "")
+        else:
+            self._compared(path, started, [], "not compared")
+
+    def _write(self, name: str, traced: Traced, stored: Mapping[str, StoredTensor]) -> Path:
+        suffix = "" if self.options.dtype == "fp32" else f"_{self.options.dtype}"
+        path = self.work / "onnx" / f"{name}{suffix}.onnx"
+        with tqdm(
+            total=data_size(traced), desc=name, unit="B", unit_scale=True, leave=False, disable=None
+        ) as bar:
+            write_graph(traced, path, stored, bar.update)
+        self.graphs[name] = GraphSpec(
+            file=path.relative_to(self.work).as_posix(),
+            precision=self.options.dtype,
+            inputs=_tensor_specs(traced.model.graph.input),
+            outputs=_tensor_specs(traced.model.graph.output),
+        )
+        return path
+
+    def _compared(self, path: Path, started: float, differences: list[Difference], note: str) -> None:
+        self.differences += differences
+        size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
+        worst = max(differences, key=lambda row: row.max_diff / max(1.0, row.scale), default=None)
+        text = (
+            ""
+            if worst is None
+            else f"max diff {worst.max_diff:.1e} (atol {worst.atol * max(1.0, worst.scale):.0e})"
+        )
+        self._line(path.name, started, size, "   ".join(part for part in (text, note) if part))
+
+    def _count(self, what: str, counted: tuple[int, int]) -> str:
+        self.counts[what] = counted
+        return f"{counted[0]}/{counted[1]}"
+
+    def _line(self, what: str, started: float, size: int | None, note: str) -> None:
+        self.stage += 1
+        stages = 8 if self.options.split else 6
+        megabytes = "" if size is None else f"{size / 1e6:,.1f} MB"
+        seconds = f"{perf_counter() - started:.1f} s"
+        self.report(f"[{self.stage}/{stages}] {what:28} {seconds:>8} {megabytes:>12}   {note}")
+
+    def _limit_pixels(self, checkpoint: Checkpoint, family: Family) -> Checkpoint:
+        if self.options.max_pixels is None:
+            return checkpoint
+        if not family.any_size:
+            raise ResPruneError(
+                f"{family.title} brings every picture to sizes of its own; leave out --max-pixels"
+            )
+        return replace(checkpoint, image_processor={"max_pixels": self.options.max_pixels})
+
+    def _positions(self, family: Family) -> str:
+        positions = self.options.positions or family.positions[0]
+        if positions not in family.positions:
+            raise ResPruneError(
+                f"{family.title} allows --positions {' or '.join(family.positions)}, not {positions}"
+            )
+        return positions
+
+    def _selection(self, pieces: Pieces) -> Selection:
+        options, n = self.options, pieces.num_tokens or pieces.max_tokens
+        assert n is not None
+        k = options.k or share_of(options.share or 0.0, n)  # the other one is None
+        if k > n:
+            most = "the" if pieces.num_tokens else "the at most"
+            raise ResPruneError(f"-k {k} is more than {most} {n} visual tokens of a picture; give 1 to {n}")
+        return Selection(
+            k,
+            pieces.num_tokens,
+            options.alpha,
+            options.scale,
+            options.body,
+            max_tokens=pieces.max_tokens,
+            share=options.share,
+        )
+
+    def _bytes_needed(self, pieces: Pieces) -> int:
+        """Upper bound of the bundle's size; each graph carries its own copy of what it uses."""
+        visions = 2 if self.options.split else 1
+        return OVERHEAD_BYTES + sum(
+            copies * sum(tensor.nbytes for tensor in piece.module.parameters())
+            for copies, piece in ((visions, pieces.vision), (1, pieces.embed), (1, pieces.decoder))
+        )
+
+    def _manifest(
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        pieces: Pieces,
+        selection: Selection,
+        positions: str,
+        level: str,
+    ) -> None:
+        parity: dict[str, Any] = {"level": level, "outputs": {}}
+        for row in self.differences:
+            figures = {"max_diff": row.max_diff, "scale": row.scale, "atol": row.atol}
+            parity["outputs"].setdefault(row.graph, {})[row.output] = figures
+        parity |= {what.replace(" ", "_"): f"{equal}/{total}" for what, (equal, total) in self.counts.items()}
+        write_manifest(
+            self.work,
+            Manifest(
+                format_version=FORMAT_VERSION,
+                family=family.name,
+                model=checkpoint.name,
+                revision=checkpoint.revision,
+                selection=selection,
+                positions=positions,
+                image_token_id=pieces.image_token_id,
+                context_length=pieces.context_length,
+                graphs=self.graphs,
+                files={
+                    name: spec for name, spec in describe_files(self.work).items() if not name.startswith(".")
+                },
+                versions={"python": sys.version.split()[0]}
+                | {name: importlib.metadata.version(name) for name in PACKAGES},
+                command=self.options.command,
+                parity=parity,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+            ),
+        )
+
+
+def _tensor_specs(values: Any) -> tuple[TensorSpec, ...]:
+    def spec(value: onnx.ValueInfoProto) -> TensorSpec:
+        tensor = value.type.tensor_type
+        shape = tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim)
+        return TensorSpec(value.name, ELEMENT_TYPES[tensor.elem_type], shape)
+
+    return tuple(spec(value) for value in values)

@@ -1,0 +1,122 @@
+"""LLaVA-1.5 and its kin: one tower, one two-layer projector, a fixed number of visual tokens for each picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from resprune.exporter.attention import register_attention
+from resprune.exporter.checkpoint import Checkpoint, parse_config
+from resprune.exporter.language import check_language, decoder_piece, embed_piece
+from resprune.exporter.pieces import Piece, Pieces, Sizes
+from resprune.exporter.precision import lower
+from resprune.exporter.sidefiles import image_processor_config
+from resprune.exporter.weightless import build
+from resprune.runtime.bundle import TensorSpec
+from resprune.runtime.errors import ResPruneError
+
+TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2")
+
+
+class Vision(nn.Module):
+    """pixel_values [B, 3, H, W] → image_features [B, N, D], the rows that are spliced into the prompt.
+
+    The same as `get_image_features` of transformers, which cannot be traced for a dynamic batch: it splits the batch
+    into a Python list.
+    """
+
+    def __init__(self, tower: nn.Module, projector: nn.Module, layers: int | list[int], crop: bool) -> None:
+        super().__init__()
+        self.tower = tower
+        self.projector = projector
+        self.layers = [layers] if isinstance(layers, int) else list(layers)
+        self.crop = crop
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
+        hidden_states = self.tower(pixel_values, output_hidden_states=True).hidden_states
+        chosen = [hidden_states[layer] for layer in self.layers]
+        if self.crop:
+            chosen = [hidden[:, 1:] for hidden in chosen]  # without the class token
+        return (self.projector(torch.cat(chosen, dim=-1)),)
+
+
+def take_apart(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode) -> Pieces:
+    """The three pieces of a LLaVA checkpoint, weightless; `ResPruneError` for a config that they cannot carry."""
+    config = parse_config(LlavaConfig, checkpoint)
+    check_language(config.text_config)
+    check_tower(config.vision_config)
+    config._attn_implementation = register_attention(dtype)
+    model: Any = build(LlavaForConditionalGeneration, config, mode)
+    lower(model, dtype, mode)
+    vision = _vision_piece(model, config, pixel_size(checkpoint), mode)
+    return Pieces(
+        model=model,
+        vision=vision,
+        embed=embed_piece(model.get_input_embeddings(), config.text_config),
+        decoder=decoder_piece(model.model.language_model, model.lm_head, config.text_config, dtype),
+        num_tokens=int(vision.outputs[0].shape[1]),
+        image_token_id=config.image_token_id,
+        context_length=config.text_config.max_position_embeddings,
+    )
+
+
+def check_tower(config: Any) -> None:
+    """`ResPruneError` unless the vision tower is of a kind whose rows `Vision` can take."""
+    if config.model_type not in TOWERS:
+        raise ResPruneError(
+            f"the vision tower is of type {config.model_type}; supported are {', '.join(TOWERS)}"
+        )
+
+
+def pixel_size(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Height and width of the pictures that the checkpoint's image processor makes.
+
+    What it crops to, else what it resizes to; without an image processor, the tower's own size.
+    """
+    processor = image_processor_config(checkpoint)
+    for switch, key in (("do_center_crop", "crop_size"), ("do_resize", "size")):
+        size = processor.get(key)
+        if not processor.get(switch, True) or size is None:
+            continue
+        if isinstance(size, int):
+            return size, size
+        if {"height", "width"} <= size.keys():
+            return int(size["height"]), int(size["width"])
+        raise ResPruneError(
+            f"the checkpoint's image processor makes pictures of varying shape ({key} is {size}); "
+            "LLaVA needs a height and a width there"
+        )
+    size = checkpoint.config["vision_config"].get("image_size", 224)
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _vision_piece(model: Any, config: Any, size: tuple[int, int], mode: FakeTensorMode) -> Piece:
+    module = Vision(
+        model.model.vision_tower,
+        model.model.multi_modal_projector,
+        config.vision_feature_layer,
+        config.vision_feature_select_strategy == "default",
+    )
+
+    def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return (torch.randn((sizes["batch_size"], 3, *size), generator=generator),)
+
+    try:
+        with mode:
+            _, num_tokens, hidden_size = module(torch.empty(1, 3, *size))[0].shape
+    except (
+        ValueError,
+        IndexError,
+    ) as error:  # pictures of a size that the tower refuses, or a layer it lacks
+        raise ResPruneError(f"the checkpoint's config does not fit its vision tower: {error}") from None
+    pixels = TensorSpec("pixel_values", "float32", ("batch_size", 3, *size))
+    features = TensorSpec("image_features", "float32", ("batch_size", num_tokens, hidden_size))
+    return Piece("vision_encoder", module, (pixels,), (features,), samples, _reference)
+
+
+def _reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (torch.stack(list(model.get_image_features(inputs[0]).pooler_output)),)

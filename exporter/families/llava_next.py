@@ -1,0 +1,135 @@
+"""LLaVA-NeXT: the tower and projector of LLaVA over tiles, whose rows are packed into one sequence a picture.
+
+Which rows a picture's sequence has depends on its size alone, so the runtime computes their numbers (anyres.py, in
+integers, as transformers does) and the graph gathers them: exact by construction, for any resolution, and the graph
+has no branch, no loop and no shape that depends on the data.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+from resprune.exporter.attention import register_attention
+from resprune.exporter.checkpoint import Checkpoint, parse_config
+from resprune.exporter.families.llava import Vision, check_tower
+from resprune.exporter.language import check_language, decoder_piece, embed_piece
+from resprune.exporter.pieces import Piece, Pieces, Sizes
+from resprune.exporter.precision import lower
+from resprune.exporter.sidefiles import image_processor_config
+from resprune.exporter.weightless import build
+from resprune.runtime.anyres import AnyResolution
+from resprune.runtime.bundle import TensorSpec
+from resprune.runtime.errors import ResPruneError
+
+
+class _PackedVision(nn.Module):
+    """pixel_values [tiles, 3, H, W], pack_indices [B, N] → image_features [B, N, D].
+
+    Indices count the rows of all tiles, P a tile, then the newline row; below 0 is padding and gives a row of zeros.
+    """
+
+    def __init__(self, tiles: Vision, newline: nn.Parameter) -> None:
+        super().__init__()
+        self.tiles = tiles
+        self.newline = newline
+
+    def forward(self, pixel_values: Tensor, pack_indices: Tensor) -> tuple[Tensor]:
+        rows = self.tiles(pixel_values)[0].flatten(0, 1)  # [tiles · P, D]
+        table = torch.cat([rows, self.newline[None], torch.zeros_like(self.newline)[None]])
+        # Not left to the meaning of a negative index, on which runtimes differ.
+        indices = torch.where(pack_indices < 0, rows.shape[0] + 1, pack_indices)
+        return (nn.functional.embedding(indices, table),)
+
+
+def take_apart(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode) -> Pieces:
+    """The three pieces of a LLaVA-NeXT checkpoint, weightless; `ResPruneError` for a config they cannot carry."""
+    config = parse_config(LlavaNextConfig, checkpoint)
+    check_language(config.text_config)
+    check_tower(config.vision_config)
+    anyres = _any_resolution(checkpoint, config)
+    config._attn_implementation = register_attention(dtype)
+    model: Any = build(LlavaNextForConditionalGeneration, config, mode)
+    lower(model, dtype, mode)
+    return Pieces(
+        model=model,
+        vision=_vision_piece(model, config, anyres, mode),
+        embed=embed_piece(model.get_input_embeddings(), config.text_config),
+        decoder=decoder_piece(model.model.language_model, model.lm_head, config.text_config, dtype),
+        num_tokens=None,
+        max_tokens=anyres.max_tokens,
+        padding="pack_indices",
+        image_token_id=config.image_token_id,
+        context_length=config.text_config.max_position_embeddings,
+    )
+
+
+def _any_resolution(checkpoint: Checkpoint, config: Any) -> AnyResolution:
+    """What the runtime will do with pictures; `ResPruneError` where the processor's resolutions are not the model's."""
+    tower = config.vision_config
+    if not isinstance(tower.image_size, int) or not isinstance(tower.patch_size, int):
+        raise ResPruneError("the vision tower's image_size or patch_size is not one number; tiles are square")
+    anyres = AnyResolution.from_config(
+        image_processor_config(checkpoint), image_size=tower.image_size, patch_size=tower.patch_size
+    )
+    resolutions = tuple(tuple(pair) for pair in config.image_grid_pinpoints)
+    if resolutions != anyres.resolutions:
+        raise ResPruneError(
+            "image_grid_pinpoints differ between config.json and preprocessor_config.json "
+            f"({list(resolutions)} and {list(anyres.resolutions)}); make them the same"
+        )
+    return anyres
+
+
+def _vision_piece(model: Any, config: Any, anyres: AnyResolution, mode: FakeTensorMode) -> Piece:
+    tiles = Vision(
+        model.model.vision_tower,
+        model.model.multi_modal_projector,
+        config.vision_feature_layer,
+        config.vision_feature_select_strategy == "default",
+    )
+    size = anyres.tile_size
+
+    def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
+        pictures = []
+        for width, height in _sample_sizes(anyres, sizes["batch_size"]):
+            rows, columns = anyres.tile_grid((width, height))
+            pixels = torch.randn((1 + rows * columns, 3, *size), generator=generator).numpy()
+            pictures.append(anyres.picture((width, height), pixels))
+        batch = anyres.batch(pictures)
+        return torch.from_numpy(batch["pixel_values"]), torch.from_numpy(batch["pack_indices"])
+
+    def reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        pixel_values, pack_indices = inputs
+        sizes = [[height, width] for width, height in _sample_sizes(anyres, len(pack_indices))]
+        packed = model.get_image_features(pixel_values, torch.tensor(sizes)).pooler_output
+        return (nn.utils.rnn.pad_sequence(list(packed), batch_first=True),)
+
+    try:
+        with mode:
+            _, patches, hidden_size = tiles(torch.empty(1, 3, *size))[0].shape
+    except (ValueError, IndexError) as error:  # a size that the tower refuses, or a layer it lacks
+        raise ResPruneError(f"the checkpoint's config does not fit its vision tower: {error}") from None
+    if patches != anyres.side**2:
+        raise ResPruneError(
+            f"the vision tower gives {patches} rows a tile where {anyres.side} x {anyres.side} patches are packed; "
+            "correct vision_feature_select_strategy in config.json (default drops a class token, full keeps all)"
+        )
+    inputs = (
+        TensorSpec("pixel_values", "float32", ("num_tiles", 3, *size)),
+        TensorSpec("pack_indices", "int64", ("batch_size", "num_tokens")),
+    )
+    features = TensorSpec("image_features", "float32", ("batch_size", "num_tokens", hidden_size))
+    module = _PackedVision(tiles, model.model.image_newline)
+    return Piece("vision_encoder", module, inputs, (features,), samples, reference)
+
+
+def _sample_sizes(anyres: AnyResolution, count: int) -> list[tuple[int, int]]:
+    """(width, height) of as many pictures to compare with: wide, tall, and within one tile, unpadded differently."""
+    tile = anyres.tile
+    sizes = [(2 * tile, tile), (tile, 2 * tile + tile // 3), (tile // 2 + 1, tile // 2)]
+    return [sizes[index % len(sizes)] for index in range(count)]

@@ -1,0 +1,190 @@
+"""The language half, the same for every family: embed_tokens and the decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from resprune.exporter.pieces import Piece, Sizes, axis_size
+from resprune.runtime.bundle import TensorSpec
+from resprune.runtime.errors import ResPruneError
+
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
+# The others rescale their angles by the length seen so far, which no static graph can do.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+KEPT_LENGTH = "past_sequence_length + sequence_length"
+
+
+class _Embed(nn.Module):
+    """input_ids [B, S] int64 → inputs_embeds [B, S, D]."""
+
+    def __init__(self, table: nn.Module) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
+        return (self.table(input_ids),)
+
+
+class _Cache(DynamicCache):
+    """A cache that is handed its past and keeps new entries in the past's dtype."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if layer_idx < len(self.layers):
+            past: Any = self.layers[layer_idx]
+            key_states, value_states = key_states.to(past.keys.dtype), value_states.to(past.values.dtype)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+class _Decoder(nn.Module):
+    """One step of the language model over any past, prefill being the step with an empty one.
+
+    inputs_embeds [B, S, D], attention_mask [B, P + S] int64 (0 at padding), position_ids [B, S] int64 or, for M-RoPE,
+    [3, B, S], then each layer's past key and value [B, kv_heads, P, head_dim] → logits [B, S, vocabulary], then each
+    layer's present.
+    """
+
+    def __init__(self, language_model: Any, lm_head: nn.Module) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.lm_head = lm_head
+
+    def forward(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        cache = _Cache()
+        for layer in range(len(past) // 2):
+            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        hidden = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=self._masks(inputs_embeds, attention_mask, past[0].shape[2]),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return (self.lm_head(hidden), *_present(cache))
+
+    def _masks(self, inputs_embeds: Tensor, attention_mask: Tensor, past_length: int) -> Any:
+        """Additive masks [B, 1, S, P + S], in the form that the language model takes when given them ready-made."""
+        config = self.language_model.config
+        key = torch.arange(attention_mask.shape[1])[None, :]  # [1, P + S]
+        query = torch.arange(inputs_embeds.shape[1])[:, None] + past_length  # [S, 1]
+        seen = (key <= query)[None, None] & attention_mask.bool()[:, None, None, :]
+        window = config.sliding_window if _windowed(config) else None
+        near = seen if window is None else seen & (key > query - window)[None, None]
+        if config.model_type.startswith("qwen2"):
+            return {"full_attention": _additive(seen), "sliding_attention": _additive(near)}
+        return _additive(near)
+
+
+def _present(cache: Any) -> list[Tensor]:
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def _windowed(config: Any) -> bool:
+    return getattr(config, "sliding_window", None) is not None
+
+
+def _additive(seen: Tensor) -> Tensor:
+    # The lowest finite number, not −∞: a padded query sees no key at all, and its softmax must not be NaN.
+    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+
+
+def check_language(config: Any) -> None:
+    """`ResPruneError` unless the graphs can carry this language model's config."""
+    if config.model_type not in LANGUAGE_MODELS:
+        raise ResPruneError(
+            f"the language model is of type {config.model_type}; supported are {', '.join(LANGUAGE_MODELS)}"
+        )
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        raise ResPruneError(
+            f"the language model has rotary embeddings of type {rope}; supported are {', '.join(ROPE_TYPES)}"
+        )
+
+
+def embed_piece(table: nn.Module, config: Any) -> Piece:
+    """`embed_tokens`: input_ids → inputs_embeds."""
+    ids = TensorSpec("input_ids", "int64", ("batch_size", "sequence_length"))
+    embeds = TensorSpec("inputs_embeds", "float32", ("batch_size", "sequence_length", config.hidden_size))
+
+    def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
+        shape = tuple(axis_size(axis, sizes) for axis in ids.shape)
+        return (torch.randint(config.vocab_size, shape, generator=generator),)
+
+    def reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (model.get_input_embeddings()(inputs[0]),)
+
+    return Piece("embed_tokens", _Embed(table), (ids,), (embeds,), samples, reference)
+
+
+def decoder_piece(
+    language_model: nn.Module,
+    lm_head: nn.Module,
+    config: Any,
+    cache_dtype: torch.dtype,
+    position_axes: tuple[int, ...] = (),
+) -> Piece:
+    """`decoder_model_merged`: one graph for prefill and every later step; keys and values in `cache_dtype`.
+
+    `position_axes` (3,) gives M-RoPE's `position_ids` [3, B, S].
+    """
+    kv_heads = config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kept_dtype = str(cache_dtype).removeprefix("torch.")
+    step = ("batch_size", "sequence_length")
+
+    def kept(prefix: str, length: str) -> tuple[TensorSpec, ...]:
+        shape = ("batch_size", kv_heads, length, head_dim)
+        return tuple(
+            TensorSpec(f"{prefix}.{layer}.{part}", kept_dtype, shape)
+            for layer in range(config.num_hidden_layers)
+            for part in ("key", "value")
+        )
+
+    inputs = (
+        TensorSpec("inputs_embeds", "float32", (*step, config.hidden_size)),
+        TensorSpec("attention_mask", "int64", ("batch_size", KEPT_LENGTH)),
+        TensorSpec("position_ids", "int64", (*position_axes, *step)),
+        *kept("past_key_values", "past_sequence_length"),
+    )
+    outputs = (TensorSpec("logits", "float32", (*step, config.vocab_size)), *kept("present", KEPT_LENGTH))
+
+    def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
+        shapes = [tuple(axis_size(axis, sizes) for axis in spec.shape) for spec in inputs]
+        past_length = sizes["past_sequence_length"]
+        positions = torch.arange(past_length, past_length + sizes["sequence_length"]).repeat(
+            *shapes[2][:-1], 1
+        )
+        if position_axes:
+            positions += 2 * torch.arange(3)[:, None, None]  # so that axes that are mixed up show
+        mask = torch.ones(shapes[1], dtype=torch.int64)
+        mask[0, : past_length // 2] = 0  # one row is padded on the left
+        past = [torch.randn(shape, generator=generator).to(cache_dtype) for shape in shapes[3:]]
+        embeds = torch.randn(shapes[0], generator=generator)
+        return (embeds, mask, positions, *past)
+
+    module = _Decoder(language_model, lm_head)
+    return Piece("decoder_model_merged", module, inputs, outputs, samples, decode)
+
+
+def decode(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What the decoder graph computes, by the Hugging Face model's own masks and attention, in float32."""
+    inputs_embeds, attention_mask, position_ids, *past = inputs
+    cache = DynamicCache()
+    for layer in range(len(past) // 2):
+        cache.update(past[2 * layer].float(), past[2 * layer + 1].float(), layer)
+    hidden = model.model.language_model(
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    return (model.lm_head(hidden), *_present(cache))

@@ -1,0 +1,81 @@
+"""The checkpoint's small files that a bundle carries: config, tokenizer, chat template, image processor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from resprune.exporter.checkpoint import Checkpoint
+from resprune.runtime.errors import ResPruneError
+
+COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+def image_processor_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The image processor's settings; transformers 5 keeps them inside processor_config.json, and that goes first."""
+    inside: dict[str, Any] = checkpoint.json("processor_config.json").get("image_processor", {})
+    settings = inside or checkpoint.json("preprocessor_config.json")
+    return settings and settings | checkpoint.image_processor
+
+
+def check_side_files(checkpoint: Checkpoint) -> None:
+    """`ResPruneError` if the checkpoint lacks what the runtime cannot do without."""
+    if not (checkpoint.root / "tokenizer.json").is_file():
+        raise ResPruneError(
+            f"{checkpoint.root} has no tokenizer.json; write one with "
+            "AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+        )
+    if not image_processor_config(checkpoint):
+        raise ResPruneError(
+            f"{checkpoint.root} has no preprocessor_config.json; copy it from the original checkpoint"
+        )
+
+
+def copy_side_files(checkpoint: Checkpoint, destination: Path) -> None:
+    """Copy what is there, and give the image processor and the chat template the files of their own."""
+    for name in COPIED:
+        if (checkpoint.root / name).is_file():
+            # A copy, also of what the hub's cache has as a link: a bundle may not point outside itself.
+            shutil.copyfile(checkpoint.root / name, destination / name)
+    # tokenizer.json as transformers reads it: some classes put other parts in place of the file's, and a token may
+    # stand in tokenizer_config.json alone.
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.root, local_files_only=True)
+    tokenizer.backend_tokenizer.save(str(destination / "tokenizer.json"))
+    processor = image_processor_config(checkpoint)
+    _write_json(destination / "preprocessor_config.json", processor)
+    whole = checkpoint.json("processor_config.json")
+    if checkpoint.image_processor and "image_processor" in whole:
+        _write_json(destination / "processor_config.json", whole | {"image_processor": processor})
+    template = chat_template(checkpoint)
+    if template is not None:
+        (destination / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def chat_template(checkpoint: Checkpoint) -> str | None:
+    """The chat template, from wherever this age of checkpoint keeps it; None if there is none."""
+    file = checkpoint.root / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        template = checkpoint.json(name).get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if isinstance(template, str):
+            return template
+    return None

@@ -1,0 +1,179 @@
+"""A weightless piece → an ONNX graph whose weights are references, to be filled in by weights.py.
+
+torch.export runs the piece on fake tensors and the torch → ONNX exporter translates the result. While the graph is
+optimised its weights are graph inputs, so that nothing tries to read them; afterwards each becomes an initializer
+in an external file, under the name that the parameter has in the Hugging Face model.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnxscript.optimizer import optimize_ir
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from resprune.exporter.pieces import Piece
+from resprune.exporter.weightless import is_fake
+from resprune.runtime.bundle import TensorSpec
+
+OPSET = 20
+"""LayerNormalization (17), Gelu (20); ONNX Runtime since 1.17 and TensorRT since 10 take all of it."""
+
+SIZES = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5}
+"""Example sizes while tracing: 2 or more and all different, or torch.export takes them for constants."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One initializer: which parameter of the Hugging Face model it is, and whether it is stored transposed."""
+
+    parameter: str
+    dtype: torch.dtype
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph without its weights; `weights` has, by initializer name, what belongs there."""
+
+    model: onnx.ModelProto
+    weights: dict[str, Weight]
+
+
+def trace(piece: Piece, whole: nn.Module, mode: FakeTensorMode) -> Traced:
+    """Trace one piece of the weightless model `whole`."""
+    example = piece.samples(SIZES, torch.Generator())
+    with mode:
+        fakes = tuple(mode.from_tensor(tensor) for tensor in example)
+    with _quiet():
+        program = torch.export.export(
+            piece.module.eval(), fakes, dynamic_shapes=_dynamic_shapes(piece), strict=False
+        )
+        exported = torch.onnx.export(
+            program,
+            input_names=[spec.name for spec in piece.inputs],
+            output_names=[spec.name for spec in piece.outputs],
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
+    assert exported is not None
+    model = exported.model
+    pending = _weights_to_inputs(model.graph, piece.module, whole)
+    optimize_ir(model)
+    weights = dict(_inputs_to_weights(model.graph, pending))
+    _declare(model.graph, piece)
+    ClearMetadataAndDocStringPass()(model)  # stack traces of the tracer, with paths of this machine
+    model.producer_name, model.producer_version = "resprune", None
+    return Traced(ir.to_proto(model), weights)
+
+
+def _dynamic_shapes(piece: Piece) -> tuple[object, ...]:
+    """What torch.export wants: for each argument its dynamic axes, those of `*args` as one tuple of their own."""
+    axes = [
+        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in piece.inputs
+    ]
+    code = type(piece.module).forward.__code__
+    named = code.co_argcount - 1  # without self
+    variadic = bool(code.co_flags & 0x04)
+    return (*axes[:named], tuple(axes[named:])) if variadic else tuple(axes)
+
+
+def _weights_to_inputs(graph: ir.Graph, module: nn.Module, whole: nn.Module) -> dict[str, str]:
+    """Turn weightless initializers into graph inputs; returns input name → parameter name in `whole`."""
+    names = {id(tensor): name for name, tensor in whole.named_parameters(remove_duplicate=False)}
+    pending = {}
+    for name, value in list(graph.initializers.items()):
+        if value.const_value is not None and is_fake(getattr(value.const_value, "raw", None)):
+            pending[name] = names[id(module.get_parameter(name))]
+            del graph.initializers[name]
+            value.const_value = None
+            graph.inputs.append(value)
+    return pending
+
+
+def _inputs_to_weights(graph: ir.Graph, pending: dict[str, str]) -> Iterator[tuple[str, Weight]]:
+    """Turn the inputs back into initializers with their data elsewhere; transposes of a weight are done when writing.
+
+    ONNX Runtime would do them at each start, and hold both copies.
+    """
+    for value in [value for value in graph.inputs if value.name in pending]:
+        graph.inputs.remove(value)
+        if not value.uses():
+            continue
+        assert value.name is not None
+        assert value.shape is not None
+        assert value.dtype is not None
+        parameter = pending[value.name]
+        users = [use.node for use in value.uses()]
+        transposed = all(_is_matrix_transpose(node) for node in users)
+        if transposed:
+            value.shape = ir.Shape(list(reversed(value.shape.numpy())))
+            for node in users:
+                ir.convenience.replace_all_uses_with(node.outputs[0], value)
+                graph.remove(node, safe=True)
+        value.name = f"{parameter}.T" if transposed else parameter
+        shape = value.shape.numpy()
+        value.const_value = ir.ExternalTensor(
+            location="unwritten",
+            offset=0,
+            length=int(math.prod(shape) * value.dtype.itemsize),
+            dtype=value.dtype,
+            shape=value.shape,
+            name=value.name,
+        )
+        graph.register_initializer(value)
+        yield value.name, Weight(parameter, _torch_dtype(value.dtype), transposed)
+
+
+def _is_matrix_transpose(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0]
+
+
+def _torch_dtype(dtype: ir.DataType) -> torch.dtype:
+    found = getattr(torch, {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}[dtype.name])
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def _declare(graph: ir.Graph, piece: Piece) -> None:
+    """Name the dynamic axes of inputs and outputs as the bundle does, and forget the tracer's names for the rest."""
+    for node in graph:
+        for value in node.outputs:
+            value.shape = None
+    for values, specs in ((graph.inputs, piece.inputs), (graph.outputs, piece.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            _check_declared(value, spec)
+            value.shape = ir.Shape(list(spec.shape))
+
+
+def _check_declared(value: ir.Value, spec: TensorSpec) -> None:
+    wanted = {"float32": "FLOAT", "float16": "FLOAT16", "int64": "INT64", "bool": "BOOL"}[spec.dtype]
+    if value.name != spec.name or value.dtype is None or value.dtype.name != wanted:
+        raise AssertionError(f"traced {value.name} as {value.dtype}, declared {spec.name} as {spec.dtype}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the tracer says about itself; torch warns about its own deprecations and absent torchvision."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,138 @@
+"""A directory that appears whole or not at all.
+
+It is written beside its place under a hidden name, flushed, and renamed as the last step. What a killed export left
+behind is recognised by its name and by a lock that no living process holds, and removed by the next export.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from resprune.runtime.bundle import MANIFEST_NAME
+from resprune.runtime.errors import ResPruneError
+
+try:
+    import fcntl
+except ImportError:  # Windows: it refuses to delete a directory whose lock file is open, which serves as well
+    fcntl = None  # type: ignore[assignment]
+
+NEW = ".resprune-new-"
+OLD = ".resprune-old-"
+LOCK = ".lock"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def new_directory(out: Path, *, force: bool) -> Iterator[Path]:
+    """Yields an empty directory that becomes `out` when the block ends without an exception.
+
+    With `force` an existing bundle at `out` stays in place until then. Raises `ResPruneError` if `out` exists, is
+    something other than a bundle, or the disk is full.
+    """
+    out = out.parent.resolve() / out.name  # the place itself, should it be a link
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _recover(out)
+    _check_free(out, force=force)
+    work = out.parent / f".{out.name}{NEW}{uuid.uuid4().hex[:12]}"
+    work.mkdir()
+    try:
+        with (work / LOCK).open("w") as lock:
+            _lock(lock)
+            yield work
+            (work / LOCK).unlink()
+            _flush_tree(work)
+            _put_in_place(work, out)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise ResPruneError(
+                f"the disk that holds {out.parent} is full; nothing was left behind, make room and export again"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """`ResPruneError`, naming the bytes, if the disk of `directory` cannot take `needed` more."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise ResPruneError(
+            f"the export needs {needed:,} bytes and the disk that holds {directory} has {free:,} free; make room there"
+        )
+
+
+def _check_free(out: Path, *, force: bool) -> None:
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise ResPruneError(f"{out} exists; choose another name, or say --force to replace it")
+    if out.is_symlink() or not (out / MANIFEST_NAME).is_file():
+        raise ResPruneError(
+            f"{out} exists and is not a bundle, so --force will not replace it; choose another name"
+        )
+
+
+def _put_in_place(work: Path, out: Path) -> None:
+    old = out.parent / f".{out.name}{OLD}{uuid.uuid4().hex[:12]}"
+    if out.exists():
+        out.rename(old)  # killed here, the next export to this place puts it back
+    work.rename(out)
+    _flush(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(out: Path) -> None:
+    """Undo what an interrupted export to `out` left: put the old bundle back, remove unfinished new ones."""
+    for old in sorted(out.parent.glob(f".{_literal(out.name)}{OLD}*")):
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(out)
+    for work in out.parent.glob(f".{_literal(out.name)}{NEW}*"):
+        if not _alive(work):
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _literal(name: str) -> str:
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def _alive(work: Path) -> bool:
+    """Whether a process still holds the lock of an unfinished directory."""
+    try:
+        with (work / LOCK).open("w") as lock:
+            return not _lock(lock)
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file: IO[str]) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _flush_tree(root: Path) -> None:
+    for path in (*root.rglob("*"), root):
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,295 @@
+"""The export proves itself: every graph in ONNX Runtime against the Hugging Face model in PyTorch, on seeded inputs."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from resprune.exporter.language import decode
+from resprune.exporter.ort_worker import OrtWorker
+from resprune.exporter.pieces import Piece, Pieces
+from resprune.exporter.reference import keep, residual_select, text_gain
+from resprune.exporter.shards import StoredTensor
+from resprune.exporter.weightless import blank, fill
+from resprune.runtime.bundle import Selection
+
+SIZES = {"batch_size": 3, "sequence_length": 4, "past_sequence_length": 6}
+"""Other than while tracing, so that an axis that was taken for a constant shows."""
+SEEDS = (20, 21, 22)
+"""The first is enough, unless two scores or two logits are so close that rounding decides between them: then another
+picture is tried. A graph that is wrong misses with all."""
+TEXT_TOKENS = 5
+PROMPT_TOKENS = 8
+GREEDY_TOKENS = 32
+ATOL = {"fp32": 1e-4, "fp16": 5e-2}
+"""Largest difference allowed, relative to the largest magnitude of the output where that is above 1."""
+
+
+class ParityError(Exception):
+    """A graph differs from PyTorch by more than it may; the text is a table of outputs. The CLI exits with 1."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one output of one graph is from PyTorch's."""
+
+    graph: str
+    output: str
+    max_diff: float
+    scale: float
+    atol: float
+
+    @property
+    def within(self) -> bool:
+        """Whether it may be; a NaN may not."""
+        return self.max_diff <= self.atol * max(1.0, self.scale)
+
+
+class Verifier:
+    """The Hugging Face model with its real weights, filled in as far as memory allows, beside ONNX Runtime."""
+
+    def __init__(self, pieces: Pieces, stored: Mapping[str, StoredTensor], precision: str) -> None:
+        self._pieces = pieces
+        self._atol = ATOL[precision]
+        self._exact = precision == "fp32"
+        config: Any = copy.deepcopy(pieces.model.config)
+        config._attn_implementation = "sdpa"
+        self._model: Any = blank(type(pieces.model), config)
+        parts = (pieces.vision, pieces.embed, pieces.decoder)
+        names = {piece.name: _parameter_names(piece, pieces) for piece in parts}
+        # The decoder is held twice, here in float32 and by ONNX Runtime.
+        needed = 2 * sum(
+            4 * stored[name].nbytes // stored[name].dtype.itemsize for name in set().union(*names.values())
+        )
+        self.has_decoder = needed < available_memory()
+        for piece in parts if self.has_decoder else parts[:2]:
+            fill(self._model, stored, names[piece.name])
+
+    @property
+    def level(self) -> str:
+        """What the manifest says was compared."""
+        return (
+            "end to end" if self.has_decoder else "vision and embeddings: the decoder does not fit in memory"
+        )
+
+    def compare(self, worker: OrtWorker, piece: Piece, graph: Path) -> list[Difference]:
+        """One graph against PyTorch on seeded inputs."""
+        inputs = piece.samples(SIZES, torch.Generator().manual_seed(SEEDS[0]))
+        with torch.no_grad():
+            wanted = piece.reference(self._model, inputs)
+        names = [spec.name for spec in piece.inputs]
+        got = worker.run(graph, dict(zip(names, map(_numpy, inputs), strict=True)))
+        return [
+            self._difference(graph.stem, spec.name, got[spec.name], want)
+            for spec, want in zip(piece.outputs, wanted, strict=True)
+        ]
+
+    def compare_selection(
+        self, worker: OrtWorker, graph: Path, selection: Selection
+    ) -> tuple[list[Difference], int, int]:
+        """`vision_select` against the reference: differences, equal picks, and all picks."""
+        differences: list[Difference] = []
+        for seed in SEEDS:
+            images, text, mask = self._question(SIZES["batch_size"], seed)
+            features, picks = self._select(images, text, mask, selection)
+            got = worker.run(graph, self._select_inputs(images, text, mask))
+            # Against the reference's rows of the graph's own picks, so that one pick that differs hides nothing.
+            rows, _ = keep(features, torch.from_numpy(got["pick_order"]))
+            differences.append(self._difference(graph.stem, "image_features", got["image_features"], rows))
+            equal = int((got["pick_order"] == _numpy(picks)).sum())
+            if equal == picks.numel() or not self._exact:
+                break
+        return differences, equal, picks.numel()
+
+    def compare_split(
+        self, worker: OrtWorker, vision_select: Path, encoder: Path, token_select: Path
+    ) -> tuple[int, int]:
+        """Picks of the split pair against those of the fused graph: how many are equal, and how many there are."""
+        images, text, mask = self._question(SIZES["batch_size"], SEEDS[0])
+        inputs = self._select_inputs(images, text, mask)
+        fused = worker.run(vision_select, inputs)["pick_order"]
+        pixels = [spec.name for spec in self._pieces.vision.inputs]
+        features = worker.run(encoder, {name: inputs[name] for name in pixels})["image_features"]
+        candidates = self._candidates(images)
+        token_mask = np.ones(features.shape[:2], bool) if candidates is None else _numpy(candidates)
+        inputs = {name: inputs[name] for name in ("text_embeds", "text_mask")}
+        inputs |= {"image_features": features, "token_mask": token_mask}
+        split = worker.run(token_select, inputs)["pick_order"]
+        return int((fused == split).sum()), fused.size
+
+    def compare_greedy(
+        self, worker: OrtWorker, graphs: Mapping[str, Path], selection: Selection, positions: str
+    ) -> tuple[int, int]:
+        """A whole answer: equal greedy tokens and all tokens, after a seeded prompt with one pruned picture."""
+        for seed in SEEDS:
+            equal = self._equal_tokens(worker, graphs, selection, positions, seed)
+            if equal == GREEDY_TOKENS or not self._exact:
+                break
+        return equal, GREEDY_TOKENS
+
+    def _equal_tokens(
+        self,
+        worker: OrtWorker,
+        graphs: Mapping[str, Path],
+        selection: Selection,
+        positions: str,
+        seed: int,
+    ) -> int:
+        images, text, mask = self._question(1, seed)
+        prompt = torch.randint(
+            self._vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(seed)
+        )
+        features, picks = self._select(images, text, mask, selection)
+        rows, _ = keep(features, picks)
+        places = (torch.arange(features.shape[1]), features.shape[1])
+        if self._pieces.places is not None:
+            places = self._pieces.places(images)
+        with torch.no_grad():
+            wanted = self._generate(*self._splice(self._embeds(prompt), rows, picks, places, positions))
+        selected = worker.run(graphs["vision_select"], self._select_inputs(images, text, mask))
+        embeds = worker.run(graphs["embed_tokens"], {"input_ids": _numpy(prompt)})["inputs_embeds"]
+        spliced, position_ids = self._splice(
+            torch.from_numpy(embeds),
+            torch.from_numpy(selected["image_features"]),
+            torch.from_numpy(selected["pick_order"]),
+            places,
+            positions,
+        )
+        got = worker.greedy(
+            graphs["embed_tokens"],
+            graphs["decoder_model_merged"],
+            _numpy(spliced),
+            _numpy(position_ids),
+            GREEDY_TOKENS,
+        )
+        return int((got == wanted).sum())
+
+    @property
+    def _vocab_size(self) -> int:
+        return int(self._model.config.text_config.vocab_size)
+
+    def _embeds(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            embeds: Tensor = self._model.get_input_embeddings()(ids)
+        return embeds
+
+    def _question(self, batch_size: int, seed: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """Seeded pictures, nouns [B, M, D], and their mask [B, M] with padding in the last picture's row.
+
+        B is `batch_size`, or as many pictures as the vision graph takes.
+        """
+        fixed = self._pieces.vision.outputs[0].shape[0]
+        batch_size = fixed if isinstance(fixed, int) else batch_size
+        generator = torch.Generator().manual_seed(seed)
+        images = self._pieces.vision.samples({**SIZES, "batch_size": batch_size}, generator)
+        ids = torch.randint(self._vocab_size, (batch_size, TEXT_TOKENS), generator=generator)
+        mask = torch.ones(batch_size, TEXT_TOKENS, dtype=torch.bool)
+        mask[-1, 2:] = False
+        return images, self._embeds(ids), mask
+
+    def _select_inputs(self, images: Sequence[Tensor], text: Tensor, mask: Tensor) -> dict[str, NDArray[Any]]:
+        names = [spec.name for spec in self._pieces.vision.inputs]
+        inputs = dict(zip(names, map(_numpy, images), strict=True))
+        return inputs | {"text_embeds": _numpy(text), "text_mask": _numpy(mask)}
+
+    def _select(
+        self, images: tuple[Tensor, ...], text: Tensor, mask: Tensor, selection: Selection
+    ) -> tuple[Tensor, Tensor]:
+        """The reference's candidates [B, N, D] and its pick order [B, K]."""
+        with torch.no_grad():
+            (features,) = self._pieces.vision.reference(self._model, images)
+        candidates = self._candidates(images)
+        gain = text_gain(features, text, mask, candidates, alpha=selection.alpha, scale=selection.scale)
+        picks = residual_select(features, gain, selection.k, candidates)
+        return features, picks
+
+    def _candidates(self, images: Sequence[Tensor]) -> Tensor | None:
+        """Which of the N tokens each picture has, [B, N] bool; None: all of them."""
+        if self._pieces.padding is None:
+            return None
+        names = [spec.name for spec in self._pieces.vision.inputs]
+        return images[names.index(self._pieces.padding)] >= 0
+
+    def _splice(
+        self, embeds: Tensor, rows: Tensor, picks: Tensor, places: tuple[Tensor, int], positions: str
+    ) -> tuple[Tensor, Tensor]:
+        """The picture's rows in the middle of the prompt, and the position [1, S] or [3, 1, S] of every row.
+
+        `places` is where its N tokens stand, counted from the first, and how far the text after them does.
+        """
+        half = embeds.shape[1] // 2
+        kept = picks[0][picks[0] >= 0].sort().values
+        whole = torch.cat([embeds[:, :half], rows[:, : len(kept)], embeds[:, half:]], dim=1)
+        if positions == "contiguous":
+            return whole, torch.arange(whole.shape[1])[None]
+        offsets, advance = places
+        before = torch.arange(half).expand(*offsets.shape[:-1], -1)
+        after = (torch.arange(embeds.shape[1] - half) + half + advance).expand(*offsets.shape[:-1], -1)
+        return whole, torch.cat([before, half + offsets[..., kept], after], dim=-1)[..., None, :]
+
+    def _generate(self, embeds: Tensor, positions: Tensor) -> NDArray[np.int64]:
+        config = self._model.config.text_config
+        shape = (1, config.num_key_value_heads, 0, self._pieces.decoder.inputs[3].shape[3])
+        past = tuple(torch.zeros(*map(int, shape)) for _ in range(2 * config.num_hidden_layers))
+        tokens: list[int] = []
+        length = 0
+        while len(tokens) < GREEDY_TOKENS:
+            length += embeds.shape[1]
+            mask = torch.ones(1, length, dtype=torch.int64)
+            logits, *past_list = decode(self._model, (embeds, mask, positions, *past))
+            past = tuple(past_list)
+            tokens.append(int(logits[0, -1].argmax()))
+            embeds = self._embeds(torch.tensor([tokens[-1:]]))
+            positions = positions[..., -1:] + 1
+        return np.array(tokens)
+
+    def _difference(self, graph: str, output: str, got: NDArray[Any], want: Tensor) -> Difference:
+        if got.shape != tuple(want.shape):
+            return Difference(graph, output, float("nan"), 0.0, self._atol)
+        gap = torch.from_numpy(got.astype(np.float32)) - want
+        return Difference(graph, output, float(gap.abs().max()), float(want.abs().max()), self._atol)
+
+
+def require(differences: Iterable[Difference], counts: Mapping[str, tuple[int, int]], *, exact: bool) -> None:
+    """`ParityError` with a table if a difference is too large or, where `exact`, fewer items agree than there are."""
+    rows = list(differences)
+    short = exact and any(equal < total for equal, total in counts.values())
+    if short or not all(row.within for row in rows):
+        table = [f"  {'graph':24} {'output':24} {'max diff':>10} {'allowed':>10}"]
+        for row in rows:
+            allowed = row.atol * max(1.0, row.scale)
+            mark = "" if row.within else "  <-"
+            table.append(f"  {row.graph:24} {row.output:24} {row.max_diff:10.1e} {allowed:10.1e}{mark}")
+        table += [f"  {what:49} {equal} of {total} equal" for what, (equal, total) in counts.items()]
+        raise ParityError("the graphs differ from PyTorch, so no bundle was written\n" + "\n".join(table))
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be taken without swapping, as far as the system tells."""
+    try:
+        with Path("/proc/meminfo").open() as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE")) // 2
+
+
+def _parameter_names(piece: Piece, pieces: Pieces) -> set[str]:
+    own = {id(parameter) for parameter in piece.module.parameters()}
+    return {
+        name for name, tensor in pieces.model.named_parameters(remove_duplicate=False) if id(tensor) in own
+    }
+
+
+def _numpy(tensor: Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = tensor.numpy()
+    return array

@@ -1,0 +1,163 @@
+"""Weights from the mapped checkpoint into a graph's external data file, one at a time and cast on the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from resprune.exporter.checkpoint import Checkpoint
+from resprune.exporter.shards import StoredTensor
+from resprune.exporter.trace import Traced, Weight
+from resprune.runtime.errors import ResPruneError
+
+PAGE = 4096
+"""Alignment of large weights, so that they can be mapped; small ones get SMALL, which is what CUDA wants."""
+SMALL = 256
+LARGE_BYTES = 64 << 10
+CHUNK_BYTES = 64 << 20
+# Written by older versions of transformers, recomputed by the model itself.
+COMPUTED = (".position_ids", ".rotary_emb.inv_freq")
+
+Progress = Callable[[int], object]
+
+
+def find_weights(checkpoint: Checkpoint, model: nn.Module) -> dict[str, StoredTensor]:
+    """Parameter name of the Hugging Face model → stored weight, for every parameter.
+
+    Old names are translated as transformers itself does; either name of a tied pair will do. Raises `ResPruneError`
+    for weights that are missing, of another shape, or that the model has no place for.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    current = _renamer(model, parameters)
+    stored = {current(key): tensor for key, tensor in checkpoint.weights.items()}
+    extra = [name for name in stored if name not in parameters and not name.endswith(COMPUTED)]
+    twins: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        twins.setdefault(id(parameter), []).append(name)
+    found = {}
+    for name, parameter in parameters.items():
+        source = next((twin for twin in (name, *twins[id(parameter)]) if twin in stored), None)
+        if source is not None:
+            found[name] = stored[source]
+    missing = [name for name in parameters if name not in found]
+    if missing or extra:
+        raise ResPruneError(
+            f"the weights in {checkpoint.root} do not fit its config: "
+            + "; ".join(
+                f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+                for kind, names in (("missing", missing), ("left over", extra))
+                if names
+            )
+        )
+    for name, tensor in found.items():
+        if tensor.shape != tuple(parameters[name].shape):
+            raise ResPruneError(
+                f"{name} in {tensor.file} has shape {list(tensor.shape)} where the config asks for "
+                f"{list(parameters[name].shape)}; the checkpoint's config.json belongs to another model"
+            )
+    return found
+
+
+def _renamer(model: Any, parameters: Mapping[str, Any]) -> Callable[[str], str]:
+    """Stored name → the name that the installed transformers gives the parameter, by its own table."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known = dict(parameters)
+
+    def current(key: str) -> str:
+        name: str
+        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if converter is not None:
+            raise ResPruneError(
+                f"the weight {key} is stored in an old layout; save the checkpoint anew first"
+            )
+        return name
+
+    return current
+
+
+def data_size(traced: Traced) -> int:
+    """Bytes of a graph's data file, alignment included."""
+    return sum(end - begin for begin, end in _layout(traced.model))
+
+
+def write_graph(
+    traced: Traced, path: Path, stored: Mapping[str, StoredTensor], progress: Progress = lambda count: None
+) -> None:
+    """Write `path` and its weights to `path` + "_data"; both are flushed to the disk.
+
+    `progress(count)` is called as `count` more bytes of weights are written. Raises `OSError` if the disk is full.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(traced.model)
+    if traced.weights:
+        data = path.with_name(f"{path.name}_data")
+        with data.open("wb") as file:
+            for tensor in _external(model):
+                weight = traced.weights[tensor.name]
+                begin = _aligned(file.tell(), _byte_count(tensor))
+                file.write(b"\0" * (begin - file.tell()))
+                for chunk in _chunks(weight, stored[weight.parameter]):
+                    file.write(chunk.contiguous().view(torch.uint8).numpy().data)
+                    progress(chunk.nbytes)
+                _refer(tensor, data.name, begin, file.tell() - begin)
+            _flush(file)
+    with path.open("wb") as file:
+        file.write(model.SerializeToString())
+        _flush(file)
+
+
+def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    return [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+
+
+def _chunks(weight: Weight, stored: StoredTensor) -> Iterator[Tensor]:
+    """The weight in its final dtype and layout, flat, a few megabytes at a time."""
+    tensor = stored.read()
+    if weight.transposed:
+        tensor = tensor.t()
+    if tensor.dim() < 2:
+        yield tensor.to(weight.dtype).reshape(-1)
+        return
+    rows = max(1, CHUNK_BYTES // max(1, tensor[0].numel() * weight.dtype.itemsize))
+    for start in range(0, tensor.shape[0], rows):
+        yield tensor[start : start + rows].to(weight.dtype).reshape(-1)
+
+
+def _layout(model: onnx.ModelProto) -> Iterator[tuple[int, int]]:
+    position = 0
+    for tensor in _external(model):
+        count = _byte_count(tensor)
+        end = _aligned(position, count) + count
+        yield position, end
+        position = end
+
+
+def _byte_count(tensor: onnx.TensorProto) -> int:
+    return int(next(entry.value for entry in tensor.external_data if entry.key == "length"))
+
+
+def _aligned(position: int, count: int) -> int:
+    alignment = PAGE if count >= LARGE_BYTES else SMALL
+    return -(-position // alignment) * alignment
+
+
+def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+    assert length == _byte_count(tensor), f"{tensor.name}: {length} bytes of {_byte_count(tensor)}"
+    del tensor.external_data[:]
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

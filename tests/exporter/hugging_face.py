@@ -1,0 +1,110 @@
+"""What a bundle must reproduce: Hugging Face `generate`, with the reference's pruned rows spliced into the prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText
+
+from resprune.exporter.reference import residual_select, text_gain
+
+Picture = NDArray[np.uint8]
+
+
+@dataclass
+class Expected:
+    """One answer: the generated ids, and each picture's picks in order."""
+
+    token_ids: list[int]
+    pick_orders: list[list[int]]
+
+
+class HuggingFace:
+    """A checkpoint as transformers loads and runs it, in float32."""
+
+    def __init__(self, root: Path) -> None:
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(root, dtype=torch.float32).eval()
+        self.processor = AutoImageProcessor.from_pretrained(root, backend="pil")
+
+    @torch.no_grad()
+    def pruned(
+        self,
+        pictures: list[Picture],
+        prompt_ids: list[int],
+        text_token_ids: list[int],
+        *,
+        k: int,
+        positions: str,
+        steps: int,
+        alpha: float = 1.0,
+        scale: str = "minmax",
+        may_end: bool = False,
+    ) -> Expected:
+        """Greedy generation from a prompt with one image token for each picture, of `steps` tokens.
+
+        `may_end` lets it end before, as the trained model does.
+        """
+        features = self._features(pictures)  # each [N, D]
+        table = self.model.get_input_embeddings()
+        text = table(torch.tensor([text_token_ids]))
+        picks = [
+            residual_select(of_one[None], text_gain(of_one[None], text, alpha=alpha, scale=scale), k)[
+                0
+            ].tolist()
+            for of_one in features
+        ]
+        rows: list[Tensor] = []
+        places: list[int] = []
+        place, picture = 0, 0
+        for token in prompt_ids:
+            if token == self.model.config.image_token_id:
+                for index in sorted(index for index in picks[picture] if index >= 0):
+                    rows.append(features[picture][index])
+                    places.append(place + index)
+                place += len(features[picture])
+                picture += 1
+            else:
+                rows.append(table(torch.tensor(token)))
+                places.append(place)
+                place += 1
+        position_ids = torch.arange(len(rows)) if positions == "contiguous" else torch.tensor(places)
+        ids = self.model.generate(
+            inputs_embeds=torch.stack(rows)[None],
+            attention_mask=torch.ones(1, len(rows), dtype=torch.int64),
+            position_ids=position_ids[None],
+            **_greedy(steps, may_end=may_end),
+        )
+        return Expected(ids[0].tolist(), [[index for index in order if index >= 0] for order in picks])
+
+    @torch.no_grad()
+    def unpruned(self, pictures: list[Picture], prompt_ids: list[int], *, steps: int) -> list[int]:
+        """Plain `generate` from ids and pixels, every visual token kept."""
+        counts = iter(len(of_one) for of_one in self._features(pictures))
+        image = self.model.config.image_token_id
+        ids = [token for id_ in prompt_ids for token in ([id_] * next(counts) if id_ == image else [id_])]
+        out = self.model.generate(
+            input_ids=torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+            **self._inputs(pictures),
+            **_greedy(steps),
+        )
+        generated: list[int] = out[0, len(ids) :].tolist()
+        return generated
+
+    def _inputs(self, pictures: list[Picture]) -> dict[str, Tensor]:
+        """`pixel_values`, and whatever else the family's model takes of its pictures."""
+        return dict(self.processor(images=pictures, return_tensors="pt"))
+
+    def _features(self, pictures: list[Picture]) -> list[Tensor]:
+        """All rows [N, D] of each picture."""
+        return list(self.model.get_image_features(**self._inputs(pictures)).pooler_output)
+
+
+def _greedy(steps: int, *, may_end: bool = False) -> dict[str, Any]:
+    return {"max_new_tokens": steps, "min_new_tokens": 1 if may_end else steps, "do_sample": False}

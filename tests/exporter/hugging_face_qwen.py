@@ -1,0 +1,108 @@
+"""Qwen2-VL and Qwen2.5-VL as Hugging Face runs them, whole and with the reference's pruned rows spliced in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from resprune.exporter.reference import residual_select, text_gain
+from tests.exporter.hugging_face import Expected, Picture
+
+MODELS = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen2_vl": Qwen2VLForConditionalGeneration}
+
+
+class HuggingFaceQwen:
+    """A checkpoint as transformers loads and runs it, in float32."""
+
+    def __init__(self, root: Path) -> None:
+        kind = json.loads((root / "config.json").read_text())["model_type"]
+        self.model: Any = MODELS[kind].from_pretrained(root, dtype=torch.float32).eval()
+        self.processor = Qwen2VLImageProcessorPil.from_pretrained(root)
+
+    @torch.no_grad()
+    def pruned(
+        self,
+        pictures: list[Picture],
+        prompt_ids: list[int],
+        text_token_ids: list[int],
+        *,
+        budgets: list[int],
+        steps: int,
+    ) -> Expected:
+        """Greedy generation from a prompt with one image token a picture, of which `budgets` tokens each are kept.
+
+        The whole prompt is built first, with the positions that the model itself gives it; then rows are left out.
+        """
+        features, (_, grids) = self.features(pictures), self._pixels(pictures)
+        ids, kinds = self._whole(prompt_ids, [len(rows) for rows in features])
+        positions, _ = self.model.model.get_rope_index(ids, kinds, image_grid_thw=grids)  # [3, 1, S]
+        table = self.model.get_input_embeddings()
+        embeds = table(ids).clone()
+        embeds[kinds == 1] = torch.cat(features)
+        text = table(torch.tensor([text_token_ids], dtype=torch.long))
+        stays = kinds[0] == 0
+        places = torch.nonzero(kinds[0] == 1)[:, 0].split([len(rows) for rows in features])
+        picks = []
+        for rows, budget, place in zip(features, budgets, places, strict=True):
+            order = residual_select(rows[None], text_gain(rows[None], text), min(budget, len(rows)))[0]
+            stays[place[order]] = True
+            picks.append(order.tolist())
+        return Expected(self._generate(embeds[:, stays], positions[:, :, stays], steps), picks)
+
+    @torch.no_grad()
+    def unpruned(self, pictures: list[Picture], prompt_ids: list[int], *, steps: int) -> list[int]:
+        """Plain `generate` from ids and pixels, every visual token kept."""
+        pixels, grids = self._pixels(pictures)
+        ids, kinds = self._whole(prompt_ids, (grids.prod(dim=1) // 4).tolist())
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=kinds,
+            pixel_values=pixels,
+            image_grid_thw=grids,
+            **_greedy(steps),
+        )
+        generated: list[int] = out[0, ids.shape[1] :].tolist()
+        return generated
+
+    @torch.no_grad()
+    def features(self, pictures: list[Picture]) -> list[Tensor]:
+        """All tokens [N, D] of each picture."""
+        return list(self.model.get_image_features(*self._pixels(pictures)).pooler_output)
+
+    def num_tokens(self, pictures: list[Picture]) -> list[int]:
+        """N of each picture."""
+        return [int(count) for count in self._pixels(pictures)[1].prod(dim=1) // 4]
+
+    def _pixels(self, pictures: list[Picture]) -> tuple[Tensor, Tensor]:
+        batch = self.processor(images=pictures, return_tensors="pt")
+        return batch["pixel_values"], batch["image_grid_thw"]
+
+    def _whole(self, prompt_ids: list[int], counts: list[int]) -> tuple[Tensor, Tensor]:
+        """Ids [1, S] with an image token for each visual token, and where those are (1)."""
+        image, left = self.model.config.image_token_id, iter(counts)
+        ids = [token for id_ in prompt_ids for token in ([id_] * next(left) if id_ == image else [id_])]
+        whole = torch.tensor([ids])
+        return whole, (whole == image).long()
+
+    def _generate(self, embeds: Tensor, positions: Tensor, steps: int) -> list[int]:
+        # The first of four axes is for the mask and counts what is there.
+        counted = torch.arange(embeds.shape[1])[None, None]
+        ids = self.model.generate(
+            inputs_embeds=embeds,
+            attention_mask=torch.ones(1, embeds.shape[1], dtype=torch.int64),
+            position_ids=torch.cat([counted, positions]),
+            **_greedy(steps),
+        )
+        generated: list[int] = ids[0].tolist()
+        return generated
+
+
+def _greedy(steps: int) -> dict[str, Any]:
+    return {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False}

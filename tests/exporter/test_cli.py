@@ -1,0 +1,59 @@
+"""`resprune export` on the command line: exit status and the one sentence."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resprune.exporter import export as export_module
+from resprune.runtime.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
+    """Exit status and standard error of the command line."""
+    status = main(["export", *map(str, words)])
+    return status, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("k", "sentence"), [(0, "-k 0 "), (-3, "-k -3 "), (17, "-k 17 is more than the 16 visual tokens")]
+)
+def test_k_out_of_range(k, sentence, tiny_checkpoint, tmp_path, capsys):
+    status, told = run(capsys, tiny_checkpoint("clip-llama"), tmp_path / "out", "-k", k)
+    assert status == 2
+    assert told.startswith("resprune: ")
+    assert sentence in told
+    assert told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_read(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    status, told = run(capsys, "no such model", tmp_path / "out", "-k", 5)
+    assert (status, told.count("\n")) == (2, 1)
+    assert "exists; choose another name, or say --force" in told
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, told = run(capsys, "demo", tmp_path / "out", "-k", 5)
+    assert status == 2
+    assert 'pip install "resprune[export]"' in told
+
+
+def test_a_parity_miss_is_status_1_with_a_table_and_no_bundle(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """A weight that is written wrong: the projector's two biases change places."""
+    write_graph = export_module.write_graph
+    first, second = (f"model.multi_modal_projector.linear_{layer}.bias" for layer in (1, 2))
+
+    def wrong(traced: Any, path: Path, stored: dict[str, Any], progress: Any) -> None:
+        write_graph(
+            traced, path, stored | {first: stored[second], second: stored[first]} if stored else {}, progress
+        )
+
+    monkeypatch.setattr(export_module, "write_graph", wrong)
+    status, told = run(capsys, tiny_checkpoint("clip-llama"), tmp_path / "out", "-k", 16, "--alpha", 0)
+    assert status == 1
+    assert re.search(r"vision_select +image_features +\S+ +\S+ +<-|picks +\d+ of 48 equal", told)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,188 @@
+"""The export as a whole: what it writes, what it refuses, and what it leaves when it fails or is killed."""
+
+import errno
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resprune.exporter import export as export_module
+from resprune.exporter.export import Options, export
+from resprune.runtime.bundle import read_bundle
+from resprune.runtime.errors import ResPruneError
+
+Checkpoint = Callable[[str], Path]
+
+
+def changed(root: Path, copy: Path, name: str, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a checkpoint with one of its JSON files changed."""
+    shutil.copytree(root, copy)
+    content = json.loads((copy / name).read_text())
+    change(content)
+    (copy / name).write_text(json.dumps(content))
+    return copy
+
+
+def leftovers(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir() if path.name.startswith(".")]
+
+
+def test_the_bundle_is_complete(tiny_bundle):
+    bundle = read_bundle(tiny_bundle("clip-llama", k=7, split=True))
+    manifest = bundle.manifest
+    assert (manifest.family, manifest.model, manifest.positions) == ("llava", "clip-llama", "contiguous")
+    assert (manifest.selection.k, manifest.selection.num_tokens) == (7, 16)
+    assert (manifest.image_token_id, manifest.context_length) == (4, 512)
+    graphs = {"vision_select", "vision_encoder", "token_select", "embed_tokens", "decoder_model_merged"}
+    assert set(manifest.graphs) == graphs
+    data = {f"onnx/{name}.onnx_data" for name in graphs - {"token_select"}}
+    assert {name for name in manifest.files if name.startswith("onnx/")} == data | {
+        f"onnx/{name}.onnx" for name in graphs
+    }
+    assert manifest.parity["level"] == "end to end"
+    assert manifest.parity["greedy_tokens"] == "32/32"
+    assert manifest.parity["picks"] == "21/21"
+    for outputs in manifest.parity["outputs"].values():
+        for figures in outputs.values():
+            assert figures["max_diff"] <= 1e-4 * max(1, figures["scale"])
+    inputs = {tensor.name: tensor.shape for tensor in manifest.graphs["vision_select"].inputs}
+    assert inputs == {
+        "pixel_values": ("batch_size", 3, 32, 32),
+        "text_embeds": ("batch_size", "text_tokens", 48),
+        "text_mask": ("batch_size", "text_tokens"),
+    }
+
+
+def test_half_precision_has_its_suffix_and_its_loss(tiny_bundle):
+    manifest = read_bundle(tiny_bundle("clip-llama", k=7, dtype="fp16")).manifest
+    assert manifest.graphs["embed_tokens"].file == "onnx/embed_tokens_fp16.onnx"
+    types = {
+        (tensor.name.split(".")[0], tensor.dtype)
+        for graph in manifest.graphs.values()
+        for tensor in (*graph.inputs, *graph.outputs)
+        if tensor.dtype.startswith("float")
+    }
+    assert {name for name, dtype in types if dtype == "float16"} == {"past_key_values", "present"}
+    loss = manifest.parity["outputs"]["decoder_model_merged_fp16"]["logits"]
+    assert 0 < loss["max_diff"] < 0.05 * loss["scale"]
+
+
+def test_stage_lines(tiny_checkpoint, tmp_path, monkeypatch):
+    """And what cannot be held in memory is said not to have been compared."""
+    monkeypatch.setattr("resprune.exporter.verify.available_memory", lambda: 0)
+    lines: list[str] = []
+    options = Options(k=5, body="unrolled", positions="original")
+    export(str(tiny_checkpoint("clip-llama")), tmp_path / "out", options, lines.append)
+    assert [line[:5] for line in lines] == [f"[{stage}/6]" for stage in range(1, 7)]
+    stage = r"\[3/6\] vision_select\.onnx +[\d.]+ s +[\d.]+ MB +max diff \S+ \(atol \S+\) +picks 15/15"
+    assert re.fullmatch(stage, lines[2])
+    manifest = read_bundle(tmp_path / "out").manifest
+    assert (manifest.positions, manifest.selection.body) == ("original", "unrolled")
+    assert manifest.parity["level"] != "end to end"
+    assert "greedy_tokens" not in manifest.parity
+
+
+REFUSED: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
+    "language model": (
+        "config.json",
+        lambda config: config["text_config"].update(model_type="gpt2"),
+        "the language model is of type gpt2; supported are llama, mistral, qwen2",
+    ),
+    "vision tower": (
+        "config.json",
+        lambda config: config["vision_config"].update(model_type="vit"),
+        "the vision tower is of type vit; supported are clip_vision_model, siglip_vision_model, dinov2",
+    ),
+    "rotary embeddings": (
+        "config.json",
+        lambda config: config["text_config"].update(
+            rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+        ),
+        "rotary embeddings of type dynamic",
+    ),
+    "feature layer": (
+        "config.json",
+        lambda config: config.update(vision_feature_layer=9),
+        "does not fit its vision tower",
+    ),
+    "picture size": (
+        "preprocessor_config.json",
+        lambda config: config.update(crop_size={"height": 48, "width": 48}),
+        "does not fit its vision tower",
+    ),
+    "pictures of any shape": (
+        "preprocessor_config.json",
+        lambda config: config.update(do_center_crop=False),
+        "makes pictures of varying shape",
+    ),
+    "config": ("config.json", lambda config: config.update(text_config=7), "config.json"),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "sentence"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_config_that_no_graph_can_carry(name, change, sentence, tiny_checkpoint, tmp_path):
+    root = changed(tiny_checkpoint("clip-llama"), tmp_path / "copy", name, change)
+    with pytest.raises(ResPruneError, match=sentence):
+        export(str(root), tmp_path / "out", Options(k=3))
+    assert not (tmp_path / "out").exists()
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])
+def test_a_missing_side_file_is_named(name, tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint("clip-llama"), tmp_path / "copy")
+    (tmp_path / "copy" / name).unlink()
+    with pytest.raises(ResPruneError, match=f"has no {re.escape(name)}"):
+        export(str(tmp_path / "copy"), tmp_path / "out", Options(k=3))
+
+
+def test_a_disk_too_small_is_known_beforehand(tiny_checkpoint, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(export_module, "trace", lambda *arguments: pytest.fail("it began to trace"))
+    with pytest.raises(ResPruneError, match=r"needs [\d,]+ bytes and the disk .* has 1,000 free"):
+        export(str(tiny_checkpoint("clip-llama")), tmp_path / "out", Options(k=3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_the_old_bundle(tiny_checkpoint, tiny_bundle, tmp_path, monkeypatch):
+    shutil.copytree(tiny_bundle("clip-llama", k=7), tmp_path / "out")
+
+    def full(traced: object, path: Path, stored: object, progress: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export_module, "write_graph", full)
+    with pytest.raises(ResPruneError, match="is full; nothing was left behind"):
+        export(str(tiny_checkpoint("clip-llama")), tmp_path / "out", Options(k=3, force=True))
+    assert leftovers(tmp_path) == []
+    assert read_bundle(tmp_path / "out").manifest.selection.k == 7
+
+
+def test_a_killed_export_leaves_the_old_bundle_and_the_next_cleans_up(tiny_checkpoint, tiny_bundle, tmp_path):
+    shutil.copytree(tiny_bundle("clip-llama", k=7), tmp_path / "out")
+    checkpoint = str(tiny_checkpoint("clip-llama"))
+    command = [sys.executable, "-c", "from resprune.runtime.cli import main; main()", "export"]
+    process = subprocess.Popen(
+        [*command, checkpoint, str(tmp_path / "out"), "-k", "3", "--force"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("[2/6]"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    (left,) = leftovers(tmp_path)
+    assert (tmp_path / left / "onnx" / "embed_tokens.onnx").is_file()
+    assert read_bundle(tmp_path / "out").manifest.selection.k == 7
+    with pytest.raises(ResPruneError, match="-k 99 is more than"):
+        export(checkpoint, tmp_path / "out", Options(k=99, force=True))
+    assert leftovers(tmp_path) == []
+    assert read_bundle(tmp_path / "out").manifest.selection.k == 7

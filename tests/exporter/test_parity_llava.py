@@ -1,0 +1,133 @@
+"""A bundle, run by the runtime, answers as Hugging Face does: same picks, same greedy tokens."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from resprune.runtime.bundle import read_bundle, write_manifest
+from resprune.runtime.pipeline import Pipeline
+from tests.exporter.hugging_face import HuggingFace, Picture
+
+STEPS = 40
+QUESTION = "what colour is the square on the table?"
+OTHER = "how many red circles are there?"
+# K of each variant: of 16, 36, 25 and 49 visual tokens.
+KEPT = {"clip-llama": 7, "siglip-mistral": 9, "dinov2-qwen2": 6, "clip-list": 11}
+
+
+def picture(seed: int, height: int = 50, width: int = 70) -> Picture:
+    """Blocks of colour, so that neighbouring patches differ and none is flat grey."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return np.repeat(np.repeat(blocks, height // 5, axis=0), width // 7, axis=1)
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], HuggingFace]:
+    loaded: dict[str, HuggingFace] = {}
+
+    def load(variant: str) -> HuggingFace:
+        if variant not in loaded:
+            loaded[variant] = HuggingFace(tiny_checkpoint(variant))
+        return loaded[variant]
+
+    return load
+
+
+def with_positions(bundle: Path, copy: Path, positions: str) -> Path:
+    """The same bundle under the other position policy, which only the manifest records."""
+    shutil.copytree(bundle, copy)
+    write_manifest(copy, dataclasses.replace(read_bundle(copy).manifest, positions=positions))
+    return copy
+
+
+@pytest.mark.parametrize("positions", ["contiguous", "original"])
+@pytest.mark.parametrize("variant", KEPT)
+def test_same_picks_and_tokens(variant, positions, tiny_bundle, hugging_face, tmp_path):
+    k = KEPT[variant]
+    bundle = with_positions(tiny_bundle(variant, k=k), tmp_path / "bundle", positions)
+    with Pipeline.load(bundle) as vlm:
+        answer = vlm.ask(picture(1), QUESTION, max_new_tokens=STEPS, stream=False)
+    text = [answer.prompt.ids[position] for position in answer.prompt.text_positions]
+    expected = hugging_face(variant).pruned(
+        [picture(1)], answer.prompt.ids, text, k=k, positions=positions, steps=STEPS
+    )
+    assert answer.images[0].pick_order.tolist() == expected.pick_orders[0]
+    assert answer.token_ids == expected.token_ids
+    assert len(set(answer.token_ids)) > 5, "a model that repeats itself shows nothing"
+
+
+def test_positions_matter(hugging_face):
+    """Else the two policies above would be one test."""
+    ids, text = [1, 300, 4, 301, 302, 303], [301]
+    answers = [
+        hugging_face("clip-llama")
+        .pruned([picture(1)], ids, text, k=7, positions=policy, steps=STEPS)
+        .token_ids
+        for policy in ("contiguous", "original")
+    ]
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize("positions", ["contiguous", "original"])
+def test_two_pictures_in_one_prompt(positions, tiny_bundle, hugging_face, tmp_path):
+    pictures = [picture(2), picture(3, height=75)]
+    bundle = with_positions(tiny_bundle("clip-llama", k=7), tmp_path / "bundle", positions)
+    with Pipeline.load(bundle) as vlm:
+        answer = vlm.ask(pictures, QUESTION, max_new_tokens=STEPS, stream=False)
+    text = [answer.prompt.ids[position] for position in answer.prompt.text_positions]
+    expected = hugging_face("clip-llama").pruned(
+        pictures, answer.prompt.ids, text, k=7, positions=positions, steps=STEPS
+    )
+    assert [image.pick_order.tolist() for image in answer.images] == expected.pick_orders
+    assert answer.token_ids == expected.token_ids
+
+
+def test_batch(tiny_bundle, hugging_face):
+    """Two questions of different length at once: the shorter is padded on the left."""
+    questions, pictures = [QUESTION, OTHER], [picture(4), picture(5)]
+    with Pipeline.load(tiny_bundle("siglip-mistral", k=9)) as vlm:
+        answers = vlm.ask_batch(pictures, questions, max_new_tokens=STEPS)
+    assert len(answers[0].prompt.ids) != len(answers[1].prompt.ids)
+    for answer, shown in zip(answers, pictures, strict=True):
+        text = [answer.prompt.ids[position] for position in answer.prompt.text_positions]
+        expected = hugging_face("siglip-mistral").pruned(
+            [shown], answer.prompt.ids, text, k=9, positions="contiguous", steps=STEPS
+        )
+        assert answer.images[0].pick_order.tolist() == expected.pick_orders[0]
+        assert answer.token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("variant", ["clip-llama", "dinov2-qwen2"])
+@pytest.mark.parametrize("positions", ["contiguous", "original"])
+def test_everything_kept_is_plain_llava(variant, positions, tiny_bundle, hugging_face, tmp_path):
+    tokens = {"clip-llama": 16, "dinov2-qwen2": 25}[variant]
+    bundle = with_positions(tiny_bundle(variant, k=tokens, alpha=0.0), tmp_path / "bundle", positions)
+    with Pipeline.load(bundle) as vlm:
+        answer = vlm.ask(picture(6), QUESTION, max_new_tokens=STEPS, stream=False)
+    assert answer.images[0].kept_indices.tolist() == list(range(tokens))
+    assert answer.token_ids == hugging_face(variant).unpruned([picture(6)], answer.prompt.ids, steps=STEPS)
+
+
+def test_split_bundle_answers_as_the_fused_one(tiny_bundle):
+    answers = []
+    for split in (False, True):
+        with Pipeline.load(tiny_bundle("clip-llama", k=7, split=split)) as vlm:
+            answers.append(vlm.look(picture(7)).ask(OTHER, max_new_tokens=STEPS, stream=False))
+    fused, split_answer = answers
+    assert fused.images[0].pick_order.tolist() == split_answer.images[0].pick_order.tolist()
+    assert fused.token_ids == split_answer.token_ids
+
+
+def test_half_precision_keeps_the_picks(tiny_bundle, hugging_face):
+    with Pipeline.load(tiny_bundle("clip-llama", k=7, dtype="fp16")) as vlm:
+        answer = vlm.ask(picture(1), QUESTION, max_new_tokens=STEPS, stream=False)
+    text = [answer.prompt.ids[position] for position in answer.prompt.text_positions]
+    expected = hugging_face("clip-llama").pruned(
+        [picture(1)], answer.prompt.ids, text, k=7, positions="contiguous", steps=STEPS
+    )
+    assert answer.images[0].pick_order.tolist() == expected.pick_orders[0]
+    assert answer.token_ids[:8] == expected.token_ids[:8]

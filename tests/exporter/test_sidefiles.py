@@ -1,0 +1,38 @@
+"""Side files of every age of checkpoint."""
+
+import json
+import shutil
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from resprune.exporter.checkpoint import resolve
+from resprune.exporter.sidefiles import copy_side_files
+from tests.tiny import CHAT_TEMPLATE, VARIANTS
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_side_files_of_every_age(variant, tiny_checkpoint, tmp_path):
+    copy_side_files(resolve(str(tiny_checkpoint(variant))), tmp_path)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "preprocessor_config.json"} <= written
+    processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert processor["image_processor_type"].endswith("ImageProcessor")
+    template = tmp_path / "chat_template.jinja"
+    assert template.exists() == (VARIANTS[variant].template is not None)
+    assert not template.exists() or template.read_text() == CHAT_TEMPLATE
+
+
+def test_a_token_that_only_the_tokenizers_config_names(tiny_checkpoint, tmp_path):
+    """tokenizer.json is written as transformers reads the checkpoint, so that the runtime's ids are the same."""
+    root = shutil.copytree(tiny_checkpoint("clip-llama"), tmp_path / "checkpoint")
+    config = json.loads((root / "tokenizer_config.json").read_text()) | {"extra_special_tokens": ["<region>"]}
+    (root / "tokenizer_config.json").write_text(json.dumps(config))
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    copy_side_files(resolve(str(root)), bundle)
+    text = "USER: <image>\nwhat is the <region> ASSISTANT:"
+    expected = AutoTokenizer.from_pretrained(root)(text).input_ids
+    assert Tokenizer.from_file(str(bundle / "tokenizer.json")).encode(text).ids == expected
+    assert Tokenizer.from_file(str(root / "tokenizer.json")).encode(text).ids != expected, "shows nothing"

@@ -1,0 +1,54 @@
+"""The traced graphs: portable operators, declared names and axes, float32 where it matters."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import torch
+
+from resprune.exporter.checkpoint import resolve
+from resprune.exporter.families import family_of
+from resprune.exporter.trace import OPSET, trace
+from resprune.exporter.weightless import fake_mode
+
+
+def test_the_decoder_graph_is_portable(tiny_checkpoint: Callable[[str], Path]):
+    """Standard operators only, names and axes of the bundle's table, nothing of this machine."""
+    checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
+    pieces = family_of(checkpoint).take_apart(checkpoint, torch.float16, mode)
+    model = trace(pieces.decoder, pieces.model, mode).model
+    assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", OPSET)}
+    assert {node.domain for node in model.graph.node} == {""}
+    assert not {node.op_type for node in model.graph.node} & {"Loop", "If", "NonZero"}
+    names = [value.name for value in model.graph.input]
+    assert names[:5] == [
+        "inputs_embeds",
+        "attention_mask",
+        "position_ids",
+        "past_key_values.0.key",
+        "past_key_values.0.value",
+    ]
+    past = model.graph.input[3].type.tensor_type
+    assert past.elem_type == onnx.TensorProto.FLOAT16
+    assert [axis.dim_param or axis.dim_value for axis in past.shape.dim] == [
+        "batch_size",
+        2,
+        "past_sequence_length",
+        12,
+    ]
+    text = model.SerializeToString()
+    assert b"/work" not in text
+    assert b"site-packages" not in text
+
+
+def test_half_precision_is_for_products_alone(tiny_checkpoint: Callable[[str], Path]):
+    """Every operator that takes float16 moves or multiplies it; softmax, norms and angles are float32."""
+    checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
+    pieces = family_of(checkpoint).take_apart(checkpoint, torch.float16, mode)
+    model = onnx.shape_inference.infer_shapes(trace(pieces.vision, pieces.model, mode).model)
+    half = {value.name for value in model.graph.value_info if value.type.tensor_type.elem_type == 10}
+    half |= {tensor.name for tensor in model.graph.initializer if tensor.data_type == 10}
+    takers = {node.op_type for node in model.graph.node if half & set(node.input)}
+    assert {"MatMul", "Conv", "Cast"} <= takers
+    assert not takers & {"Softmax", "LayerNormalization", "Gelu", "Sigmoid", "Cos", "Sin", "ReduceMean"}
+    assert takers <= {"MatMul", "Conv", "Cast", "Gather", "Reshape", "Transpose"}

@@ -1,0 +1,55 @@
+"""What counts as a miss."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from resprune.exporter.checkpoint import resolve
+from resprune.exporter.families import family_of
+from resprune.exporter.verify import SEEDS, Difference, ParityError, Verifier, require
+from resprune.exporter.weightless import fake_mode
+from resprune.exporter.weights import find_weights
+from resprune.runtime.bundle import Selection
+
+
+def test_nan_is_a_miss():
+    nan = Difference("graph", "output", float("nan"), 1.0, 1e-4)
+    with pytest.raises(ParityError, match="nan"):
+        require([nan], {}, exact=True)
+    with pytest.raises(ParityError, match="63 of 64 equal"):
+        require([], {"picks": (63, 64)}, exact=True)
+    require([Difference("graph", "output", np.inf, 1.0, np.inf)], {"picks": (63, 64)}, exact=False)
+
+
+@pytest.mark.parametrize("misses", range(len(SEEDS) + 1))
+def test_another_picture_is_tried_before_picks_count_as_wrong(
+    misses: int, tiny_checkpoint: Callable[[str], Path]
+):
+    """The stand-in for ONNX Runtime swaps two picks in its first runs, as a tie within rounding would."""
+    checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
+    pieces = family_of(checkpoint).take_apart(checkpoint, torch.float32, mode)
+    verifier = Verifier(pieces, find_weights(checkpoint, pieces.model), "fp32")
+    selection = Selection(5, 16, 1.0, "minmax", "loop")
+    runs: list[Path] = []
+
+    def run(graph: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+        images = (torch.from_numpy(inputs["pixel_values"]),)
+        text, mask = torch.from_numpy(inputs["text_embeds"]), torch.from_numpy(inputs["text_mask"])
+        features, picks = verifier._select(images, text, mask, selection)
+        runs.append(graph)
+        if len(runs) <= misses:
+            picks = picks.flip(1)
+        order = picks.sort(dim=1).values
+        rows = features.gather(1, order[:, :, None].expand(-1, -1, features.shape[2]))
+        return {"image_features": rows.numpy(), "pick_order": picks.numpy()}
+
+    worker: Any = SimpleNamespace(run=run)
+    differences, equal, total = verifier.compare_selection(worker, Path("vision_select.onnx"), selection)
+    assert (equal == total) == (misses < len(SEEDS))
+    assert len(runs) == min(misses + 1, len(SEEDS))
+    assert all(row.max_diff == 0 for row in differences), "rows are compared whatever the picks"
