@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from resprune.exporter.weightless import blank
 
@@ -94,18 +103,73 @@ CLIP_L_336 = {
 }
 
 
+ONE_LAYER_4096 = {
+    "hidden_size": 4096,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+}
+
+
 def write_llava15_vision(folder: Path) -> None:
     """LLaVA-1.5's tower and projector at their real shapes (576 tokens of 4,096), on a one-layer language model."""
-    text = {
-        "hidden_size": 4096,
-        "intermediate_size": 256,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 1,
-        "head_dim": 64,
-        "max_position_embeddings": 4096,
-    }
-    config = llava_config(CLIP_L_336, text)
+    config = llava_config(CLIP_L_336, ONE_LAYER_4096)
     write_checkpoint(
         folder, LlavaForConditionalGeneration, config, dtype=torch.float16, image_side=336, seed=0
     )
+
+
+def write_llava_next_vision(folder: Path) -> None:
+    """LLaVA-NeXT's tower, projector and resolutions (up to 2,928 tokens of 4,096), on a one-layer language model."""
+    llava = llava_config(CLIP_L_336, ONE_LAYER_4096)
+    shared = ("vision_config", "text_config", "image_token_id", "vision_feature_layer")
+    config = LlavaNextConfig(**{key: getattr(llava, key) for key in shared})
+    write_checkpoint(
+        folder, LlavaNextForConditionalGeneration, config, dtype=torch.float16, image_side=336, seed=0
+    )
+    processor = json.loads((folder / "processor_config.json").read_text())
+    processor["processor_class"] = "LlavaNextProcessor"
+    processor["image_processor"] |= {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "image_grid_pinpoints": config.image_grid_pinpoints,
+    }
+    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
+
+
+# What repeats in the 32 blocks of Qwen2.5-VL-3B's tower: seven with windows, then one with full attention.
+QWEN25VL_PERIOD = {
+    "depth": 8,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 2048,
+    "window_size": 112,
+    "fullatt_block_indexes": [7],
+}
+
+
+def write_qwen25vl_vision(folder: Path) -> None:
+    """A quarter of the depth of Qwen2.5-VL-3B's tower, and its merger, at real widths, on one layer of language."""
+    demo = LlavaConfig.from_pretrained(DEMO)
+    text = ONE_LAYER_4096 | {"hidden_size": 2048, "num_attention_heads": 16, "max_position_embeddings": 32768}
+    del text["head_dim"]
+    config = Qwen2_5_VLConfig(
+        vision_config=QWEN25VL_PERIOD,
+        text_config=text
+        | {
+            "vocab_size": demo.text_config.vocab_size,
+            "bos_token_id": demo.text_config.bos_token_id,
+            "eos_token_id": demo.text_config.eos_token_id,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        image_token_id=demo.image_token_id,
+    )
+    write_checkpoint(
+        folder, Qwen2_5_VLForConditionalGeneration, config, dtype=torch.float16, image_side=336, seed=0
+    )
+    processor = {"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 4096 * 28 * 28}
+    (folder / "processor_config.json").unlink()
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))

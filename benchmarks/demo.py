@@ -13,12 +13,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from benchmarks.measure import THREADS, Timing, run, take_turns
 from resprune.runtime.bundle import Bundle, read_bundle
-from resprune.runtime.image import ImageProcessor, load_image
+from resprune.runtime.families import family_of
+from resprune.runtime.image import load_image
 from resprune.runtime.language_model import Embedding, OrtLanguageModel
 from resprune.runtime.prompt import Prompter
 from resprune.runtime.session import SessionOptions
 from resprune.runtime.splice import KeptTokens, Picks, splice
-from resprune.runtime.vision import Encoded, Pixels, Vision
+from resprune.runtime.vision import Looked, Vision
 
 DEMO = Path(__file__).parent.parent / "demo"
 BUDGETS = (16, 48)
@@ -33,8 +34,8 @@ class Stages:
         options = SessionOptions(threads=THREADS)
         self.manifest = bundle.manifest
         self.prompter = Prompter(bundle)
-        self.processor = ImageProcessor.from_bundle(bundle)
-        self.vision = Vision(bundle, options)
+        self.preprocessor = family_of(bundle).preprocessor(bundle)
+        self.vision = Vision(bundle, self.preprocessor, options)
         self.embedding = Embedding(bundle, options)
         self.model = OrtLanguageModel(bundle, self.embedding, options)
 
@@ -44,11 +45,11 @@ class Stages:
         ids = np.array(prompt.ids, dtype=np.int64)
         ids[ids == self.manifest.image_token_id] = 0
         embeds = self.embedding(ids[None])[0]
-        pixels = Pixels(self.processor(load_image(picture))[None])
+        pictures = [self.preprocessor(load_image(picture))]
         if tokens is None:
-            kept = _all(self.vision.encode(pixels))
+            kept = _all(self.vision.look(pictures))
         else:
-            (kept,) = self.vision.select(pixels, [embeds[prompt.text_positions]], tokens)
+            (kept,) = self.vision.select(Looked(pictures, None), [embeds[prompt.text_positions]], tokens)
         spliced = splice(
             [embeds],
             [prompt.ids],
@@ -66,10 +67,11 @@ class Stages:
             token = int(self.model.step(np.array([token], dtype=np.int64))[0].argmax())
 
 
-def _all(encoded: Encoded) -> KeptTokens:
-    rows = encoded.image_features[0]
+def _all(looked: Looked) -> KeptTokens:
+    assert looked.image_features is not None  # the benchmark exports with --split
+    rows = looked.image_features[0]
     every = np.arange(len(rows), dtype=np.int64)
-    return KeptTokens(rows, Picks(every, every, len(rows)))
+    return KeptTokens(rows, Picks(every, every), every, len(rows))
 
 
 class HuggingFace:

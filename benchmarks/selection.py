@@ -45,7 +45,7 @@ def run(work: Path) -> dict[str, Any]:
     opened = read_bundle(bundle, check_hashes=False)
     rng = np.random.default_rng(0)
     pixels = rng.standard_normal((1, 3, 336, 336)).astype(np.float32)
-    encoder = _session(str(opened.graph_path("vision_encoder")))
+    encoder = cpu_session(str(opened.graph_path("vision_encoder")))
     (features,) = encoder.run(["image_features"], {"pixel_values": pixels})
     text = rng.standard_normal((1, 4, features.shape[2])).astype(np.float32)
     feed = {
@@ -60,7 +60,7 @@ def run(work: Path) -> dict[str, Any]:
     ones = np.ones(features.shape[1], np.float32)
     for k in BUDGETS:
         for body in ("loop", "unrolled"):
-            session = _session(
+            session = cpu_session(
                 token_select_model(k, alpha=1.0, scale="minmax", body=body).SerializeToString()
             )
             calls[f"{body} K {k}"] = lambda session=session: session.run(None, feed)
@@ -95,7 +95,8 @@ def table(result: dict[str, Any]) -> str:
     return f"CLIP-L/336 and projector, N {N}, D {D}, fp32: {encoder} ms.\n\n" + "\n".join(rows)
 
 
-def _session(model: str | bytes) -> ort.InferenceSession:
+def cpu_session(model: str | bytes) -> ort.InferenceSession:
+    """A session with every thread there is."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = THREADS
     # As the runtime does it: the threads of the session before would spin on the cores this one needs. It matters

@@ -147,7 +147,35 @@ def test_attached_selection_equals_encoder_then_selector():
     np.testing.assert_allclose(rows, apart["kept_features"], atol=1e-6)
 
 
+def test_tokens_that_the_encoder_names_padding_are_not_candidates():
+    """Also where a picture has fewer tokens than k, and where the whole batch has."""
+    plain, _ = encoder(tokens="num_tokens")
+    plain.graph.input.append(
+        helper.make_tensor_value_info("pack_indices", TensorProto.INT64, ["batch_size", "num_tokens"])
+    )
+    fused = attach_selection(plain, 6, alpha=1.0, scale="minmax", padding="pack_indices")
+    onnx.checker.check_model(fused, full_check=True)
+    rng = np.random.default_rng(2)
+    text, text_mask = rng.standard_normal((2, 2, 4)).astype(np.float32), np.ones((2, 2), bool)
+    selector = token_select_model(6, alpha=1.0, scale="minmax")
+    session = ort.InferenceSession(fused.SerializeToString(), providers=["CPUExecutionProvider"])
+    for tokens, longest in ((9, 7), (5, 4), (1, 1)):
+        pixels = rng.standard_normal((2, tokens, 3)).astype(np.float32)
+        pack = np.tile(np.arange(tokens), (2, 1))
+        pack[1, longest:] = -1
+        feed = {"pixel_values": pixels, "pack_indices": pack, "text_embeds": text, "text_mask": text_mask}
+        _, _, picks = session.run(None, feed)
+        _, weight = encoder()
+        apart = run(selector, pixels @ weight, text, text_mask, pack >= 0)
+        np.testing.assert_array_equal(picks, apart["pick_order"])
+        assert sorted(picks[1][picks[1] >= 0]) == sorted(set(picks[1][picks[1] >= 0]))
+        assert (picks[1] >= 0).sum() == min(6, longest)
+        assert picks[1].max() < longest
+
+
 def test_arguments_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="no input pack_indices"):
+        attach_selection(encoder()[0], 4, alpha=1.0, scale="minmax", padding="pack_indices")
     with pytest.raises(ValueError, match="at most the encoder's 9"):
         attach_selection(encoder()[0], 10, alpha=1.0, scale="minmax")
     for wrong in ({"k": 0}, {"alpha": -1.0}, {"scale": "soft"}, {"body": "while"}, {"dtype": "int8"}):

@@ -1,0 +1,74 @@
+"""What the selection costs beside LLaVA-NeXT's vision encoder, at the paper's budgets and the largest picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.checkpoints import write_llava_next_vision
+from benchmarks.measure import Timing, take_turns
+from benchmarks.selection import cpu_session
+from resprune.exporter.export import Options, export
+from resprune.graphs import token_select_model
+from resprune.runtime.anyres import AnyResolution
+from resprune.runtime.bundle import read_bundle
+
+BUDGETS = (160, 320, 640)
+SIZE = (672, 672)  # four tiles and the whole view, nothing padded: the most tokens there are
+
+
+def run(work: Path) -> dict[str, Any]:
+    """Export CLIP-L/336 with a projector to 4,096, verify it, and time pixels, encoder and selectors in turn."""
+    checkpoint, bundle = work / "llava-next-vision", work / f"llava-next-vision-k{BUDGETS[-1]}"
+    if not checkpoint.exists():
+        write_llava_next_vision(checkpoint)
+    if not bundle.exists():
+        export(str(checkpoint), bundle, Options(k=BUDGETS[-1], split=True))
+    opened = read_bundle(bundle, check_hashes=False)
+    anyres = AnyResolution.from_bundle(opened)
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (SIZE[1] // 2, SIZE[0] // 2, 3), dtype=np.uint8)).resize(
+        SIZE
+    )
+    feeds = anyres.batch([anyres(image)])
+    encoder = cpu_session(str(opened.graph_path("vision_encoder")))
+    (features,) = encoder.run(["image_features"], feeds)
+    select = {
+        "image_features": features,
+        "text_embeds": rng.standard_normal((1, 4, features.shape[2])).astype(np.float32),
+        "text_mask": np.ones((1, 4), dtype=bool),
+        "token_mask": np.ones(features.shape[:2], dtype=bool),
+    }
+    calls: dict[str, Any] = {
+        "pixels": lambda: anyres.batch([anyres(image)]),
+        "vision encoder": lambda: encoder.run(["image_features"], feeds),
+    }
+    for k in BUDGETS:
+        session = cpu_session(token_select_model(k, alpha=1.0, scale="minmax").SerializeToString())
+        calls[f"K {k}"] = lambda session=session: session.run(None, select)
+    timings = take_turns(calls, repeats=5)
+    return {
+        "shapes": {name: list(array.shape) for name, array in (*feeds.items(), ("image_features", features))},
+        "milliseconds": timings,
+        "share of the encoder": {
+            name: timing.median / timings["vision encoder"].median for name, timing in timings.items()
+        },
+        "parity of the vision graphs": opened.manifest.parity,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    timings: dict[str, Timing] = result["milliseconds"]
+    share = result["share of the encoder"]
+    tiles = result["shapes"]["pixel_values"][0]
+    N, D = result["shapes"]["image_features"][1:]
+    rows = ["| K | selection | of the encoder |", "|---|---|---|"]
+    rows += [f"| {k} | {timings[f'K {k}']} ms | {share[f'K {k}']:.2%} |" for k in BUDGETS]
+    return (
+        f"{tiles} tiles of CLIP-L/336 and projector, N {N}, D {D}, fp32: {timings['vision encoder']} ms; "
+        f"pixels (NumPy and Pillow): {timings['pixels']} ms.\n\n" + "\n".join(rows)
+    )

@@ -1,0 +1,119 @@
+"""Qwen2.5-VL's vision tower at its real widths: memory as the picture grows, and the selection beside the encoder."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from benchmarks.checkpoints import QWEN25VL_PERIOD, write_qwen25vl_vision
+from benchmarks.measure import Timing, take_turns
+from benchmarks.measure import run as run_command
+from benchmarks.selection import cpu_session
+from resprune.exporter.export import Options, export
+from resprune.graphs import token_select_model
+from resprune.runtime.bundle import read_bundle, share_of
+from resprune.runtime.picture import Arrays
+from resprune.runtime.qwen_vision import DynamicResolution
+
+MERGED = (324, 1296, 4096)  # pictures of 18, 36 and 64 merged tokens a side
+SHARES = (0.111, 0.222, 0.333)  # the paper's budgets
+TIMED = 1296
+PERIODS = 4  # of 8 blocks each, in the 3B and 7B towers
+DEPTH = 32
+
+
+def run(work: Path) -> dict[str, Any]:
+    """Export one period of the tower, verify it, measure memory in child processes, and time encoder and selectors."""
+    checkpoint, bundle = work / "qwen25vl-vision", work / "qwen25vl-vision-11"
+    if not checkpoint.exists():
+        write_qwen25vl_vision(checkpoint)
+    if not bundle.exists():
+        export(str(checkpoint), bundle, Options(share=0.111, split=True))
+    opened = read_bundle(bundle, check_hashes=False)
+    memory = {}
+    for count in MERGED:
+        out, _, _ = run_command([sys.executable, "-m", "benchmarks.qwen_vl", str(bundle), str(count)])
+        memory[count] = json.loads(out)
+    feeds = _feeds(DynamicResolution.from_bundle(opened), TIMED)
+    encoder = cpu_session(str(opened.graph_path("vision_encoder")))
+    (features,) = encoder.run(["image_features"], feeds)
+    rng = np.random.default_rng(0)
+    select: dict[str, npt.NDArray[Any]] = {
+        "image_features": features,
+        "text_embeds": rng.standard_normal((1, 4, features.shape[2])).astype(np.float32),
+        "text_mask": np.ones((1, 4), dtype=bool),
+        "token_mask": np.ones(features.shape[:2], dtype=bool),
+    }
+    calls: dict[str, Any] = {"one period": lambda: encoder.run(["image_features"], feeds)}
+    for share in SHARES:
+        k = share_of(share, TIMED)
+        session = cpu_session(token_select_model(k, alpha=1.0, scale="minmax").SerializeToString())
+        calls[f"K {k}"] = lambda session=session: session.run(None, select)
+    timings = take_turns(calls, repeats=3)
+    return {
+        "shapes": {name: list(array.shape) for name, array in (*feeds.items(), ("image_features", features))},
+        "memory": {str(count): figures for count, figures in memory.items()},
+        "milliseconds": timings,
+        "share of the encoder": {
+            name: timing.median / (PERIODS * timings["one period"].median) for name, timing in timings.items()
+        },
+        "parity of the vision graphs": opened.manifest.parity,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    timings: dict[str, Timing] = result["milliseconds"]
+    share = result["share of the encoder"]
+    N, D = result["shapes"]["image_features"][1:]
+    heads = QWEN25VL_PERIOD["num_heads"]
+    rows = [
+        "| merged tokens | patches | peak of a run | scores of all heads at once would be | one mask of all patches |"
+    ]
+    rows.append("|---|---|---|---|---|")
+    for count, figures in result["memory"].items():
+        patches = 4 * int(count)
+        square = 4 * patches**2 / 1e6
+        rows.append(
+            f"| {count} | {patches} | {figures['run']:,.0f} MB | {heads * square:,.0f} MB | {square:,.0f} MB |"
+        )
+    rows += ["", "| K | selection | of the encoder |", "|---|---|---|"]
+    for part in SHARES:
+        k = share_of(part, N)
+        rows.append(f"| {k} ({100 * part:g} %) | {timings[f'K {k}']} ms | {share[f'K {k}']:.2%} |")
+    return (
+        f"{QWEN25VL_PERIOD['depth']} of the {DEPTH} blocks (seven with windows, one with full attention), fp32: N {N}, "
+        f"D {D}, {timings['one period']} ms; the whole encoder is taken as {PERIODS} times that. Memory is what a run "
+        "takes above the opened session, and the same for any depth.\n\n" + "\n".join(rows)
+    )
+
+
+def _feeds(resolution: DynamicResolution, merged: int) -> Arrays:
+    """A square picture of so many merged tokens."""
+    side = round(merged**0.5) * resolution.patch_size * resolution.merge_size
+    pixels = np.random.default_rng(0).integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8)
+    return resolution.batch([resolution(Image.fromarray(pixels).resize((side, side)))])
+
+
+def _measure(bundle: str, merged: int) -> None:
+    """Print how many megabytes opening the encoder takes, and how many more a run."""
+    opened = read_bundle(bundle, check_hashes=False)
+    session = cpu_session(str(opened.graph_path("vision_encoder")))
+    feeds = _feeds(DynamicResolution.from_bundle(opened), merged)
+    # What is resident now: the peak so far is that of reading and repacking the weights.
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    opened_bytes = pages * resource.getpagesize()
+    session.run(None, feeds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"opened": opened_bytes / 1e6, "run": (peak - opened_bytes) / 1e6}))
+
+
+if __name__ == "__main__":
+    _measure(sys.argv[1], int(sys.argv[2]))
