@@ -33,7 +33,7 @@ lint: setup
 
 demo: setup
 	$(BIN)/resprune export demo build/demo-k16 -k 16 --force
-	$(BIN)/resprune ask build/demo-k16 demo/pictures/shapes.png "What color is the triangle?" --show build/kept.png
+	$(BIN)/resprune ask build/demo-k16 demo/pictures/shapes.png "What color is the large square?" --show build/kept.png
 	@echo "The tokens that were kept: build/kept.png"
 
 bench: setup
