@@ -16,6 +16,9 @@ TIE = 1e-5
 EXHAUSTED = 1e-6
 """The span is exhausted once the best score is at most EXHAUSTED times the best score before any pick."""
 
+ROUNDING = 1e-5
+"""What float32 leaves in doubt of a score, as a part of the best score before any pick."""
+
 SCALES = ("minmax", "clamp", "shifted")
 
 
@@ -114,6 +117,44 @@ def residual_select(visual: Tensor, gain: Tensor, k: int, token_mask: Tensor | N
         direction = direction.masked_fill(exhausted, 0)
         residual -= (residual @ direction[:, :, None]) * direction[:, None, :]  # modified Gram-Schmidt
     return picks
+
+
+def picks_within_rounding(
+    visual: Tensor, gain: Tensor, picks: Tensor, token_mask: Tensor | None = None
+) -> Tensor:
+    """Which picks are the best that float32 can tell, given those before them.
+
+    Two scores closer than ROUNDING of the best score before any pick, which happens where few directions are left,
+    can come in either order. Computed in float64.
+
+    Args:
+        visual: [B, N, D] visual tokens.
+        gain: [B, N] from `text_gain`.
+        picks: [B, K] a pick order to judge.
+        token_mask: [B, N] bool, False where a row is padding.
+
+    Returns:
+        [B, K] bool; False for a token that is padding or was picked before, or for none where there was one.
+
+    """
+    V = visual.double()
+    B, N, _ = V.shape
+    available = _mask(token_mask, (B, N), V).clone()
+    gain = gain.double()
+    residual = V.clone()
+    slack = ROUNDING * (gain * V.square().sum(dim=2)).masked_fill(~available, 0).amax(dim=1)  # [B]
+    within = torch.zeros_like(picks, dtype=torch.bool)
+    rows = torch.arange(B, device=V.device)
+    for t, pick in enumerate(picks.clamp(min=0).unbind(dim=1)):
+        score = (gain * residual.square().sum(dim=2)).masked_fill(~available, -1)
+        best = score.amax(dim=1)
+        chosen = available[rows, pick] & (score[rows, pick] + slack >= best * (1 - TIE))
+        within[:, t] = torch.where(picks[:, t] < 0, ~available.any(dim=1), chosen)
+        available[rows, pick] = False
+        direction = residual[rows, pick]  # [B, D]
+        direction = direction / direction.norm(dim=1, keepdim=True).clamp(min=torch.finfo(V.dtype).tiny)
+        residual -= (residual @ direction[:, :, None]) * direction[:, None, :]
+    return within
 
 
 def keep(visual: Tensor, pick_order: Tensor) -> tuple[Tensor, Tensor]:

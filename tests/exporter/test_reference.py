@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resprune.exporter.reference import keep, residual_select, text_gain
+from resprune.exporter.reference import keep, picks_within_rounding, residual_select, text_gain
 from tests.vectors import CASES
 
 
@@ -112,6 +112,22 @@ def test_any_float_dtype_is_computed_in_float32(dtype):
         visual.float(), text_gain(visual.float(), text.float(), alpha=1.0, scale="minmax"), 10
     )
     assert torch.equal(residual_select(visual, gain, 10), expected)
+
+
+def test_picks_within_rounding_takes_the_references_and_no_other():
+    """Every pick of every case is the best; a clear loser, a token twice, and padding are not."""
+    for case in CASES:
+        visual, text, text_mask, token_mask = map(torch.from_numpy, case.inputs())
+        gain = text_gain(visual, text, text_mask, token_mask, alpha=case.alpha, scale=case.scale)
+        picks = torch.from_numpy(case.arrays["pick_order"])[None]
+        assert picks_within_rounding(visual, gain, picks, token_mask).all(), case.name
+    visual, gain = torch.tensor([[[3.0, 0.0], [0.0, 2.0], [1.0, 1.0]]]), torch.ones(1, 3)
+    mask = torch.tensor([[True, True, False]])
+    for wrong, expected in (([1, 0], [False, True]), ([0, 0], [True, False]), ([0, -1], [True, False])):
+        assert picks_within_rounding(visual, gain, torch.tensor([wrong]), mask)[0].tolist() == expected
+    assert picks_within_rounding(visual, gain, torch.tensor([[0, 2]]), mask)[0].tolist() == [True, False]
+    nearly = torch.tensor([[[1.0, 0.0], [0.0, 1e-4], [0.0, 1.1e-4]]])
+    assert picks_within_rounding(nearly, gain, torch.tensor([[0, 1, 2]]))[0].all(), "float32 cannot tell"
 
 
 def test_keep_is_ascending_and_marks_what_is_missing():

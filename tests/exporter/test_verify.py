@@ -40,7 +40,7 @@ def test_another_picture_is_tried_before_picks_count_as_wrong(
     def run(graph: Path, inputs: dict[str, Any]) -> dict[str, Any]:
         images = (torch.from_numpy(inputs["pixel_values"]),)
         text, mask = torch.from_numpy(inputs["text_embeds"]), torch.from_numpy(inputs["text_mask"])
-        features, picks = verifier._select(images, text, mask, selection)
+        features, _, picks = verifier._select(images, text, mask, selection)
         runs.append(graph)
         if len(runs) <= misses:
             picks = picks.flip(1)
