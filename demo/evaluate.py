@@ -132,8 +132,24 @@ def answer_counts(pictures: PictureSet) -> dict[str, Counter[str]]:
     return counts
 
 
+def split_by_form(answers: Counter[str]) -> dict[str, Counter[str]]:
+    """Divide a type's answers into those to yes-or-no questions and the others."""
+    forms: dict[str, Counter[str]] = {"yes or no": Counter(), "what": Counter()}
+    for answer, count in answers.items():
+        forms["yes or no" if answer in ("yes", "no") else "what"][answer] += count
+    return forms
+
+
+def rows_with(pictures: PictureSet, type_: str, answers: set[str]) -> list[int]:
+    """Return the rows of the table of a type that have one of the answers."""
+    return [i for i, row in enumerate(pictures.table) if row[0] == type_ and row[2] in answers]
+
+
 def score_set(right: npt.NDArray[np.bool_], pictures: PictureSet, training: PictureSet) -> dict[str, Score]:
-    """Score every question type of a set, and all of them together."""
+    """Score every question type of a set, and all of them together.
+
+    Relations are also scored apart by their two forms, "Is A left of B?" and "What is left of B?".
+    """
     types = types_of(pictures)
     here, before = answer_counts(pictures), answer_counts(training)
     scores = {}
@@ -144,6 +160,14 @@ def score_set(right: npt.NDArray[np.bool_], pictures: PictureSet, training: Pict
         lucky = here[type_][guess]
         scores[type_] = Score(trials, hits / trials, *wilson(hits, trials), lucky / trials, guess)
         totals = [a + b for a, b in zip(totals, (hits, trials, lucky), strict=True)]
+    if "relation" in here:
+        for form, answers in split_by_form(here["relation"]).items():
+            guess = split_by_form(before["relation"])[form].most_common(1)[0][0]
+            place = np.isin(pictures.question_ids, rows_with(pictures, "relation", set(answers)))
+            hits, trials = int(right[place].sum()), int(place.sum())
+            low, high = wilson(hits, trials)
+            share = answers[guess] / trials
+            scores[f"relation, {form}"] = Score(trials, hits / trials, low, high, share, guess)
     hits, trials, lucky = totals
     scores["all"] = Score(trials, hits / trials, *wilson(hits, trials), lucky / trials, "per type")
     return scores

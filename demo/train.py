@@ -1,4 +1,4 @@
-"""Train the demo model: ``python -m demo.train --minutes 94``.
+"""Train the demo model: ``python -m demo.train --minutes 102``.
 
 Seeded, and resumable: run the same command again and it goes on from ``demo/runs/last.pt``. The
 length is a wall-clock budget; learning rate and loss weights follow the share of it that is used.
@@ -251,7 +251,7 @@ def report(trainer: Trainer, held_out: list[PictureSet]) -> None:
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=94.0, help="wall-clock budget")
+    parser.add_argument("--minutes", type=float, default=102.0, help="wall-clock budget")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     arguments = parser.parse_args()
