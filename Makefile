@@ -32,7 +32,7 @@ lint: setup
 	MYPYPATH=build/typecheck $(BIN)/mypy $(ROOMS:%=-p resprune.%)
 
 demo: setup
-	$(BIN)/resprune export demo build/demo-k16 -k 16 --force
+	$(BIN)/resprune export demo build/demo-k16 -k 16 --positions original --force
 	$(BIN)/resprune ask build/demo-k16 demo/pictures/shapes.png "What color is the large square?" --show build/kept.png
 	@echo "The tokens that were kept: build/kept.png"
 
