@@ -104,7 +104,7 @@ def residual_select(visual: Tensor, gain: Tensor, k: int, token_mask: Tensor | N
     rows = torch.arange(B, device=V.device)
 
     for t in range(min(k, N)):
-        score = (gain * residual.square().sum(dim=2)).masked_fill(~available, -1)
+        score = (gain * torch.linalg.vector_norm(residual, dim=2).square()).masked_fill(~available, -1)
         exhausted = score.amax(dim=1, keepdim=True) <= EXHAUSTED * best_initial
         score = torch.where(exhausted, initial, score).masked_fill(~available, -1)
         best = score.amax(dim=1, keepdim=True)
@@ -115,7 +115,8 @@ def residual_select(visual: Tensor, gain: Tensor, k: int, token_mask: Tensor | N
         direction = residual[rows, pick]  # [B, D]
         direction = direction / direction.norm(dim=1, keepdim=True).clamp(min=torch.finfo(V.dtype).tiny)
         direction = direction.masked_fill(exhausted, 0)
-        residual -= (residual @ direction[:, :, None]) * direction[:, None, :]  # modified Gram-Schmidt
+        # Modified Gram-Schmidt, in place: 3,000 tokens of 4,096 dimensions are 50 MB.
+        residual.baddbmm_(residual @ direction[:, :, None], direction[:, None, :], alpha=-1)
     return picks
 
 
