@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
 from resprune.exporter.reference import residual_select, text_gain
+from resprune.runtime.bundle import read_bundle, write_manifest
 
 Picture = NDArray[np.uint8]
 
@@ -108,3 +111,10 @@ class HuggingFace:
 
 def _greedy(steps: int, *, may_end: bool = False) -> dict[str, Any]:
     return {"max_new_tokens": steps, "min_new_tokens": 1 if may_end else steps, "do_sample": False}
+
+
+def with_positions(bundle: Path, copy: Path, positions: str) -> Path:
+    """The same bundle under the other position policy, which only the manifest records."""
+    shutil.copytree(bundle, copy)
+    write_manifest(copy, dataclasses.replace(read_bundle(copy).manifest, positions=positions))
+    return copy

@@ -1,16 +1,10 @@
 """A bundle, run by the runtime, answers as Hugging Face does: same picks, same greedy tokens."""
 
-import dataclasses
-import shutil
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from resprune.runtime.bundle import read_bundle, write_manifest
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter.hugging_face import HuggingFace, Picture
+from tests.exporter.hugging_face import Picture, with_positions
 
 STEPS = 40
 QUESTION = "what colour is the square on the table?"
@@ -23,25 +17,6 @@ def picture(seed: int, height: int = 50, width: int = 70) -> Picture:
     """Blocks of colour, so that neighbouring patches differ and none is flat grey."""
     blocks = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return np.repeat(np.repeat(blocks, height // 5, axis=0), width // 7, axis=1)
-
-
-@pytest.fixture(scope="module")
-def hugging_face(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], HuggingFace]:
-    loaded: dict[str, HuggingFace] = {}
-
-    def load(variant: str) -> HuggingFace:
-        if variant not in loaded:
-            loaded[variant] = HuggingFace(tiny_checkpoint(variant))
-        return loaded[variant]
-
-    return load
-
-
-def with_positions(bundle: Path, copy: Path, positions: str) -> Path:
-    """The same bundle under the other position policy, which only the manifest records."""
-    shutil.copytree(bundle, copy)
-    write_manifest(copy, dataclasses.replace(read_bundle(copy).manifest, positions=positions))
-    return copy
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])

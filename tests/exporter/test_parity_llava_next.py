@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
 from resprune.runtime.show import TAG
-from tests.exporter.hugging_face import HuggingFace
+from tests.exporter.hugging_face import HuggingFace, with_positions
 
 STEPS = 40
 QUESTION = "what colour is the square on the table?"
@@ -32,25 +31,6 @@ SIZES = [(60, 50), (32, 32), (20, 110), (180, 30), (1, 40), (300, 1), (64, 63)]
 def picture(seed: int, size: tuple[int, int]) -> Image.Image:
     blocks = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
-
-
-@pytest.fixture(scope="module")
-def hugging_face(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], HuggingFace]:
-    loaded: dict[str, HuggingFace] = {}
-
-    def load(variant: str) -> HuggingFace:
-        if variant not in loaded:
-            loaded[variant] = HuggingFace(tiny_checkpoint(variant))
-        return loaded[variant]
-
-    return load
-
-
-def with_positions(bundle: Path, copy: Path, positions: str) -> Path:
-    """The same bundle under the other position policy, which only the manifest records."""
-    shutil.copytree(bundle, copy)
-    write_manifest(copy, dataclasses.replace(read_bundle(copy).manifest, positions=positions))
-    return copy
 
 
 def check(answer, expected) -> None:
