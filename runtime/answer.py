@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import Any
 
 from resprune.runtime.generate import TextStream
+from resprune.runtime.generator import Piece
 from resprune.runtime.prompt import Prompt
 from resprune.runtime.splice import Picks
 
@@ -18,23 +19,28 @@ class Row:
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
 
-    def push(self, token: int) -> None:
-        """Take the next token and its text."""
-        self.token_ids.append(token)
-        self.add(self.stream.push(token))
+    def push(self, piece: Piece) -> None:
+        """Take the next tokens, whose text is decoded here, or the next text."""
+        if isinstance(piece, str):
+            self._add(piece if self.pieces else piece.lstrip())
+            return
+        self.token_ids += piece
+        for token in piece:
+            self._add(self.stream.push(token))
 
-    def add(self, piece: str) -> None:
-        """Take a piece of text; an empty one is none."""
-        if piece:
-            self.pieces.append(piece)
+    def finish(self) -> None:
+        """Take what text is left."""
+        self._add(self.stream.finish())
+
+    def _add(self, text: str) -> None:
+        if text:
+            self.pieces.append(text)
 
 
 class Run:
     """One run of the language model over one or more questions; it goes on only as far as it is read."""
 
-    def __init__(
-        self, steps: Iterator[list[int | None]], rows: Sequence[Row], timings: dict[str, float]
-    ) -> None:
+    def __init__(self, steps: Iterator[list[Piece]], rows: Sequence[Row], timings: dict[str, float]) -> None:
         self._steps = steps
         self.rows = rows
         self.timings = timings
@@ -42,17 +48,16 @@ class Run:
         self.finished = False
 
     def advance(self) -> None:
-        """Make the next token of every row."""
+        """Take what every row gains next."""
         start = perf_counter()
-        tokens = next(self._steps, None)
-        if tokens is None:
+        pieces = next(self._steps, None)
+        if pieces is None:
             self.finished = True
             for row in self.rows:
-                row.add(row.stream.finish())
+                row.finish()
         else:
-            for row, token in zip(self.rows, tokens, strict=True):
-                if token is not None:
-                    row.push(token)
+            for row, piece in zip(self.rows, pieces, strict=True):
+                row.push(piece)
         self.timings["decode"] += (perf_counter() - start) * 1e3
 
     def finish(self) -> None:
@@ -97,7 +102,7 @@ class Answer:
 
     @property
     def token_ids(self) -> list[int]:
-        """Every generated id, the one that ended the answer included."""
+        """Every generated id, the one that ended the answer included; none from a server that tells only text."""
         self.finish()
         return list(self._row.token_ids)
 

@@ -15,9 +15,10 @@ from resprune.runtime.answer import Answer, Row, Run
 from resprune.runtime.bundle import Bundle, Manifest, read_bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families import family_of
-from resprune.runtime.generate import Sampling, TextStream, eos_token_ids, generate
+from resprune.runtime.generate import Sampling, TextStream
+from resprune.runtime.generator import GeneratorFactory, Request, onnxruntime_generator
 from resprune.runtime.image import MAX_PIXELS, Box, ImageSource, load_image
-from resprune.runtime.language_model import Embedding, LanguageModel, OrtLanguageModel
+from resprune.runtime.language_model import Embedding
 from resprune.runtime.picture import Picture
 from resprune.runtime.prompt import Prompt, Prompter, Turn
 from resprune.runtime.session import SessionOptions
@@ -43,16 +44,21 @@ class Pipeline:
     for the reader); one that nobody holds any more is dropped.
     """
 
-    def __init__(self, bundle: Bundle, options: SessionOptions, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: SessionOptions,
+        max_pixels: int = MAX_PIXELS,
+        generator: GeneratorFactory = onnxruntime_generator,
+    ) -> None:
         self._bundle = bundle
         self._max_pixels = max_pixels
         self._prompter = Prompter(bundle)
         self._preprocessor = family_of(bundle).preprocessor(bundle)
-        self._eos = eos_token_ids(bundle)
         self._vision = Vision(bundle, self._preprocessor, options)
         self._vision.open("vision_select")
         self._embedding = Embedding(bundle, options)
-        self._model: LanguageModel = OrtLanguageModel(bundle, self._embedding, options)
+        self._generator = generator(bundle, self._embedding, options)
         self._running: Callable[[], Run | None] = lambda: None
         self.load_ms = 0.0
 
@@ -65,16 +71,18 @@ class Pipeline:
         providers: Sequence[str] | None = None,
         threads: int = 0,
         max_pixels: int = MAX_PIXELS,
+        generator: GeneratorFactory = onnxruntime_generator,
     ) -> "Pipeline":
         """Check a bundle and open it.
 
         `check_hashes=False` leaves out the SHA-256 of the files; `providers` and `threads` as in `SessionOptions`;
-        a picture of more than `max_pixels` is refused before it is decoded.
+        a picture of more than `max_pixels` is refused before it is decoded; `generator` opens what answers, and the
+        bundle's decoder is left alone if that is something else.
         Raises `ResPruneError` for a bundle that is incomplete, altered or made by a newer resprune.
         """
         start = perf_counter()
         options = SessionOptions(providers, threads)
-        pipeline = cls(read_bundle(bundle, check_hashes=check_hashes), options, max_pixels)
+        pipeline = cls(read_bundle(bundle, check_hashes=check_hashes), options, max_pixels, generator)
         pipeline.load_ms = (perf_counter() - start) * 1e3
         return pipeline
 
@@ -160,7 +168,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Give back the sessions and the cache."""
-        self._model.close()
+        self._generator.close()
         self._vision.close()
 
     def __enter__(self) -> "Pipeline":
@@ -203,9 +211,9 @@ class Pipeline:
             sampling = self._within_context(spliced, sampling)
             if (running := self._running()) is not None:
                 running.finish()
-            logits = self._model.prefill(spliced.inputs_embeds, spliced.position_ids, spliced.attention_mask)
+            pieces = self._generator.start(Request(prompts, kept_rows, spliced), sampling)
         rows = [Row(TextStream(self._prompter.tokenizer)) for _ in prompts]
-        run = Run(generate(self._model, logits, sampling, self._eos), rows, timings)
+        run = Run(pieces, rows, timings)
         self._running = weakref.ref(run)
         return [
             Answer(run, row, prompt, [tokens.picks for tokens in of_row])

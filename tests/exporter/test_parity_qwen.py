@@ -197,9 +197,9 @@ def test_kept_tokens_keep_their_places(bundle):
     """(t, h, w) of what is left, the text after the picture where it was, and decoding from there."""
     with Pipeline.load(whole(bundle)) as vlm:
         seen: list[Any] = []
-        prefill, run = vlm._model.prefill, vlm._model._run
-        vlm._model.prefill = lambda *arrays: seen.append(arrays[1]) or prefill(*arrays)
-        vlm._model._run = lambda embeds, positions, past: (
+        prefill, run = vlm._generator.model.prefill, vlm._generator.model._run
+        vlm._generator.model.prefill = lambda *arrays: seen.append(arrays[1]) or prefill(*arrays)
+        vlm._generator.model._run = lambda embeds, positions, past: (
             seen.append(positions) or run(embeds, positions, past)
         )
         answer = vlm.ask(picture(2, 17), QUESTION, tokens=3, max_new_tokens=3, stream=False)

@@ -201,8 +201,9 @@ def test_two_answers_can_be_read_by_turns(vlm: Pipeline) -> None:
 
 def test_an_answer_nobody_holds_costs_no_more_steps(vlm: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
-    step = vlm._model.step
-    monkeypatch.setattr(vlm._model, "step", lambda tokens: steps.append(1) or step(tokens))
+    model = vlm._generator.model
+    step = model.step
+    monkeypatch.setattr(model, "step", lambda tokens: steps.append(1) or step(tokens))
     for _ in vlm.ask(picture(1), QUESTION, max_new_tokens=200):
         break
     given_up = len(steps)
@@ -285,4 +286,4 @@ def test_a_bundle_of_an_unknown_family_says_so(split: Path, tmp_path: Path) -> N
 def test_a_half_precision_bundle_keeps_its_cache_in_half_precision(tiny_bundle: Callable[..., Path]) -> None:
     with Pipeline.load(tiny_bundle("clip-llama", k=7, dtype="fp16")) as vlm:
         vlm.ask(picture(1), QUESTION, max_new_tokens=2, stream=False)
-        assert {value.data_type() for value in vlm._model._past} == {"tensor(float16)"}
+        assert {value.data_type() for value in vlm._generator.model._past} == {"tensor(float16)"}

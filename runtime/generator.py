@@ -1,0 +1,76 @@
+"""The seam that every way of answering stands behind: prompts with their kept rows in, answers out as they come.
+
+A backend that gives logits is a `LanguageModel` and answers through `LocalGenerator`; one that generates by itself,
+such as a server, is a `Generator` of its own.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from resprune.runtime.bundle import Bundle
+from resprune.runtime.generate import Sampling, eos_token_ids, generate
+from resprune.runtime.language_model import Embedding, LanguageModel, OrtLanguageModel
+from resprune.runtime.prompt import Prompt
+from resprune.runtime.session import SessionOptions
+from resprune.runtime.splice import KeptTokens, Spliced
+
+Piece = list[int] | str
+"""What an answer gained: token ids, [] for none; text where a server tells no ids."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Prompts that wait for their answers, in every form that a backend may take.
+
+    `prompts[b]` has one image token a picture, and `pictures[b]` the tokens kept of each, in that order; `spliced` is
+    both together, as embeddings with their positions.
+    """
+
+    prompts: Sequence[Prompt]
+    pictures: Sequence[Sequence[KeptTokens]]
+    spliced: Spliced
+
+
+class Generator(Protocol):
+    """A language model that writes answers, wherever it runs."""
+
+    def start(self, request: Request, sampling: Sampling) -> Iterator[list[Piece]]:
+        """Take the prompts in, then yield what each answer gained, one entry a prompt, until all have ended.
+
+        The token that ended an answer is among its ids. A new start may end what was started before. Raises
+        `ResPruneError`, here or while the answers are read, for what the user can put right.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds; it cannot be used afterwards."""
+        ...
+
+
+GeneratorFactory = Callable[[Bundle, Embedding, SessionOptions], Generator]
+"""What `Pipeline.load` takes: a function that opens a generator for a bundle."""
+
+
+class LocalGenerator:
+    """Answers from logits, which are sampled here."""
+
+    def __init__(self, model: LanguageModel, eos: frozenset[int]) -> None:
+        self.model = model
+        self._eos = eos
+
+    def start(self, request: Request, sampling: Sampling) -> Iterator[list[Piece]]:
+        """Prefill; then a token a row (see `Generator`)."""
+        spliced = request.spliced
+        logits = self.model.prefill(spliced.inputs_embeds, spliced.position_ids, spliced.attention_mask)
+        steps = generate(self.model, logits, sampling, self._eos)
+        return ([[] if token is None else [token] for token in tokens] for tokens in steps)
+
+    def close(self) -> None:
+        """Give back the language model."""
+        self.model.close()
+
+
+def onnxruntime_generator(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:
+    """The bundle's own decoder in ONNX Runtime: the factory that `Pipeline.load` uses unless it is given one."""
+    return LocalGenerator(OrtLanguageModel(bundle, embedding, options), eos_token_ids(bundle))
