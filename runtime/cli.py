@@ -14,9 +14,11 @@ from resprune.runtime.errors import ResPruneError
 
 if TYPE_CHECKING:
     from resprune.runtime.answer import Answer
+    from resprune.runtime.generator import GeneratorFactory
     from resprune.runtime.pipeline import Pipeline
 
 COMMANDS = "resprune.commands"
+SERVER_FORMATS = ("vllm", "trtllm", "sglang")
 # What a shell reports of a program ended by these signals: 128 + their number.
 INTERRUPTED, BROKEN_PIPE = 130, 141
 
@@ -76,6 +78,14 @@ def register_ask(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     )
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s")
     parser.add_argument("--seed", type=int, metavar="N", help="repeat a draw")
+    parser.add_argument("--server", metavar="URL", help="let a language model there answer: http://host:8000")
+    parser.add_argument(
+        "--server-format", choices=SERVER_FORMATS, help="what kind of server it is; default: vllm"
+    )
+    parser.add_argument("--server-model", metavar="NAME", help="default: the only model it has")
+    parser.add_argument(
+        "--server-timeout", type=float, metavar="SECONDS", help="longest silence; default: 120"
+    )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a physical core")
     parser.add_argument(
         "--max-pixels", type=int, metavar="N", help="largest picture taken; default: 64000000"
@@ -106,6 +116,7 @@ def _ask(arguments: argparse.Namespace) -> int:
         check_hashes=not arguments.skip_hashes,
         threads=arguments.threads,
         max_pixels=max_pixels,
+        generator=_generator(arguments),
     ) as pipeline:
         answer = pipeline.ask(
             arguments.images,
@@ -128,6 +139,25 @@ def _ask(arguments: argparse.Namespace) -> int:
         if arguments.show is not None:
             _draw(pipeline, arguments.images, answer, Path(arguments.show), max_pixels)
     return 0
+
+
+def _generator(arguments: argparse.Namespace) -> "GeneratorFactory":
+    """What the options ask to answer: the bundle's own decoder, or a server."""
+    from resprune.runtime.generator import onnxruntime_generator
+    from resprune.runtime.server import server
+
+    named = {"api": "server_format", "model": "server_model", "timeout": "server_timeout"}
+    given = {
+        option: getattr(arguments, name)
+        for option, name in named.items()
+        if getattr(arguments, name) is not None
+    }
+    if arguments.server is not None:
+        return server(arguments.server, **given)
+    if given:
+        option = "--" + named[next(iter(given))].replace("_", "-")
+        raise ResPruneError(f"{option} is for --server; give its address as well, or leave the option out")
+    return onnxruntime_generator
 
 
 def _draw(

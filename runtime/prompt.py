@@ -28,10 +28,12 @@ class Turn:
 class Prompt:
     """A prompt ready for the model.
 
-    `ids` have one image token a picture; `text_positions` are the indices into `ids` of tokens whose characters
-    overlap a noun of the last question; `nouns` are those words as they stand in the question.
+    `messages` is the conversation and `text` what the chat template makes of it; `ids` have one image token a picture;
+    `text_positions` are the indices into `ids` of tokens whose characters overlap a noun of the last question; `nouns`
+    are those words as they stand in the question.
     """
 
+    messages: list[Message]
     text: str
     ids: list[int]
     text_positions: list[int]
@@ -47,7 +49,7 @@ class Prompter:
     """Writes prompts with a bundle's tokenizer and chat template; ids are those of the Hugging Face processor."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self.tokenizer = _load_tokenizer(bundle)
+        self.tokenizer = load_tokenizer(bundle)
         self.template = chat_template(bundle)
         self.image_token_id = bundle.manifest.image_token_id
         image_token = self.tokenizer.id_to_token(self.image_token_id)
@@ -74,7 +76,8 @@ class Prompter:
             raise ResPruneError("the question is empty; ask something about the picture")
         if any("\ud800" <= character <= "\udfff" for character in question):
             raise ResPruneError("the question is not valid UTF-8; check the encoding of the terminal or file")
-        text = self._render(question, images, history)
+        messages = _messages(question, images, history)
+        text = self._render(messages)
         # A template that writes BOS itself must not get a second one (transformers' apply_chat_template).
         bos = self.variables.get("bos_token")
         encoding = self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
@@ -86,6 +89,7 @@ class Prompter:
         terms = question_terms(question, about)
         spans = self._locate(terms, question, text, images, history)
         return Prompt(
+            messages=messages,
             text=text,
             ids=encoding.ids,
             text_positions=[
@@ -96,12 +100,7 @@ class Prompter:
             nouns=[question[first:last] for first, last in terms],
         )
 
-    def _render(self, question: str, images: int, history: Sequence[Turn]) -> str:
-        messages: list[Message] = []
-        for turn in history:
-            messages.append(user_message(turn.question, 0 if messages else images))
-            messages.append(assistant_message(turn.answer))
-        messages.append(user_message(question, 0 if messages else images))
+    def _render(self, messages: list[Message]) -> str:
         return render(messages, self.template, self.variables)
 
     def _locate(
@@ -118,7 +117,7 @@ class Prompter:
         the template's and the history's. If the template trims the question the spans shift; if it rewrites it,
         each term is looked for inside that region.
         """
-        marked = self._render(f"{_QUESTION_START}{question}{_QUESTION_END}", images, history)
+        marked = self._render(_messages(f"{_QUESTION_START}{question}{_QUESTION_END}", images, history))
         before, _, rest = marked.partition(_QUESTION_START)
         after = rest.rpartition(_QUESTION_END)[2]
         region = text[len(before) : len(text) - len(after)]
@@ -135,7 +134,17 @@ class Prompter:
         return spans
 
 
-def _load_tokenizer(bundle: Bundle) -> "tokenizers.Tokenizer":
+def _messages(question: str, images: int, history: Sequence[Turn]) -> list[Message]:
+    messages: list[Message] = []
+    for turn in history:
+        messages.append(user_message(turn.question, 0 if messages else images))
+        messages.append(assistant_message(turn.answer))
+    messages.append(user_message(question, 0 if messages else images))
+    return messages
+
+
+def load_tokenizer(bundle: Bundle) -> "tokenizers.Tokenizer":
+    """The bundle's tokenizer, which neither cuts nor fills up; `ResPruneError` for a file that is none."""
     import tokenizers
 
     path = bundle.file_path("tokenizer.json")

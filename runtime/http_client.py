@@ -1,0 +1,207 @@
+"""JSON over HTTP: an answer in one piece or as server-sent events, and every fault of the way as one sentence."""
+
+import http.client
+import json
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import sleep
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+from resprune.runtime.errors import ResPruneError
+
+CONNECT_SECONDS = 10.0
+# Only connecting is tried again: once a request is on its way, nobody knows how much of it has been done.
+CONNECT_ATTEMPTS = 3
+PAUSE_SECONDS = 0.25
+MAX_LINE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a server is: `url` may have a path, under which the API lies; `timeout` is the longest silence, in seconds.
+
+    `key`, if there is one, is sent as a bearer token.
+    """
+
+    url: str
+    timeout: float
+    key: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            split = self._split()
+            usable = split.scheme in ("http", "https") and bool(split.hostname)
+        except ValueError:  # a port that is no number, a broken IPv6 address
+            usable = False
+        if not usable:
+            raise ResPruneError(f"{self.url} is not the address of a server; give one like http://host:8000")
+        if not 0 < self.timeout < float("inf"):
+            raise ResPruneError(f"the server's time-out should be above 0 seconds, not {self.timeout}")
+
+    def get(self, path: str) -> Any:
+        """The JSON at `path`; None where there is nothing (404)."""
+        exchange = self._send("GET", path, None)
+        try:
+            if exchange.status() == http.client.NOT_FOUND:
+                return None
+            return exchange.whole()
+        finally:
+            exchange.close()
+
+    def post(self, path: str, body: Any) -> "Exchange":
+        """Send `body` as JSON; the answer is yet to be read."""
+        return self._send("POST", path, json.dumps(body).encode())
+
+    def _split(self) -> SplitResult:
+        split = urlsplit(self.url)
+        _ = split.port
+        return split
+
+    def _send(self, method: str, path: str, body: bytes | None) -> "Exchange":
+        split = self._split()
+        assert split.hostname is not None
+        connection = (
+            http.client.HTTPSConnection(
+                split.hostname, split.port, timeout=CONNECT_SECONDS, context=ssl.create_default_context()
+            )
+            if split.scheme == "https"
+            else http.client.HTTPConnection(split.hostname, split.port, timeout=CONNECT_SECONDS)
+        )
+        self._connect(connection)
+        connection.sock.settimeout(self.timeout)
+        headers = {"Content-Type": "application/json"} if body else {}
+        if self.key is not None:
+            headers["Authorization"] = f"Bearer {self.key}"
+        exchange = Exchange(self, connection)
+        with exchange.faults():
+            connection.request(method, split.path.rstrip("/") + path, body, headers)
+        return exchange
+
+    def _connect(self, connection: http.client.HTTPConnection) -> None:
+        for attempt in range(CONNECT_ATTEMPTS):
+            try:
+                connection.connect()
+                return
+            except OSError as error:
+                reason = error.strerror or str(error) or type(error).__name__
+            if attempt < CONNECT_ATTEMPTS - 1:
+                sleep(PAUSE_SECONDS * 2**attempt)
+        raise ResPruneError(
+            f"{self.url} cannot be reached ({reason}); check the address and that the server runs"
+        )
+
+
+class Exchange:
+    """A request that has been sent, and its answer."""
+
+    def __init__(self, server: Server, connection: http.client.HTTPConnection) -> None:
+        self._server = server
+        self._connection = connection
+        self._response: http.client.HTTPResponse | None = None
+
+    def status(self) -> int:
+        """The status of the answer; waits for it."""
+        return self._begun().status
+
+    def whole(self) -> Any:
+        """The answer as JSON, read to its end; `ResPruneError`, with what the server said, unless it went well."""
+        self._require_ok()
+        with self.faults():
+            text = self._begun().read()
+        return self._json(text)
+
+    def begin(self) -> None:
+        """Wait until the server has accepted the request; `ResPruneError`, with what it said, if it refuses."""
+        self._require_ok()
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The answer as it comes, one JSON object an event, up to the `[DONE]` that ends it.
+
+        https://html.spec.whatwg.org/multipage/server-sent-events.html, of which these APIs use lines of `data:` alone.
+        """
+        response = self._begun()
+        while True:
+            with self.faults():
+                line = response.readline(MAX_LINE_BYTES)
+            if not line:
+                raise ResPruneError(f"{self._server.url} cut its answer off before the end; ask again")
+            field, _, value = line.rstrip(b"\r\n").partition(b":")
+            if field != b"data":
+                continue
+            if value.strip() == b"[DONE]":
+                return
+            event = self._json(value)
+            if not isinstance(event, dict):
+                raise self._garbage(value)
+            if event.get("error"):
+                raise ResPruneError(f"{self._server.url} gave up the answer: {_said(event)}")
+            yield event
+
+    def close(self) -> None:
+        """Hang up; the server then stops what it was doing for this request."""
+        self._connection.close()
+        if self._response is not None:
+            self._response.close()
+
+    @contextmanager
+    def faults(self) -> Iterator[None]:
+        """Turn what goes wrong on the way into one sentence."""
+        try:
+            yield
+        except TimeoutError:
+            raise ResPruneError(
+                f"{self._server.url} has been silent for {self._server.timeout:g} seconds; see what holds it up, or "
+                f"wait longer with --server-timeout"
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ResPruneError(
+                f"the connection to {self._server.url} broke ({reason[:200]}); ask again"
+            ) from None
+
+    def _begun(self) -> http.client.HTTPResponse:
+        if self._response is None:
+            with self.faults():
+                self._response = self._connection.getresponse()
+        return self._response
+
+    def _require_ok(self) -> None:
+        response = self._begun()
+        if response.status == http.client.OK:
+            return
+        with self.faults():
+            text = response.read(MAX_LINE_BYTES)
+        try:
+            said = _said(json.loads(text))
+        except (ValueError, RecursionError):
+            said = _one_line(text.decode(errors="replace"))
+        raise ResPruneError(
+            f"{self._server.url} refused with status {response.status}: {said or response.reason}"
+        )
+
+    def _json(self, text: bytes) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise self._garbage(text) from None
+
+    def _garbage(self, text: bytes) -> ResPruneError:
+        return ResPruneError(
+            f"{self._server.url} answered {text[:60].decode(errors='replace')!a}, which is not what such a server "
+            f"says; check the address and --server-format"
+        )
+
+
+def _said(body: Any) -> str:
+    """The message of an error, wherever the server keeps it: OpenAI's `error.message`, FastAPI's `detail`, …."""
+    while isinstance(body, dict):
+        body = next((body[key] for key in ("error", "message", "detail") if body.get(key)), str(body))
+    return _one_line(str(body))
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
