@@ -86,6 +86,13 @@ def register_ask(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument(
         "--server-timeout", type=float, metavar="SECONDS", help="longest silence; default: 120"
     )
+    parser.add_argument(
+        "--provider",
+        type=_listed,
+        default=["cpu"],
+        metavar="NAMES",
+        help="what ONNX Runtime runs on, best first: cuda,cpu; default: cpu",
+    )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a physical core")
     parser.add_argument(
         "--max-pixels", type=int, metavar="N", help="largest picture taken; default: 64000000"
@@ -110,10 +117,11 @@ def _ask(arguments: argparse.Namespace) -> int:
     max_pixels = MAX_PIXELS if arguments.max_pixels is None else arguments.max_pixels
     about = None
     if arguments.about is not None:
-        about = [word.strip() for word in arguments.about.split(",") if word.strip()]
+        about = _listed(arguments.about)
     with Pipeline.load(
         arguments.bundle,
         check_hashes=not arguments.skip_hashes,
+        providers=arguments.provider,
         threads=arguments.threads,
         max_pixels=max_pixels,
         generator=_generator(arguments),
@@ -158,6 +166,11 @@ def _generator(arguments: argparse.Namespace) -> "GeneratorFactory":
         option = "--" + named[next(iter(given))].replace("_", "-")
         raise ResPruneError(f"{option} is for --server; give its address as well, or leave the option out")
     return onnxruntime_generator
+
+
+def _listed(text: str) -> list[str]:
+    """Words between commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _draw(

@@ -8,13 +8,13 @@ import numpy.typing as npt
 
 from resprune.runtime.bundle import Bundle, GraphSpec
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.providers import cache_device
 from resprune.runtime.session import SessionOptions, graph_faults, open_session
 from resprune.runtime.splice import Floats, Ints
 
 if TYPE_CHECKING:
     import onnxruntime
 
-_CUDA_PROVIDERS = {"CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"}
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
@@ -70,7 +70,7 @@ class OrtLanguageModel:
         self._embedding = embedding
         self._past_names, self._empty = _empty_cache(spec)
         self._output_names = ["logits", *(_present(name) for name in self._past_names)]
-        self._device = "cuda" if _CUDA_PROVIDERS & set(self._session.get_providers()) else "cpu"
+        self._device = cache_device(self._session)
         self._past: list[onnxruntime.OrtValue] = []
         self._mask = np.zeros((0, 0), np.int64)
         self._position = np.zeros((0, 0), np.int64)

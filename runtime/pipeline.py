@@ -21,6 +21,7 @@ from resprune.runtime.image import MAX_PIXELS, Box, ImageSource, load_image
 from resprune.runtime.language_model import Embedding
 from resprune.runtime.picture import Picture
 from resprune.runtime.prompt import Prompt, Prompter, Turn
+from resprune.runtime.providers import CPU
 from resprune.runtime.session import SessionOptions
 from resprune.runtime.splice import Floats, KeptTokens, Spliced, splice
 from resprune.runtime.vision import Looked, Vision
@@ -68,7 +69,7 @@ class Pipeline:
         bundle: str | Path,
         *,
         check_hashes: bool = True,
-        providers: Sequence[str] | None = None,
+        providers: Sequence[str] = (CPU,),
         threads: int = 0,
         max_pixels: int = MAX_PIXELS,
         generator: GeneratorFactory = onnxruntime_generator,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from resprune.runtime.bundle import Bundle
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.providers import CPU, check_providers, new_session
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """`providers`: ONNX Runtime's names, best first (None: the CPU); `threads`: 0 is one a physical core."""
+    """`providers`: names in `providers.PROVIDERS`, best first; `threads`: 0 is one a physical core."""
 
-    providers: Sequence[str] | None = None
+    providers: Sequence[str] = (CPU,)
     threads: int = 0
 
     def __post_init__(self) -> None:
@@ -29,13 +30,7 @@ def open_session(bundle: Bundle, graph: str, options: SessionOptions) -> "onnxru
     import onnxruntime as ort
 
     path = bundle.graph_path(graph)
-    providers = list(options.providers or ("CPUExecutionProvider",))
-    missing = [name for name in providers if name not in ort.get_available_providers()]
-    if missing:
-        raise ResPruneError(
-            f"onnxruntime here has no {', '.join(missing)}; "
-            f"choose from {', '.join(ort.get_available_providers())}"
-        )
+    check_providers(options.providers, bundle.manifest)
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     # The stages run one after another, and a pool that spins after its own takes cores from the next: with other
@@ -43,7 +38,9 @@ def open_session(bundle: Bundle, graph: str, options: SessionOptions) -> "onnxru
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.log_severity_level = 3  # errors come back as exceptions; warnings are about node placement
     try:
-        return ort.InferenceSession(str(path), settings, providers=providers)
+        return new_session(str(path), settings, options.providers)
+    except ResPruneError:
+        raise
     except Exception as error:  # onnxruntime's own exception types share no base but this one
         raise ResPruneError(f"{path} cannot be opened by onnxruntime ({_one_line(error)})") from None
 

@@ -77,11 +77,6 @@ def test_inputs_that_a_graph_refuses_are_one_sentence(bundle: Bundle) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_a_provider_that_is_not_there_is_named(bundle: Bundle) -> None:
-    with pytest.raises(ResPruneError, match=r"no NoSuchProvider; choose from .*CPUExecutionProvider"):
-        Embedding(bundle, SessionOptions(providers=["NoSuchProvider"]))
-
-
 def test_a_graph_that_the_bundle_does_not_have_is_named(bundle: Bundle) -> None:
     graphs = {name: graph for name, graph in bundle.manifest.graphs.items() if name != "embed_tokens"}
     with pytest.raises(ResPruneError, match="no graph embed_tokens"):
