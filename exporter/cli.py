@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from resprune.runtime.bundle import BODIES, POSITIONS, SCALES
+from resprune.runtime.bundle import BODIES, FORMS, POSITIONS, SCALES
 from resprune.runtime.errors import ResPruneError
 
 NEEDED = ("torch", "transformers", "onnx", "onnxscript", "huggingface_hub", "tqdm")
@@ -55,6 +55,11 @@ def register_export(subparsers: Any) -> None:
         "--body", choices=BODIES, default="loop", help="selection as a Loop node, or unrolled"
     )
     parser.add_argument(
+        "--form",
+        choices=FORMS,
+        help="products of the visual tokens: all at once, or a pick's when it is needed (default: by their number)",
+    )
+    parser.add_argument(
         "--max-pixels",
         type=int,
         metavar="PIXELS",
@@ -85,6 +90,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         positions=arguments.positions,
         max_pixels=arguments.max_pixels,
         body=arguments.body,
+        form=arguments.form,
         revision=arguments.revision,
         force=arguments.force,
         command=shlex.join(["resprune", *sys.argv[1:]]),

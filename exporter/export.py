@@ -26,7 +26,7 @@ from resprune.exporter.transaction import new_directory, require_space
 from resprune.exporter.verify import Difference, Verifier
 from resprune.exporter.weightless import fake_mode
 from resprune.exporter.weights import data_size, find_weights, write_graph
-from resprune.graphs import attach_selection, token_select_model
+from resprune.graphs import attach_selection, choose_form, token_select_model
 from resprune.runtime.bundle import (
     FORMAT_VERSION,
     GraphSpec,
@@ -49,7 +49,8 @@ ELEMENT_TYPES = {1: "float32", 7: "int64", 9: "bool", 10: "float16"}
 class Options:
     """What the user may choose: `k` tokens a picture, or a `share` of its tokens, above 0 and at most 1.
 
-    `positions` None means the family's default, `max_pixels` None the checkpoint's own limit.
+    `positions` None means the family's default, `max_pixels` None the checkpoint's own limit, `form` None what
+    `choose_form` says.
     """
 
     k: int | None = None
@@ -60,6 +61,7 @@ class Options:
     scale: str = "minmax"
     positions: str | None = None
     body: str = "loop"
+    form: str | None = None
     max_pixels: int | None = None
     revision: str | None = None
     force: bool = False
@@ -155,7 +157,7 @@ class _Export:
         started: float,
     ) -> None:
         """vision_select, the default; and with --split the encoder and the selector apart."""
-        how: Any = {"alpha": selection.alpha, "scale": selection.scale, "body": selection.body}
+        how: Any = {name: getattr(selection, name) for name in ("alpha", "scale", "body", "form")}
         attached = attach_selection(traced.model, selection.k, **how, padding=pieces.padding)
         fused = Traced(attached, traced.weights)
         path = self._write("vision_select", fused, stored)
@@ -255,6 +257,7 @@ class _Export:
             options.body,
             max_tokens=pieces.max_tokens,
             share=options.share,
+            form=options.form or choose_form(k, n, int(pieces.vision.outputs[0].shape[2])),
         )
 
     def _bytes_needed(self, pieces: Pieces) -> int:

@@ -1,16 +1,19 @@
 """The ops `resprune::TextGain` and `resprune::ResidualSelect` as model-local functions of standard ONNX operators.
 
 The bodies follow arXiv 2603.21105 and the rules in the README's section "The method". The selection is the
-pivoted-Cholesky form: with the Gram matrix G = V Vᵀ and the columns kept so far in L,
+pivoted Cholesky factorisation of the Gram matrix G = V Vᵀ: with the columns so far in L,
 
     c = G[p] − L L[p]ᵀ,   l = c / √E_p,   E ← E − l²
 
-gives the residual energies that Gram-Schmidt on V gives, at the cost of one row of G a step. Only operators that
-ONNX Runtime and TensorRT both take are used: no NonZero, ArgMax on matrices only, Loops with a trip count only.
+gives the residual energies that Gram-Schmidt on V gives, at the cost of one row of G a step. In the quadratic form G
+is made once; in the linear form its rows are, as V v_p, when they are needed. Only operators that ONNX Runtime and
+TensorRT both take are used: no NonZero, ArgMax on matrices only, Loops with a trip count only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -22,6 +25,8 @@ TEXT_GAIN = "TextGain"
 RESIDUAL_SELECT = "ResidualSelect"
 SCALES = ("minmax", "clamp", "shifted")
 BODIES = ("loop", "unrolled")
+FORMS = ("quadratic", "linear")
+
 
 TIE = 1e-5
 """Scores within a factor (1 - TIE) of the largest are tied; the lowest index among them is picked."""
@@ -30,6 +35,14 @@ EXHAUSTED = 1e-6
 FILL = 1e-7
 """Scores before any pick, times FILL, stand in for tokens without residual energy: below EXHAUSTED, so that a
 token outside the span always comes first, and one maximum serves both rules."""
+CACHED_SHARE, STREAMED_SHARE = 1 / 8, 1 / 16
+"""Shares k / N up to which the linear form is the faster one, with V in the cache and without."""
+CACHE_BYTES = 16 << 20
+GRAM_BYTES = 256 << 20
+"""Above it G is not made, whatever it would gain: 8,192 tokens."""
+SEGMENT = 64
+"""Steps that share a buffer of columns. ONNX Runtime copies what a Loop carries once a step, so columns of earlier
+segments are read from outside: N 2,928, K 640 took 748 ms with one buffer, 553 ms with buffers of 64."""
 
 
 def text_gain_function(*, alpha: float, scale: str, opset: int) -> ir.Function:
@@ -75,106 +88,179 @@ def text_gain_function(*, alpha: float, scale: str, opset: int) -> ir.Function:
     return _function(TEXT_GAIN, body, ("visual", "text", "text_mask", "token_mask"), "gain", opset)
 
 
-def residual_select_function(k: int, *, body: str, opset: int) -> ir.Function:
+def choose_form(k: int, num_tokens: int, hidden_size: int) -> str:
+    """The faster form for k of N tokens of D numbers, or the one that fits: "quadratic" or "linear".
+
+    G takes N² D multiplications that a processor does at its full rate, and the linear form N D a pick that wait for
+    memory: which wins is a matter of k / N, and of whether V stays in the cache from pick to pick. The bounds are
+    measured (README, "Measured"); a linear form never takes more memory.
+    """
+    if 4 * num_tokens**2 > GRAM_BYTES:
+        return "linear"
+    cached = 4 * num_tokens * hidden_size <= CACHE_BYTES
+    return "linear" if k <= num_tokens * (CACHED_SHARE if cached else STREAMED_SHARE) else "quadratic"
+
+
+def residual_select_function(k: int, *, body: str, form: str, opset: int) -> ir.Function:
     """`ResidualSelect`: visual [B,N,D], gain [B,N], token_mask [B,N] → pick_order [B,k] int64.
 
-    `body` is "loop" (one Loop of k steps) or "unrolled" (the same k steps in a row, for runtimes that capture a
-    graph only without control flow, such as CUDA graphs).
+    `body` is "loop" (Loops of up to SEGMENT steps) or "unrolled" (the same k steps in a row, for runtimes that
+    capture a graph only without control flow, such as CUDA graphs). `form` is "quadratic" (G by one product before
+    the first pick, N² numbers) or "linear" (one row of it a pick, from V alone); `choose_form` knows which is faster.
 
     Raises:
-        ValueError: k below 1, or an unknown body.
+        ValueError: k below 1, or an unknown body or form.
 
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if body not in BODIES:
         raise ValueError(f"body must be one of {', '.join(BODIES)}, got {body!r}")
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    several_steps = _loop if body == "loop" else _unrolled
 
     def trace(op: Any, visual: Any, gain: Any, token_mask: Any) -> Any:
-        state, fixed = _before_the_first_pick(op, visual, gain, token_mask, k)
-        if body == "unrolled":
-            picks = []
-            for t in range(k):
-                state, pick = _step(op, t, state, fixed, k)
-                picks.append(pick)
-            order = op.Concat(*picks, axis=1)
-        else:
-            order = _loop(op, state, fixed, k)
+        V = _float32(op, visual, rank=3)  # [B, N, D]
+        gain = _float32(op, gain, rank=2)  # [B, N]
+        shape = op.Shape(gain)
+        batch, count = op.Shape(gain, start=0, end=1), op.Shape(gain, start=1, end=2)
+        tokens = op.Range(0, op.Squeeze(count, [0]), 1)  # [N]
+        energy, row_of = (_quadratic if form == "quadratic" else _linear)(op, V, op.Expand(tokens, shape))
+        initial = op.Where(token_mask, op.Mul(gain, energy), 0.0)
+        threshold = op.Mul(op.ReduceMax(initial, [1]), EXHAUSTED)  # [B, 1]
+        fill = op.Where(token_mask, op.Mul(initial, FILL), -1.0)
+        energy = op.Where(token_mask, energy, 0.0)
+        one_column = op.Concat(batch, [1], count, axis=0)
+        past, picks = None, []
+        for first in range(0, k, SEGMENT):
+            steps = min(SEGMENT, k - first)
+            fixed = _Fixed(row_of, gain, tokens, threshold, past, one_column, first, steps)
+            columns = op.Expand(0.0, op.Concat(batch, [steps], count, axis=0))  # [B, steps, N]
+            op.builder.push_module(f"from_{first}")
+            (energy, fill, columns), order = several_steps(op, (energy, fill, columns), fixed)
+            op.builder.pop_module()
+            picks.append(order)
+            # Transposed, and not for speed: TensorRT fails on what a Loop gives if the next one reads it as it is.
+            columns = op.Transpose(columns, perm=[0, 2, 1])  # [B, N, steps]
+            past = columns if past is None else op.Concat(past, columns, axis=2)  # [B, N, first + steps]
         valid = op.ReduceSum(op.Cast(token_mask, to=ir.DataType.INT64), [1])  # [B, 1]
+        missing = op.Expand(-1, op.Concat(batch, [k], axis=0))  # of Loops that had no more tokens
+        order = op.Slice(op.Concat(*picks, missing, axis=1), [0], [k], [1])
         return op.Where(op.Less(list(range(k)), valid), order, -1)
 
     return _function(RESIDUAL_SELECT, trace, ("visual", "gain", "token_mask"), "pick_order", opset)
 
 
-def _before_the_first_pick(op: Any, visual: Any, gain: Any, token_mask: Any, k: int) -> tuple[Any, Any]:
-    V = _float32(op, visual, rank=3)  # [B, N, D]
-    gain = _float32(op, gain, rank=2)  # [B, N]
+@dataclass(frozen=True)
+class _Fixed:
+    """What the steps of one segment read and never write."""
+
+    row_of: Callable[[Any, Any], Any]  # (op, pick [B, 1]) → G[pick] [B, N]
+    gain: Any  # [B, N]
+    tokens: Any  # [N]: 0, 1, 2 …
+    threshold: Any  # [B, 1]
+    past: Any  # [B, N, first]: the columns of the segments before, None in the first
+    one_column: Any  # the shape [B, 1, N]
+    first: int
+    steps: int
+
+
+def _quadratic(op: Any, V: Any, tokens: Any) -> tuple[Any, Callable[[Any, Any], Any]]:
+    """Energies [B, N] and rows of G = V Vᵀ, computed once."""
     gram = op.MatMul(V, op.Transpose(V, perm=[0, 2, 1]))  # [B, N, N]
-    batch, count = op.Shape(gain, start=0, end=1), op.Shape(gain, start=1, end=2)
-    tokens = op.Range(0, op.Squeeze(count, [0]), 1)  # [N]
     # Energies come from the diagonal of G, not from V: a duplicate's residual then cancels to rounding.
-    index = op.Unsqueeze(op.Expand(tokens, op.Shape(gain)), [2])  # [B, N, 1]
-    energy = op.Squeeze(op.GatherElements(gram, index, axis=2), [2])  # [B, N]
-    initial = op.Where(token_mask, op.Mul(gain, energy), 0.0)
-    threshold = op.Mul(op.ReduceMax(initial, [1]), EXHAUSTED)  # [B, 1]
-    fill = op.Where(token_mask, op.Mul(initial, FILL), -1.0)
-    energy = op.Where(token_mask, energy, 0.0)
-    columns = op.Expand(0.0, op.Concat(batch, [k], count, axis=0))  # [B, k, N]
-    one_column = op.Concat(batch, [1], count, axis=0)
-    return (energy, fill, columns), (gram, gain, tokens, threshold, one_column)
+    energy = op.Squeeze(op.GatherElements(gram, op.Unsqueeze(tokens, [2]), axis=2), [2])
+    return energy, lambda op, pick: op.GatherND(gram, pick, batch_dims=1)
 
 
-def _loop(op: Any, state: Any, fixed: Any, k: int) -> Any:
-    """The k steps as a Loop with a trip count: pick order [B, k]."""
+def _linear(op: Any, V: Any, tokens: Any) -> tuple[Any, Callable[[Any, Any], Any]]:
+    """Energies [B, N] and rows of G, each V v_p when it is needed."""
+    norms = op.ReduceSumSquare(V, [2], keepdims=0)  # [B, N]
+
+    def row_of(op: Any, pick: Any) -> Any:
+        row = _products(op, V, pick)
+        # Two ways to add D products differ by rounding, which is no energy: the row is scaled so that its entry at
+        # the pick is the pick's own norm. A duplicate's residual then cancels here too.
+        return op.Mul(
+            row, op.Div(op.GatherElements(norms, pick, axis=1), op.GatherElements(row, pick, axis=1))
+        )
+
+    return norms, row_of
+
+
+def _unrolled(op: Any, state: Any, fixed: _Fixed) -> tuple[Any, Any]:
+    """The steps in a row: the state after them, and their picks [B, steps]."""
+    picks = []
+    for t in range(fixed.steps):
+        state, pick = _step(op, t, state, fixed)
+        picks.append(pick)
+    return state, op.Concat(*picks, axis=1)
+
+
+def _loop(op: Any, state: Any, fixed: _Fixed) -> tuple[Any, Any]:
+    """The steps as a Loop with a trip count: the state after them, and their picks [B, at most steps]."""
 
     def body(op: Any, t: Any, _: Any, *state: Any) -> Any:
         op.builder.push_module("step")  # names of its own: a Loop body may not shadow its function's
-        state, pick = _step(op, t, state, fixed, k)
+        state, pick = _step(op, t, state, fixed)
         # Not the condition that came in: TensorRT knows none where the Loop has a trip count only.
         return op.Identity(True), *state, pick
 
+    left = op.Sub(op.Size(fixed.tokens), fixed.first)
+    trips = op.Min(
+        op.Max(left, 0), fixed.steps
+    )  # a picture of fewer than k tokens needs no more steps than it has
+    at = fixed.first  # in the names too, so that nobody has to keep those of two Loops apart
     rows = ir.Shape(["batch_size", "num_tokens"])
-    carried = {"energy": rows, "fill": rows, "columns": ir.Shape(["batch_size", k, "num_tokens"])}
+    carried = {"energy": rows, "fill": rows, "columns": ir.Shape(["batch_size", fixed.steps, "num_tokens"])}
     loop_body = op.builder.subgraph(
         body,
         inputs=[
-            ir.val("step", ir.DataType.INT64, []),
-            ir.val("condition_in", ir.DataType.BOOL, []),
-            *(ir.val(f"{name}_in", ir.DataType.FLOAT, shape) for name, shape in carried.items()),
+            ir.val(f"step_{at}", ir.DataType.INT64, []),
+            ir.val(f"condition_in_{at}", ir.DataType.BOOL, []),
+            *(ir.val(f"{name}_in_{at}", ir.DataType.FLOAT, shape) for name, shape in carried.items()),
         ],
         outputs=[
-            ir.val("condition_out", ir.DataType.BOOL, []),
-            *(ir.val(f"{name}_out") for name in carried),
-            ir.val("pick", ir.DataType.INT64),
+            ir.val(f"condition_out_{at}", ir.DataType.BOOL, []),
+            *(ir.val(f"{name}_out_{at}") for name in carried),
+            ir.val(f"pick_{at}", ir.DataType.INT64),
         ],
-        name="select_one",
+        name="select_some",
     )
-    *_, picks = op.Loop(k, None, *state, body=loop_body, _outputs=4)  # [k, B, 1]
-    return op.Transpose(op.Squeeze(picks, [2]), perm=[1, 0])
+    *state, picks = op.Loop(trips, None, *state, body=loop_body, _outputs=4)  # picks [trips, B, 1]
+    return tuple(state), op.Transpose(op.Squeeze(picks, [2]), perm=[1, 0])
 
 
-def _step(op: Any, t: Any, state: Any, fixed: Any, k: int) -> tuple[Any, Any]:
-    """One pick [B, 1] and the state after it: energy [B, N], fill [B, N] (−1 once picked), columns [B, k, N]."""
+def _step(op: Any, t: Any, state: Any, fixed: _Fixed) -> tuple[Any, Any]:
+    """One pick [B, 1] and the state after it: energy [B, N], fill [B, N] (−1 once picked), columns [B, steps, N]."""
     energy, fill, columns = state
-    gram, gain, tokens, threshold, one_column = fixed
-    score = op.Mul(gain, energy)
-    score = op.Where(op.Greater(score, threshold), score, fill)
+    score = op.Mul(fixed.gain, energy)
+    score = op.Where(op.Greater(score, fixed.threshold), score, fill)
     tied = op.GreaterOrEqual(score, op.Mul(op.ReduceMax(score, [1]), 1 - TIE))
     pick = op.ArgMax(op.Cast(tied, to=ir.DataType.FLOAT), axis=1, keepdims=1)  # [B, 1]: the lowest tied index
 
-    row = op.GatherND(gram, pick, batch_dims=1)  # [B, N]
-    here = op.Expand(op.Unsqueeze(pick, [1]), [1, k, 1])  # [B, k, 1]
-    earlier = op.Transpose(op.GatherElements(columns, here, axis=2), perm=[0, 2, 1])  # [B, 1, k]
-    column = op.Sub(row, op.Squeeze(op.MatMul(earlier, columns), [1]))  # [B, N]
+    column = fixed.row_of(op, pick)
+    if fixed.past is not None:
+        column = op.Sub(column, _products(op, fixed.past, pick))
+    here = op.Expand(op.Unsqueeze(pick, [1]), [1, fixed.steps, 1])
+    earlier = op.Transpose(op.GatherElements(columns, here, axis=2), perm=[0, 2, 1])  # [B, 1, steps]
+    column = op.Sub(column, op.Squeeze(op.MatMul(earlier, columns), [1]))
     # Once the span is exhausted this divides rounding by rounding, or 0 by 0. That does no harm: energies only fall,
     # or become NaN, and neither is above the threshold again, so every later pick is a fill.
     column = op.Div(column, op.Sqrt(op.GatherElements(energy, pick, axis=1)))
 
-    picked = op.Equal(tokens, pick)  # [B, N]
+    picked = op.Equal(fixed.tokens, pick)  # [B, N]
     energy = op.Where(picked, 0.0, op.Sub(energy, op.Mul(column, column)))
     fill = op.Where(picked, -1.0, fill)
-    columns = op.ScatterElements(columns, op.Expand(t, one_column), op.Unsqueeze(column, [1]), axis=1)
+    columns = op.ScatterElements(columns, op.Expand(t, fixed.one_column), op.Unsqueeze(column, [1]), axis=1)
     return (energy, fill, columns), pick
+
+
+def _products(op: Any, rows: Any, pick: Any) -> Any:
+    """The product of the pick's row with every row of [B, N, R]: [B, N]."""
+    row = op.GatherND(rows, pick, batch_dims=1)  # [B, R]
+    return op.Squeeze(op.MatMul(rows, op.Unsqueeze(row, [2])), [2])
 
 
 def _float32(op: Any, value: Any, *, rank: int) -> Any:

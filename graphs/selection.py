@@ -34,7 +34,7 @@ DTYPES = {
 
 
 def token_select_model(
-    k: int, *, alpha: float, scale: str, body: str = "loop", dtype: str = "float32"
+    k: int, *, alpha: float, scale: str, body: str = "loop", form: str = "quadratic", dtype: str = "float32"
 ) -> onnx.ModelProto:
     """The stand-alone selector, for any number of tokens and any hidden size.
 
@@ -44,8 +44,10 @@ def token_select_model(
     ascending by index; `pick_order` [batch_size, k] int64. −1, with a row of zeros, where fewer than k exist.
     Arithmetic is float32 whatever the dtype.
 
+    `form` is "quadratic" or "linear", see `choose_form`.
+
     Raises:
-        ValueError: k below 1, alpha below 0, or an unknown scale, body or dtype.
+        ValueError: k below 1, alpha below 0, or an unknown scale, body, form or dtype.
 
     """
     if dtype not in DTYPES:
@@ -57,7 +59,7 @@ def token_select_model(
     )
     op = onnxscript.GraphBuilder(graph).op
     functions = _select(
-        op, features, token_mask, k, alpha=alpha, scale=scale, body=body, kept_name="kept_features"
+        op, features, token_mask, k, alpha=alpha, scale=scale, body=body, form=form, kept_name="kept_features"
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="resprune", functions=functions)
     return ir.to_proto(model)
@@ -70,6 +72,7 @@ def attach_selection(
     alpha: float,
     scale: str,
     body: str = "loop",
+    form: str = "quadratic",
     padding: str | None = None,
 ) -> onnx.ModelProto:
     """`vision_select` from `vision_encoder`: the encoder's N rows go through the selection inside the graph.
@@ -81,7 +84,7 @@ def attach_selection(
     it every token is a candidate.
 
     Raises:
-        ValueError: no output `image_features`, no input `padding`, k outside 1 … N, or an unknown scale or body.
+        ValueError: no output `image_features`, no input `padding`, k outside 1 … N, or an unknown scale, body or form.
 
     """
     model = ir.from_proto(encoder)
@@ -103,7 +106,7 @@ def attach_selection(
             raise ValueError(f"the encoder has no input {padding}")
         candidates = op.GreaterOrEqual(source, 0)
     functions = _select(
-        op, output, candidates, k, alpha=alpha, scale=scale, body=body, kept_name="image_features"
+        op, output, candidates, k, alpha=alpha, scale=scale, body=body, form=form, kept_name="image_features"
     )
     graph.opset_imports[DOMAIN] = VERSION
     for function in functions:
@@ -120,6 +123,7 @@ def _select(
     alpha: float,
     scale: str,
     body: str,
+    form: str,
     kept_name: str,
 ) -> list[ir.Function]:
     """Append both ops, the gathering of the kept rows, and the graph's outputs; return the ops' functions."""
@@ -128,7 +132,7 @@ def _select(
     opset = graph.opset_imports[""]
     functions = [
         text_gain_function(alpha=alpha, scale=scale, opset=opset),
-        residual_select_function(k, body=body, opset=opset),
+        residual_select_function(k, body=body, form=form, opset=opset),
     ]
     batch, _, hidden = features.shape or ("batch_size", "num_tokens", "hidden_size")
     text = ir.val("text_embeds", features.dtype, ir.Shape([batch, "text_tokens", hidden]))

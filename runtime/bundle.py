@@ -27,6 +27,7 @@ DTYPES = ("float32", "float16", "int64", "bool")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "q4", "q4f16")
 SCALES = ("minmax", "clamp", "shifted")
 BODIES = ("loop", "unrolled")
+FORMS = ("quadratic", "linear")
 POSITIONS = ("contiguous", "original")
 
 T = TypeVar("T")
@@ -65,6 +66,7 @@ class Selection:
 
     `num_tokens` is N, None where it varies by image; `max_tokens` is then the largest there is. `share` is the part
     of a picture's tokens that was asked for in place of a number, and K what it comes to for the largest picture.
+    A manifest without `form` is of a time when there was the quadratic one only.
     """
 
     k: int
@@ -74,6 +76,7 @@ class Selection:
     body: str
     max_tokens: int | None = None
     share: float | None = None
+    form: str = "quadratic"
 
     def budget(self, num_tokens: int) -> int:
         """How many tokens of a picture with `num_tokens` are kept: K, or fewer if a share of them is fewer."""
@@ -325,6 +328,7 @@ def _selection(table: dict[str, Any]) -> Selection:
         body=_choice(table, "body", BODIES, where),
         max_tokens=max_tokens,
         share=share,
+        form=_choice(table, "form", FORMS, where) if "form" in table else "quadratic",
     )
 
 

@@ -20,7 +20,7 @@ def describe(bundle: Bundle) -> str:
         f"  source      {manifest.model}{revision}",
         f"  made        {manifest.created} by {manifest.command}",
         f"  selection   keeps {selection.k}{of} tokens a picture{share}, alpha {selection.alpha:g}, "
-        f"scale {selection.scale}, body {selection.body}",
+        f"scale {selection.scale}, body {selection.body}, form {selection.form}",
         f"  positions   {manifest.positions}",
         f"  context     {manifest.context_length} tokens; image token {manifest.image_token_id}",
         "graphs",

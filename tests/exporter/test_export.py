@@ -78,13 +78,14 @@ def test_stage_lines(tiny_checkpoint, tmp_path, monkeypatch):
     """And what cannot be held in memory is said not to have been compared."""
     monkeypatch.setattr("resprune.exporter.verify.available_memory", lambda: 0)
     lines: list[str] = []
-    options = Options(k=5, body="unrolled", positions="original")
+    options = Options(k=5, body="unrolled", form="linear", positions="original")
     export(str(tiny_checkpoint("clip-llama")), tmp_path / "out", options, lines.append)
     assert [line[:5] for line in lines] == [f"[{stage}/6]" for stage in range(1, 7)]
     stage = r"\[3/6\] vision_select\.onnx +[\d.]+ s +[\d.]+ MB +max diff \S+ \(atol \S+\) +picks 15/15"
     assert re.fullmatch(stage, lines[2])
     manifest = read_bundle(tmp_path / "out").manifest
-    assert (manifest.positions, manifest.selection.body) == ("original", "unrolled")
+    selection = manifest.selection
+    assert (manifest.positions, selection.body, selection.form) == ("original", "unrolled", "linear")
     assert manifest.parity["level"] != "end to end"
     assert "greedy_tokens" not in manifest.parity
 

@@ -12,6 +12,7 @@ from resprune.graphs import attach_selection, token_select_model
 from tests.vectors import CASES
 
 BODIES = ("loop", "unrolled")
+FORMS = ("quadratic", "linear")
 
 
 def run(model, visual, text, text_mask, token_mask, outputs=None):
@@ -21,9 +22,10 @@ def run(model, visual, text, text_mask, token_mask, outputs=None):
 
 
 @pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_vectors(case, body):
-    model = token_select_model(case.k, alpha=case.alpha, scale=case.scale, body=body)
+def test_vectors(case, form, body):
+    model = token_select_model(case.k, alpha=case.alpha, scale=case.scale, body=body, form=form)
     out = run(model, *case.inputs())
     expected = case.arrays["pick_order"]
     np.testing.assert_array_equal(out["pick_order"][0], expected)
@@ -88,7 +90,8 @@ def test_half_precision_input_is_computed_in_float32(dtype):
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_batch_with_masks_matches_the_reference(body):
+@pytest.mark.parametrize("form", FORMS)
+def test_batch_with_masks_matches_the_reference(form, body):
     generator = torch.Generator().manual_seed(7)
     visual = torch.randn(4, 33, 20, generator=generator)
     text = torch.randn(4, 5, 20, generator=generator)
@@ -101,7 +104,7 @@ def test_batch_with_masks_matches_the_reference(body):
     picks = residual_select(visual, gain, 12, token_mask)
     rows, indices = keep(visual, picks)
     out = run(
-        token_select_model(12, alpha=2.0, scale="shifted", body=body),
+        token_select_model(12, alpha=2.0, scale="shifted", body=body, form=form),
         *(tensor.numpy() for tensor in (visual, text, text_mask, token_mask)),
     )
     np.testing.assert_array_equal(out["pick_order"], picks.numpy())
@@ -178,6 +181,13 @@ def test_arguments_out_of_range_are_refused():
         attach_selection(encoder()[0], 4, alpha=1.0, scale="minmax", padding="pack_indices")
     with pytest.raises(ValueError, match="at most the encoder's 9"):
         attach_selection(encoder()[0], 10, alpha=1.0, scale="minmax")
-    for wrong in ({"k": 0}, {"alpha": -1.0}, {"scale": "soft"}, {"body": "while"}, {"dtype": "int8"}):
+    for wrong in (
+        {"k": 0},
+        {"alpha": -1.0},
+        {"scale": "soft"},
+        {"body": "while"},
+        {"form": "cubic"},
+        {"dtype": "int8"},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             token_select_model(**{"k": 4, "alpha": 1.0, "scale": "minmax", **wrong})

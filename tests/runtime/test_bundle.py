@@ -29,7 +29,7 @@ MANIFEST = Manifest(
     family="llava",
     model="demo",
     revision=None,
-    selection=Selection(k=16, num_tokens=144, alpha=1.0, scale="minmax", body="loop"),
+    selection=Selection(k=16, num_tokens=144, alpha=1.0, scale="minmax", body="loop", form="linear"),
     positions="contiguous",
     image_token_id=7,
     context_length=512,
@@ -193,6 +193,7 @@ def test_a_missing_key_is_named(key: str) -> None:
         (("selection", "alpha"), -0.5, "selection.alpha"),
         (("selection", "scale"), "softmax", "minmax, clamp, shifted"),
         (("selection", "body"), "scan", "loop, unrolled"),
+        (("selection", "form"), "cubic", "quadratic, linear"),
         (("positions",), "shuffled", "contiguous, original"),
         (("context_length",), 0, "context_length"),
         (("image_token_id",), 1 << 63, "image_token_id"),
@@ -377,6 +378,13 @@ def test_a_file_or_graph_the_bundle_does_not_have(root: Path) -> None:
 )
 def test_a_share_is_rounded_up_but_not_by_rounding_errors(share: float, num_tokens: int, kept: int) -> None:
     assert share_of(share, num_tokens) == kept
+
+
+def test_a_manifest_that_names_no_form_has_the_quadratic_one(root: Path) -> None:
+    manifest = json.loads((root / MANIFEST_NAME).read_text())
+    assert manifest["selection"].pop("form") == "linear"
+    (root / MANIFEST_NAME).write_text(json.dumps(manifest))
+    assert read_bundle(root).manifest.selection.form == "quadratic"
 
 
 def test_a_budget_is_the_share_of_the_picture_and_at_most_k() -> None:

@@ -94,7 +94,7 @@ def test_inspect_says_what_is_in_it(bundle: str, capsys: pytest.CaptureFixture[s
     for words in (
         "llava bundle, format 1",
         "source      clip-llama",
-        "keeps 7 of 16 tokens a picture, alpha 1, scale minmax, body loop",
+        "keeps 7 of 16 tokens a picture, alpha 1, scale minmax, body loop, form quadratic",
         "positions   contiguous",
         "vision_select  fp32",
         "pixel_values float32[batch_size, 3, 32, 32]",
