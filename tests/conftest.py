@@ -12,6 +12,8 @@ import pytest
 # Before torch is imported. The models are tiny: threads that wait for each other cost more than they bring, and on a
 # busy machine a hundred times more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before triton is: its kernels run in its interpreter, on the CPU. What is compiled is compiled in a child process.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
