@@ -18,6 +18,9 @@ CAPABILITIES = (80, 86, 87, 89, 90, 120)
 PTX_VERSION = 87
 """8.7, of CUDA 12.8: it knows compute capability 12.0, and older drivers know it than what Triton would write."""
 
+SHARED_MEMORY = 48 * 1024
+"""Bytes that a launch gets without asking for more, on every architecture."""
+
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 
 
@@ -42,7 +45,7 @@ def compile_residual_select(capability: int, *, hidden_size: int, k: int, dtype:
 
     Raises:
         ValueError: a dtype that is none of POINTERS.
-        RuntimeError: a Triton whose kernels use the scratch that only its own launcher brings.
+        RuntimeError: a Triton whose kernels need what only its own launcher brings.
 
     """
     if dtype not in POINTERS:
@@ -67,8 +70,12 @@ def compile_residual_select(capability: int, *, hidden_size: int, k: int, dtype:
         source, target=GPUTarget("cuda", capability, 32), options={**OPTIONS, "ptx_version": PTX_VERSION}
     )
     meta = compiled.metadata
-    if meta.global_scratch_size or meta.profile_scratch_size:
-        raise RuntimeError(f"Triton {triton.__version__} gave the kernel a scratch of its own")
+    if meta.global_scratch_size or meta.profile_scratch_size or meta.shared > SHARED_MEMORY:
+        raise RuntimeError(
+            f"Triton {triton.__version__} gave the kernel {meta.shared} bytes of shared memory, and "
+            f"{meta.global_scratch_size + meta.profile_scratch_size} of scratch: launched by others it has "
+            f"{SHARED_MEMORY} and none"
+        )
     return CompiledKernel(
         meta.name,
         own_parameters(compiled.asm["ptx"], len(signature)),

@@ -28,7 +28,7 @@ def constants(hidden_size: int, k: int, dtype: str) -> dict[str, int | str]:
         "D": hidden_size,
         "K": k,
         "TILE": 64,
-        "DEPTH": 32 if full else 64,
+        "DEPTH": 32 if full or hidden_size <= 64 else 64,
         "TOKENS": 32,
         "STEPS": 64,
         "PRECISION": "tf32x3" if full else "tf32",

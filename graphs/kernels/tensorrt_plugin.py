@@ -26,7 +26,8 @@ def register(*, capability: int, processors: int) -> None:
     """Register the plugin in this process, for engines of a GPU with this compute capability (87 is 8.7).
 
     The programs of a picture wait for each other, so all must be on the GPU at once: `processors`, its number of
-    multiprocessors, is how many the pictures of a batch share. Half of it leaves room for a second engine beside.
+    multiprocessors, is how many the pictures of a batch share. Two programs fit on one, so that two engines may run
+    beside each other; who runs more of them at the same time gives a part of that number.
 
     Raises:
         ImportError: TensorRT with `tensorrt.plugin` (10.7 or later) is not installed.
