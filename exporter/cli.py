@@ -60,6 +60,12 @@ def register_export(subparsers: Any) -> None:
         help="products of the visual tokens: all at once, or a pick's when it is needed (default: by their number)",
     )
     parser.add_argument(
+        "--for",
+        dest="runtime",
+        choices=("trtllm",),
+        help="also write the language model as trtllm-build and vLLM take it, in language_model/",
+    )
+    parser.add_argument(
         "--max-pixels",
         type=int,
         metavar="PIXELS",
@@ -91,6 +97,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         max_pixels=arguments.max_pixels,
         body=arguments.body,
         form=arguments.form,
+        language_checkpoint=arguments.runtime == "trtllm",
         revision=arguments.revision,
         force=arguments.force,
         command=shlex.join(["resprune", *sys.argv[1:]]),

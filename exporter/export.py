@@ -17,6 +17,7 @@ from tqdm import tqdm
 from resprune.exporter import precision, verify
 from resprune.exporter.checkpoint import Checkpoint, resolve
 from resprune.exporter.families import Family, family_of
+from resprune.exporter.language_checkpoint import CLASSES, LanguageCheckpoint, language_checkpoint
 from resprune.exporter.ort_worker import OrtWorker
 from resprune.exporter.pieces import Piece, Pieces
 from resprune.exporter.shards import StoredTensor
@@ -50,7 +51,7 @@ class Options:
     """What the user may choose: `k` tokens a picture, or a `share` of its tokens, above 0 and at most 1.
 
     `positions` None means the family's default, `max_pixels` None the checkpoint's own limit, `form` None what
-    `choose_form` says.
+    `choose_form` says; `language_checkpoint` writes the language model once more as a plain Hugging Face checkpoint.
     """
 
     k: int | None = None
@@ -62,6 +63,7 @@ class Options:
     positions: str | None = None
     body: str = "loop"
     form: str | None = None
+    language_checkpoint: bool = False
     max_pixels: int | None = None
     revision: str | None = None
     force: bool = False
@@ -115,7 +117,9 @@ class _Export:
         pieces = family.take_apart(checkpoint, precision.DTYPES[self.options.dtype], mode)
         selection = self._selection(pieces)
         stored = find_weights(checkpoint, pieces.model)
-        require_space(self.work.parent, self._bytes_needed(pieces))
+        language = language_checkpoint(pieces.model, stored) if self.options.language_checkpoint else None
+        extra = 0 if language is None else language.nbytes
+        require_space(self.work.parent, self._bytes_needed(pieces) + extra)
         parameters = sum(tensor.numel() for tensor in pieces.model.parameters())
         size = sum(tensor.nbytes for tensor in checkpoint.weights.values())
         self._line("checkpoint", started, size, f"{family.title}, {parameters / 1e6:,.1f} M parameters")
@@ -141,6 +145,9 @@ class _Export:
 
         started = perf_counter()
         copy_side_files(checkpoint, self.work)
+        if language is not None:
+            self._language(language)
+            started = perf_counter()
         self._manifest(checkpoint, family, pieces, selection, positions, verifier.level)
         total = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
         of = selection.num_tokens or f"up to {selection.max_tokens}"
@@ -188,6 +195,14 @@ class _Export:
         else:
             self._compared(path, started, [], "not compared")
 
+    def _language(self, language: LanguageCheckpoint) -> None:
+        started = perf_counter()
+        with tqdm(
+            total=language.nbytes, desc="language_model", unit="B", unit_scale=True, leave=False, disable=None
+        ) as bar:
+            language.write(self.work / "language_model", self.work, bar.update)
+        self._line("language_model", started, language.nbytes, CLASSES[language.config.model_type])
+
     def _write(self, name: str, traced: Traced, stored: Mapping[str, StoredTensor]) -> Path:
         suffix = "" if self.options.dtype == "fp32" else f"_{self.options.dtype}"
         path = self.work / "onnx" / f"{name}{suffix}.onnx"
@@ -220,7 +235,7 @@ class _Export:
 
     def _line(self, what: str, started: float, size: int | None, note: str) -> None:
         self.stage += 1
-        stages = 8 if self.options.split else 6
+        stages = 6 + 2 * self.options.split + self.options.language_checkpoint
         megabytes = "" if size is None else f"{size / 1e6:,.1f} MB"
         seconds = f"{perf_counter() - started:.1f} s"
         self.report(f"[{self.stage}/{stages}] {what:28} {seconds:>8} {megabytes:>12}   {note}")
