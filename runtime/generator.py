@@ -71,6 +71,28 @@ class LocalGenerator:
         self.model.close()
 
 
+def together(streams: Sequence[Iterator[Piece]]) -> Iterator[list[Piece]]:
+    """What each of several answers gains next, [] for one that has ended, until all have."""
+    running = dict(enumerate(streams))
+    while running:
+        pieces: list[Piece] = [[] for _ in streams]
+        for row, stream in list(running.items()):
+            try:
+                pieces[row] = next(stream)
+            except StopIteration:
+                del running[row]
+        yield pieces
+
+
+def expanded_ids(request: Request, row: int, image_token_id: int) -> list[int]:
+    """The ids of one prompt with an image token for each row that is kept."""
+    counts = iter(len(picture.rows) for picture in request.pictures[row])
+    ids: list[int] = []
+    for token in request.prompts[row].ids:
+        ids += [token] * (next(counts) if token == image_token_id else 1)
+    return ids
+
+
 def onnxruntime_generator(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:
     """The bundle's own decoder in ONNX Runtime: the factory that `Pipeline.load` uses unless it is given one."""
     return LocalGenerator(OrtLanguageModel(bundle, embedding, options), eos_token_ids(bundle))

@@ -19,7 +19,7 @@ from resprune.runtime.bundle import Bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families import FAMILIES, family_of
 from resprune.runtime.generate import Sampling
-from resprune.runtime.generator import Generator, GeneratorFactory, Piece, Request
+from resprune.runtime.generator import Generator, GeneratorFactory, Piece, Request, expanded_ids, together
 from resprune.runtime.http_client import Exchange, Server
 from resprune.runtime.language_model import Embedding
 from resprune.runtime.prompt import Prompt
@@ -120,37 +120,25 @@ class ServerGenerator:
             for exchange in exchanges:
                 exchange.close()
             raise
-        return _together([self._read(*pair) for pair in zip(questions, exchanges, strict=True)])
+        return together([self._read(*pair) for pair in zip(questions, exchanges, strict=True)])
 
     def close(self) -> None:
         """Nothing is held between requests."""
 
     def _question(self, request: Request, row: int, sampling: Sampling) -> Question:
-        prompt, pictures = request.prompts[row], request.pictures[row]
         present = request.spliced.attention_mask[row] == 1
-        counts = iter(len(picture.rows) for picture in pictures)
-        expanded: list[int] = []
-        for token in prompt.ids:
-            expanded += [token] * (next(counts) if token == self._image_token_id else 1)
-        positions = request.spliced.position_ids[..., row, present]
-        return Question(prompt, pictures, expanded, positions, sampling, self._model)
+        return Question(
+            request.prompts[row],
+            request.pictures[row],
+            expanded_ids(request, row, self._image_token_id),
+            request.spliced.position_ids[..., row, present],
+            sampling,
+            self._model,
+        )
 
     def _read(self, question: Question, exchange: Exchange) -> Iterator[Piece]:
         with closing(exchange), _understood(self._server, self._api):
             yield from self._api.read(question, exchange.events())
-
-
-def _together(streams: list[Iterator[Piece]]) -> Iterator[list[Piece]]:
-    """What each stream has next, [] for one that has ended, until all have."""
-    running = dict(enumerate(streams))
-    while running:
-        pieces: list[Piece] = [[] for _ in streams]
-        for row, stream in list(running.items()):
-            try:
-                pieces[row] = next(stream)
-            except StopIteration:
-                del running[row]
-        yield pieces
 
 
 @contextmanager

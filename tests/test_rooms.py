@@ -19,6 +19,7 @@ FORBIDDEN = {
     ),
     "exporter": ("demo", "benchmarks", "tests"),
 }
+TENSORRT_LLM = "runtime/tensorrt_llm.py"  # TensorRT-LLM is made of torch: who has the one has the other
 KERNELS = "kernels"  # in graphs: the one part that the runtime may import and that may import torch
 
 
@@ -37,6 +38,8 @@ def under(name: str, package: str) -> bool:
 
 
 def excepted(room: str, path: Path, name: str) -> bool:
+    if path == ROOT / TENSORRT_LLM:
+        return under(name, "torch")
     if room == "runtime":
         return under(name, f"resprune.graphs.{KERNELS}")
     return room == "graphs" and KERNELS in path.with_suffix("").parts and under(name, "torch")
@@ -54,6 +57,14 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
         if under(name, package) and not excepted(room, path, name)
     ]
     assert wrong == []
+
+
+def test_torch_is_imported_only_when_tensorrt_llm_is() -> None:
+    """Not when the file is, which any device may do."""
+    tree = ast.parse((ROOT / TENSORRT_LLM).read_text(encoding="utf-8"))
+    at_once = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert at_once
+    assert not [line for line in at_once if "torch" in line.split() or line.startswith("import tensorrt")]
 
 
 @pytest.mark.parametrize(

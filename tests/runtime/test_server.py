@@ -13,14 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from resprune.exporter.export import Options, export
 from resprune.runtime import Pipeline, ResPruneError
 from resprune.runtime.cli import SERVER_FORMATS, main
 from resprune.runtime.server import APIS, KEY_VARIABLE, server
 from resprune.runtime.splice import Floats
 from tests.runtime.test_pipeline import QUESTION, picture, with_manifest
 from tests.runtime.wire import Fault, Model, Wire
-from tests.tiny_qwen import VARIANTS, write_checkpoint
 
 DEMO = Path(__file__).parents[2] / "demo"
 QUESTIONS = ("What color is the large square?", "How many objects are there?", "Is there a circle?")
@@ -32,22 +30,9 @@ def demo_model() -> Model:
     return Model(DEMO / "model")
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tiny_checkpoint: Callable[[str], Path]) -> Model:
-    return Model(tiny_checkpoint("clip-llama"))
-
-
 @pytest.fixture
 def bundle(tiny_bundle: Callable[..., Path]) -> Path:
     return tiny_bundle("clip-llama", k=7, split=True)
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
-    """A tiny Qwen2.5-VL's bundle, and the checkpoint in PyTorch."""
-    root = write_checkpoint(tmp_path_factory.mktemp("qwen25"), VARIANTS["qwen25"])
-    out = tmp_path_factory.mktemp("bundles") / "qwen25"
-    return export(str(root), out, Options(share=0.4)), Model(root)
 
 
 def remote(bundle: Path, wire: Wire, **options: Any) -> Pipeline:
@@ -137,8 +122,8 @@ def test_pictures_of_any_size(
 
 
 @pytest.mark.parametrize("incremental", [False, True])
-def test_sglang_gets_the_true_positions(qwen: tuple[Path, Model], incremental: bool) -> None:
-    bundle, model = qwen
+def test_sglang_gets_the_true_positions(tiny_qwen: tuple[Path, Model], incremental: bool) -> None:
+    bundle, model = tiny_qwen
     near = Pipeline.load(bundle)
     images = [picture(1, (70, 50)), picture(2, (30, 120))]
     with Wire(model, incremental=incremental) as wire, remote(bundle, wire, api="sglang") as far:
@@ -257,14 +242,14 @@ def test_connecting_is_tried_again(bundle: Path, tiny_model: Model, monkeypatch:
 
 
 def test_a_server_that_would_get_positions_wrong_is_refused(
-    bundle: Path, qwen: tuple[Path, Model], tmp_path: Path
+    bundle: Path, tiny_qwen: tuple[Path, Model], tmp_path: Path
 ) -> None:
     nowhere = "http://127.0.0.1:9"  # nothing is sent
     for api, title in (("vllm", "vLLM"), ("trtllm", "TensorRT-LLM")):
         with pytest.raises(
             ResPruneError, match=rf"{title} numbers the visual tokens of Qwen2\.5-VL by the pict"
         ):
-            Pipeline.load(qwen[0], generator=server(nowhere, api=api))
+            Pipeline.load(tiny_qwen[0], generator=server(nowhere, api=api))
     with pytest.raises(ResPruneError, match=r"SGLang lays out the visual tokens of LLaVA-1\.5"):
         Pipeline.load(bundle, generator=server(nowhere, api="sglang"))
     with pytest.raises(ResPruneError, match="exported with --positions original; export it again"):
@@ -273,7 +258,7 @@ def test_a_server_that_would_get_positions_wrong_is_refused(
         Wire(None, version="0.5.22.post1") as wire,
         pytest.raises(ResPruneError, match=r"runs SGLang 0\.5\.22"),
     ):
-        Pipeline.load(qwen[0], generator=server(wire.url, api="sglang"))
+        Pipeline.load(tiny_qwen[0], generator=server(wire.url, api="sglang"))
 
 
 @pytest.mark.parametrize("models", [[], ["a", "b"]])

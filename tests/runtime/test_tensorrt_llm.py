@@ -1,0 +1,186 @@
+"""TensorRT-LLM in process, against its published signatures: what is handed over gives the local answers."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+
+from resprune.runtime import Pipeline, ResPruneError
+from resprune.runtime.bundle import Bundle
+from resprune.runtime.generator import GeneratorFactory
+from resprune.runtime.tensorrt_llm import PyTorchGenerator, Rotary, engine_backend, pytorch_backend
+from tests.runtime.bundles import bundle_of_files
+from tests.runtime.fake_tensorrt_llm import install
+from tests.runtime.test_pipeline import QUESTION, picture, with_manifest
+from tests.runtime.wire import Model
+
+STEPS = 16
+BACKENDS: dict[str, Callable[[str], GeneratorFactory]] = {
+    "pytorch": pytorch_backend,
+    "engine": engine_backend,
+}
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Callable[..., Path]) -> Path:
+    return tiny_bundle("clip-llama", k=7, split=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_answers_are_the_local_ones(
+    bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    recorded = install(monkeypatch, tiny_model)
+    near, far = Pipeline.load(bundle), Pipeline.load(bundle, generator=BACKENDS[backend]("some/where"))
+    assert recorded.opened == "some/where"
+    images = [picture(1), [picture(2), picture(3)], picture(4)]
+    questions = [
+        QUESTION,
+        "how many?",
+        "is the small red circle left of the large green square on the table?",
+    ]
+    here, there = (vlm.ask_batch(images, questions, tokens=4, max_new_tokens=STEPS) for vlm in (near, far))
+    assert [answer.token_ids for answer in there] == [answer.token_ids for answer in here]
+    assert [answer.text for answer in there] == [answer.text for answer in here]
+    assert len({tuple(answer.token_ids) for answer in here}) == 3, "shows nothing"
+    streamed = far.ask(picture(1), QUESTION, max_new_tokens=STEPS)
+    assert list(streamed) == list(near.ask(picture(1), QUESTION, max_new_tokens=STEPS))
+
+
+def test_qwen_answers_from_an_engine_with_its_true_positions(
+    tiny_qwen: tuple[Path, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, checkpoint = tiny_qwen
+    install(monkeypatch, checkpoint)
+    near, far = Pipeline.load(bundle), Pipeline.load(bundle, generator=engine_backend("engine"))
+    images = [picture(1, (70, 50)), [picture(2, (30, 120)), picture(3)]]
+    questions = [QUESTION, "how many small green circles are there?"]
+    here, there = (vlm.ask_batch(images, questions, max_new_tokens=STEPS) for vlm in (near, far))
+    assert [answer.token_ids for answer in there] == [answer.token_ids for answer in here]
+    assert len(set(here[0].token_ids)) > 5, "shows nothing"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sampling_reaches_it(
+    bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    recorded = install(monkeypatch, tiny_model)
+    vlm = Pipeline.load(bundle, generator=BACKENDS[backend]("model"))
+    hot = {"temperature": 1.5, "top_p": 0.9, "max_new_tokens": 9}
+    answers = [vlm.ask(picture(1), QUESTION, **hot, seed=seed).token_ids for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+    assert len(answers[0]) == 9
+    sent = recorded.sampling if backend == "engine" else vars(recorded.sampling)
+    seed = "random_seed" if backend == "engine" else "seed"
+    assert {"temperature": 1.5, "top_p": 0.9, seed: 2}.items() <= sent.items()
+    vlm.ask(picture(1), QUESTION, max_new_tokens=1, stream=False)
+    sent = recorded.sampling if backend == "engine" else vars(recorded.sampling)
+    assert sent["top_k"] == 1
+    assert sent.get("temperature") is None
+
+
+def test_an_answer_nobody_reads_is_aborted(
+    bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = install(monkeypatch, tiny_model)
+    with Pipeline.load(bundle, generator=pytorch_backend("model")) as vlm:
+        for _ in vlm.ask(picture(1), QUESTION, max_new_tokens=200):
+            break
+        assert recorded.aborted == 1
+        vlm.ask(picture(1), QUESTION, max_new_tokens=3, stream=False)
+        assert recorded.aborted == 1
+    assert recorded.shut_down
+
+
+def test_a_tokenizer_that_adds_bos_gets_the_prompt_without_it(
+    bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = install(monkeypatch, tiny_model)
+    vlm = Pipeline.load(bundle, generator=pytorch_backend("model"))
+    vlm.ask(picture(1), QUESTION, max_new_tokens=1, stream=False)
+    generator: Any = vlm._generator
+    assert isinstance(generator, PyTorchGenerator)
+    (written,) = recorded.prompts
+    assert written.startswith("<s>")
+    adding = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    monkeypatch.setattr(generator._tokenizer, "post_processor", adding)
+    prompt = vlm._prompter.prompt(QUESTION, 1)
+    assert generator._text(prompt) == written.removeprefix("<s>")
+    with pytest.raises(ResPruneError, match="adds other special tokens than the chat template writes"):
+        generator._text(replace(prompt, ids=prompt.ids[1:]))
+
+
+def test_what_it_raises_is_one_sentence(
+    bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, tiny_model)
+    vlm = Pipeline.load(bundle, generator=engine_backend("engine"))
+
+    def full(**given: Any) -> None:
+        raise RuntimeError("Input batch size (1) exceeds\nthe engine or specified limit (0)")
+
+    generator: Any = vlm._generator
+    monkeypatch.setattr(generator._runner, "generate", full)
+    sentence = r"TensorRT-LLM could not take the prompt \(Input batch size \(1\) exceeds the engine"
+    with pytest.raises(ResPruneError, match=sentence):
+        vlm.ask(picture(1), QUESTION)
+
+
+def test_a_prompt_table_that_is_too_small_is_named(
+    bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, tiny_model, table_size=13)
+    vlm = Pipeline.load(bundle, generator=engine_backend("engine"))
+    vlm.ask(picture(1), QUESTION, max_new_tokens=1, stream=False)
+    with pytest.raises(
+        ResPruneError, match="takes 13 visual tokens and there are 14; build it with --max_multimod"
+    ):
+        vlm.ask([picture(1), picture(2)], QUESTION)
+
+
+def test_wrong_positions_and_a_missing_package_are_one_sentence(
+    bundle: Path, tiny_qwen: tuple[Path, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ResPruneError, match=r"makes up a grid for the visual tokens of Qwen2\.5-VL"):
+        Pipeline.load(tiny_qwen[0], generator=pytorch_backend("model"))
+    original = with_manifest(bundle, tmp_path, positions="original")
+    for backend in BACKENDS.values():
+        with pytest.raises(ResPruneError, match="exported with --positions original; export it again"):
+            Pipeline.load(original, generator=backend("model"))
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", None)
+    for backend in BACKENDS.values():
+        with pytest.raises(ResPruneError, match="TensorRT-LLM is not installed here"):
+            Pipeline.load(bundle, generator=backend("model"))
+
+
+@pytest.mark.parametrize("layout", ["today's", "of transformers 4"])
+def test_the_angles_are_those_of_the_model(
+    tiny_qwen: tuple[Path, Model], tmp_path: Path, layout: str
+) -> None:
+    model = tiny_qwen[1]
+    config = model.whole.config.to_dict()
+    if layout == "of transformers 4":
+        rope = dict(config["text_config"].pop("rope_parameters"))
+        config = config["text_config"] | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    made = bundle_of_files(tmp_path, {"config.json": json.dumps(config)})
+    bundle = Bundle(made.root, replace(made.manifest, context_length=32))
+    positions = torch.tensor([[0, 1, 2, 2, 2, 9, 10], [0, 1, 2, 3, 5, 9, 10], [0, 1, 4, 2, 3, 9, 10]])
+    cosine, sine = model.whole.model.language_model.rotary_emb(torch.zeros(1), positions[:, None])
+    table = Rotary(bundle).table(positions.numpy())
+    assert table.shape == (32, cosine.shape[-1] // 2, 2)
+    for part, expected in enumerate((cosine, sine)):
+        half = expected[0, :, : table.shape[1]].numpy()
+        np.testing.assert_allclose(table[:7, :, part], half, atol=1e-6)
+    np.testing.assert_array_equal(table[7:, :, 0], 1)
+
+
+def test_a_config_without_angles_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ResPruneError, match="does not say how positions turn"):
+        Rotary(bundle_of_files(tmp_path, {"config.json": '{"hidden_size": 8}'}))
