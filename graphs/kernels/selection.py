@@ -80,7 +80,7 @@ def residual_select(
         raise ValueError(f"at most {MAX_PROGRAMS} programs a picture, got {programs}")
     picks = torch.empty((B, k), dtype=torch.int64, device=visual.device)
     scratch = torch.empty((B, scratch_words(N, k)), dtype=torch.float32, device=visual.device)
-    # A cooperative launch waits until all of its programs fit, where a plain one could wait for itself.
+    # Programs that wait for each other: a cooperative launch begins only when all of them fit.
     kernel.residual_select[(programs, B)](
         visual.contiguous(),
         gain.float().contiguous(),
@@ -92,7 +92,7 @@ def residual_select(
         scratch,
         **constants(D, k, dtype),
         **OPTIONS,
-        launch_cooperative_grid=True,
+        launch_cooperative_grid=programs > 1,
     )
     return picks
 
