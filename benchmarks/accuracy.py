@@ -53,19 +53,21 @@ def run(work: Path) -> dict[str, Any]:
         with Pipeline.load(bundle) as vlm:
             for k in BUDGETS:
                 right = np.concatenate(
-                    [_right(vlm, asked[start : start + BATCH], k) for start in range(0, len(asked), BATCH)]
+                    [correct(vlm, asked[start : start + BATCH], k) for start in range(0, len(asked), BATCH)]
                 )
-                figures[f"{policy}, K {k}"] = _scores(right, types)
+                figures[f"{policy}, K {k}"] = scores(right, types)
     return figures
 
 
-def _right(vlm: Pipeline, asked: list[Asked], k: int) -> npt.NDArray[np.bool_]:
+def correct(vlm: Pipeline, asked: list[Asked], k: int) -> npt.NDArray[np.bool_]:
+    """Whether each question is answered to the letter with `k` tokens, [questions]."""
     pictures, texts, expected, _ = zip(*asked, strict=True)
     answers = vlm.ask_batch(pictures, texts, tokens=k, max_new_tokens=8)
     return np.array([answer.text == wanted for answer, wanted in zip(answers, expected, strict=True)])
 
 
-def _scores(right: npt.NDArray[np.bool_], types: list[str]) -> dict[str, Any]:
+def scores(right: npt.NDArray[np.bool_], types: list[str]) -> dict[str, Any]:
+    """Exact match and its interval by type of question, and of all scenes."""
     named = np.array(types)
     groups = {name: named == name for name in dict.fromkeys(types)}
     groups["scenes"] = named != "easy-VQA"

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from resprune.runtime.bundle import BODIES, FORMS, POSITIONS, SCALES
+from resprune.runtime.bundle import BODIES, FORMS, OPTIMIZE, POSITIONS, SCALES
 from resprune.runtime.errors import ResPruneError
 
 NEEDED = ("torch", "transformers", "onnx", "onnxscript", "huggingface_hub", "tqdm")
@@ -37,7 +37,15 @@ def register_export(subparsers: Any) -> None:
         metavar="K",
         help="visual tokens to keep for each picture, or their share, as in 11%%",
     )
-    parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="precision of the weights")
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "fp16", "bf16", "int8", "q4"),
+        default="fp32",
+        help="precision of the weights; q4 is the decoder's only",
+    )
+    parser.add_argument(
+        "--optimize", choices=OPTIMIZE, help="a decoder of ONNX Runtime's own operators, for it alone"
+    )
     parser.add_argument(
         "--split", action="store_true", help="also write encoder and selector apart: encode once, ask often"
     )
@@ -90,6 +98,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     options = Options(
         **arguments.k,
         dtype=arguments.dtype,
+        optimize=arguments.optimize,
         split=arguments.split,
         alpha=arguments.alpha,
         scale=arguments.scale,

@@ -17,9 +17,11 @@ from tqdm import tqdm
 from resprune.exporter import precision, verify
 from resprune.exporter.checkpoint import Checkpoint, resolve
 from resprune.exporter.families import Family, family_of
+from resprune.exporter.grouped_query import optimize_decoder
 from resprune.exporter.language_checkpoint import CLASSES, LanguageCheckpoint, language_checkpoint
 from resprune.exporter.ort_worker import OrtWorker
 from resprune.exporter.pieces import Piece, Pieces
+from resprune.exporter.quantize import quantize
 from resprune.exporter.shards import StoredTensor
 from resprune.exporter.sidefiles import check_side_files, copy_side_files
 from resprune.exporter.trace import Traced, trace
@@ -43,7 +45,7 @@ from resprune.runtime.errors import ResPruneError
 # Graph structure, tokenizer and manifest, which the count of weights leaves out.
 OVERHEAD_BYTES = 32 << 20
 PACKAGES = ("resprune", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
-ELEMENT_TYPES = {1: "float32", 7: "int64", 9: "bool", 10: "float16"}
+ELEMENT_TYPES = {1: "float32", 7: "int64", 9: "bool", 10: "float16", 16: "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Options:
     k: int | None = None
     share: float | None = None
     dtype: str = "fp32"
+    optimize: str | None = None
     split: bool = False
     alpha: float = 1.0
     scale: str = "minmax"
@@ -87,6 +90,11 @@ def export(model: str, out: Path, options: Options, report: Report = print) -> P
         raise ResPruneError(
             f"-k {100 * options.share:g}% is no share of the visual tokens to keep; give more than 0% and at most 100%"
         )
+    if options.optimize and options.dtype == "bf16":
+        raise ResPruneError(
+            "--optimize ort makes a decoder of ONNX Runtime's operators, and its CPU kernels of them know no bf16; "
+            "give --dtype fp16 or fp32, or leave it out"
+        )
     with new_directory(out, force=options.force) as work:
         _Export(model, out, options, report, work).run()
     return out
@@ -114,7 +122,10 @@ class _Export:
         positions = self._positions(family)
         check_side_files(checkpoint)
         mode = fake_mode()
-        pieces = family.take_apart(checkpoint, precision.DTYPES[self.options.dtype], mode)
+        dtype = precision.DTYPES[self.options.dtype]
+        pieces = family.take_apart(checkpoint, dtype, mode)
+        if self.options.optimize:
+            pieces = optimize_decoder(pieces, dtype)
         selection = self._selection(pieces)
         stored = find_weights(checkpoint, pieces.model)
         language = language_checkpoint(pieces.model, stored) if self.options.language_checkpoint else None
@@ -125,11 +136,13 @@ class _Export:
         self._line("checkpoint", started, size, f"{family.title}, {parameters / 1e6:,.1f} M parameters")
 
         (self.work / "onnx").mkdir()
-        with OrtWorker() as worker:
+        with OrtWorker(widened=self.options.dtype == "bf16") as worker:
             verifier = Verifier(pieces, stored, self.options.dtype)
             for piece in (pieces.embed, pieces.vision, pieces.decoder):
                 started = perf_counter()
                 traced = trace(piece, pieces.model, mode)
+                if (form := precision.precision_of(piece.name, self.options.dtype)) in precision.QUANTIZED:
+                    traced = quantize(traced, form)
                 if piece is pieces.vision:
                     self._vision(traced, pieces, stored, selection, verifier, worker, started)
                 else:
@@ -141,7 +154,7 @@ class _Export:
                 equal = verifier.compare_greedy(worker, paths, selection, positions)
                 note = f"greedy tokens {self._count('greedy tokens', equal)}"
             self._line("generation", started, None, note)
-            verify.require(self.differences, self.counts, exact=self.options.dtype == "fp32")
+            verify.require(self.differences, self.counts, exact=verifier.exact)
 
         started = perf_counter()
         copy_side_files(checkpoint, self.work)
@@ -204,15 +217,15 @@ class _Export:
         self._line("language_model", started, language.nbytes, CLASSES[language.config.model_type])
 
     def _write(self, name: str, traced: Traced, stored: Mapping[str, StoredTensor]) -> Path:
-        suffix = "" if self.options.dtype == "fp32" else f"_{self.options.dtype}"
-        path = self.work / "onnx" / f"{name}{suffix}.onnx"
+        kind = precision.precision_of(name, self.options.dtype)
+        path = self.work / "onnx" / f"{name}{precision.SUFFIXES[kind]}.onnx"
         with tqdm(
             total=data_size(traced), desc=name, unit="B", unit_scale=True, leave=False, disable=None
         ) as bar:
             write_graph(traced, path, stored, bar.update)
         self.graphs[name] = GraphSpec(
             file=path.relative_to(self.work).as_posix(),
-            precision=self.options.dtype,
+            precision=kind,
             inputs=_tensor_specs(traced.model.graph.input),
             outputs=_tensor_specs(traced.model.graph.output),
         )
@@ -317,6 +330,7 @@ class _Export:
                 command=self.options.command,
                 parity=parity,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
+                optimize=self.options.optimize,
             ),
         )
 

@@ -15,16 +15,22 @@ from types import TracebackType
 from typing import Any, BinaryIO, cast
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
+
+from resprune.graphs.widen import widen
 
 Arrays = dict[str, NDArray[Any]]
 
 
 class OrtWorker:
-    """Runs graphs on the CPU in a process of its own; use it as a context manager."""
+    """Runs graphs on the CPU in a process of its own; use it as a context manager.
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-m", "resprune.exporter.ort_worker"]
+    `widened`: bfloat16 graphs as `graphs.widen` makes them, with float32 in place of bfloat16 at their borders.
+    """
+
+    def __init__(self, *, widened: bool = False) -> None:
+        command = [sys.executable, "-m", "resprune.exporter.ort_worker", *(["widened"] if widened else [])]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(self, graph: Path, inputs: Arrays) -> Arrays:
@@ -69,7 +75,12 @@ def _session(path: str) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # a warning about each initializer that it folds is of no use here
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch runs in turn with it
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    graph: str | bytes = path
+    if sys.argv[1:] == ["widened"]:
+        folder = str(Path(path).parent)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        graph = widen(onnx.load(path, load_external_data=False)).SerializeToString()
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def _run(path: str, inputs: Arrays) -> Arrays:

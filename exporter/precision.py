@@ -16,7 +16,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resprune.exporter.weightless import fake_parameter
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.float32,
+    "q4": torch.float32,
+}
+"""What each --dtype is traced in; int8 and q4 are made of the float32 graph afterwards (quantize.py)."""
+QUANTIZED = {
+    "int8": ("vision_select", "vision_encoder", "decoder_model_merged"),
+    "q4": ("decoder_model_merged",),
+}
+"""The graphs that these two change; the others of the bundle are fp32."""
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "bf16": "_bf16", "int8": "_quantized", "q4": "_q4"}
+
+
+def precision_of(graph: str, dtype: str) -> str:
+    """Precision of one graph of a bundle that was exported with `--dtype dtype`."""
+    return "fp32" if graph not in QUANTIZED.get(dtype, (graph,)) else dtype
 
 
 class _HalfLinear(nn.Linear):
@@ -56,7 +74,9 @@ def lower(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> None:
     """Give every layer of a kind in HALVED, exactly of that class, a fake weight of `dtype`; tied weights stay tied."""
     if dtype == torch.float32:
         return
-    layers: list[Any] = [module for module in model.modules() if type(module) in HALVED]
+    # ONNX has no convolution in bfloat16 before opset 22; the only one is of the pixels, and stays float32.
+    kinds = set(HALVED) - ({nn.Conv2d} if dtype == torch.bfloat16 else set())
+    layers: list[Any] = [module for module in model.modules() if type(module) in kinds]
     originals = {
         id(layer.weight): layer.weight for layer in layers
     }  # by identity: tied weights are one tensor

@@ -35,11 +35,15 @@ SIZES = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5}
 
 @dataclass(frozen=True)
 class Weight:
-    """One initializer: which parameter of the Hugging Face model it is, and whether it is stored transposed."""
+    """One initializer: which parameter of the Hugging Face model it is, and whether it is stored transposed.
+
+    `part` names what of a quantized parameter it is (quantize.py); "" is the parameter itself.
+    """
 
     parameter: str
     dtype: torch.dtype
     transposed: bool
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ def _declare(graph: ir.Graph, piece: Piece) -> None:
 
 
 def _check_declared(value: ir.Value, spec: TensorSpec) -> None:
-    wanted = {"float32": "FLOAT", "float16": "FLOAT16", "int64": "INT64", "bool": "BOOL"}[spec.dtype]
+    wanted = ir.DataType[spec.dtype.upper().replace("FLOAT32", "FLOAT")].name
     if value.name != spec.name or value.dtype is None or value.dtype.name != wanted:
         raise AssertionError(f"traced {value.name} as {value.dtype}, declared {spec.name} as {spec.dtype}")
 

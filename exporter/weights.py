@@ -14,6 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from resprune.exporter.checkpoint import Checkpoint
+from resprune.exporter.quantize import quantized_chunks
 from resprune.exporter.shards import StoredTensor
 from resprune.exporter.trace import Traced, Weight
 from resprune.runtime.errors import ResPruneError
@@ -123,6 +124,9 @@ def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
 def _chunks(weight: Weight, stored: StoredTensor) -> Iterator[Tensor]:
     """The weight in its final dtype and layout, flat, a few megabytes at a time."""
     tensor = stored.read()
+    if weight.part:
+        yield from quantized_chunks(weight.part, tensor)
+        return
     if weight.transposed:
         tensor = tensor.t()
     if tensor.dim() < 2:

@@ -23,12 +23,13 @@ MANIFEST_NAME = "resprune.json"
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_RANK = 8
 
-DTYPES = ("float32", "float16", "int64", "bool")
+DTYPES = ("float32", "float16", "bfloat16", "int64", "bool")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "q4", "q4f16")
 SCALES = ("minmax", "clamp", "shifted")
 BODIES = ("loop", "unrolled")
 FORMS = ("quadratic", "linear")
 POSITIONS = ("contiguous", "original")
+OPTIMIZE = ("ort",)
 
 T = TypeVar("T")
 
@@ -85,7 +86,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of `resprune.json`; `files` has every file of the bundle but the manifest itself."""
+    """The contents of `resprune.json`; `files` has every file of the bundle but the manifest itself.
+
+    `optimize` "ort" means a decoder for ONNX Runtime alone.
+    """
 
     format_version: int
     family: str
@@ -101,6 +105,7 @@ class Manifest:
     command: str
     parity: dict[str, Any]
     created: str
+    optimize: str | None = None
 
     def to_json(self) -> str:
         """Text of `resprune.json`; raises `ValueError` for a number JSON has no way to write (NaN)."""
@@ -141,6 +146,7 @@ class Manifest:
             command=_field(top, "command", str),
             parity=_field(top, "parity", dict),
             created=_field(top, "created", str),
+            optimize=None if top.get("optimize") is None else _choice(top, "optimize", OPTIMIZE),
         )
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from resprune.runtime.bundle import Bundle, GraphSpec, Manifest, TensorSpec
 
+RUNTIMES = {"ort": "ONNX Runtime"}
+
 
 def describe(bundle: Bundle) -> str:
     """Several lines on what a bundle holds: source, selection, graphs, parity, versions, sizes."""
@@ -25,6 +27,8 @@ def describe(bundle: Bundle) -> str:
         f"  context     {manifest.context_length} tokens; image token {manifest.image_token_id}",
         "graphs",
     ]
+    if manifest.optimize:
+        lines.insert(-1, f"  decoder     of operators that only {RUNTIMES[manifest.optimize]} has")
     for name, graph in manifest.graphs.items():
         lines.extend(_graph_lines(name, graph, manifest))
     lines.append("parity with PyTorch, measured at export")

@@ -4,7 +4,6 @@ import re
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from resprune.runtime.bundle import Bundle, GraphSpec
 from resprune.runtime.errors import ResPruneError
@@ -15,6 +14,9 @@ from resprune.runtime.splice import Floats, Ints
 if TYPE_CHECKING:
     import onnxruntime
 
+CACHE_ROOM = 256
+"""Tokens by which the cache of a decoder that writes in place is too long; when they are used up it is copied once."""
+_ELEMENT_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}  # ONNX's numbers: NumPy has no bfloat16
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
@@ -60,7 +62,8 @@ class OrtLanguageModel:
     without a copy too: a random Llama (4 layers, width 256, fp32, one thread), CPU time of a step with
     `run` / `run_with_ort_values` / IOBinding / IOBinding into two preallocated buffers: 1.58 / 1.65 / 1.64 / 1.64 ms
     at 600 cached tokens, 6.46 / 6.67 / 6.58 / 6.19 ms at 4,000 (medians of 31 steps). What grows with the cache is
-    the graph's own `Concat`.
+    the graph's own `Concat`. A decoder exported for ONNX Runtime (`optimize`) has none: it is given one buffer as past
+    and as present, with room for more tokens, and writes behind the past.
     """
 
     def __init__(self, bundle: Bundle, embedding: Embedding, options: SessionOptions) -> None:
@@ -68,6 +71,7 @@ class OrtLanguageModel:
         self._session = open_session(bundle, "decoder_model_merged", options)
         assert spec is not None  # open_session has refused a bundle without it
         self._embedding = embedding
+        self._in_place = bundle.manifest.optimize == "ort"
         self._past_names, self._empty = _empty_cache(spec)
         self._output_names = ["logits", *(_present(name) for name in self._past_names)]
         self._device = cache_device(self._session)
@@ -82,7 +86,8 @@ class OrtLanguageModel:
         self._past = []  # the old cache goes before the new one is made
         batch = len(inputs_embeds)
         past = [
-            ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, *shape), dtype)) for shape, dtype in self._empty
+            ort.OrtValue.ortvalue_from_shape_and_type((batch, *shape), element_type)
+            for shape, element_type in self._empty
         ]
         self._mask = attention_mask
         self._position = position_ids[..., -1:] + 1  # [B, 1] or [3, B, 1]
@@ -101,6 +106,8 @@ class OrtLanguageModel:
         del self._session
 
     def _run(self, inputs_embeds: Floats, position_ids: Ints, past: "list[onnxruntime.OrtValue]") -> Floats:
+        if self._in_place and past[0].shape()[2] < self._mask.shape[1]:
+            past = [self._enlarged(value) for value in past]
         binding = self._session.io_binding()
         binding.bind_cpu_input("inputs_embeds", inputs_embeds)
         binding.bind_cpu_input("attention_mask", self._mask)
@@ -108,19 +115,34 @@ class OrtLanguageModel:
         for name, value in zip(self._past_names, past, strict=True):
             binding.bind_ortvalue_input(name, value)
         binding.bind_output("logits", "cpu")
-        for name in self._output_names[1:]:
-            binding.bind_output(name, self._device)
+        for name, value in zip(self._output_names[1:], past, strict=True):
+            if self._in_place:
+                binding.bind_ortvalue_output(name, value)
+            else:
+                binding.bind_output(name, self._device)
         with graph_faults("decoder_model_merged"):
             self._session.run_with_iobinding(binding)
-        logits, *self._past = binding.get_outputs()
+        logits, *present = binding.get_outputs()
+        self._past = (
+            past if self._in_place else present
+        )  # the former own their memory, the latter only look at it
         last: Floats = logits.numpy()[:, -1]  # [B, S or 1, V] → [B, V]
         return last
 
+    def _enlarged(self, past: "onnxruntime.OrtValue") -> "onnxruntime.OrtValue":
+        """A buffer with the past at its start and room for this run's tokens and CACHE_ROOM more."""
+        import onnxruntime as ort
 
-def _empty_cache(spec: GraphSpec) -> tuple[list[str], list[tuple[tuple[int, int, int], npt.DTypeLike]]]:
-    """Names of the decoder's past inputs, and the shape (without batch) and dtype of each when empty."""
+        kept = past.numpy()  # [B, heads, length, width]
+        room = np.zeros((*kept.shape[:2], self._mask.shape[1] + CACHE_ROOM, kept.shape[3]), kept.dtype)
+        room[:, :, : kept.shape[2]] = kept
+        return ort.OrtValue.ortvalue_from_numpy(room, self._device)
+
+
+def _empty_cache(spec: GraphSpec) -> tuple[list[str], list[tuple[tuple[int, int, int], int]]]:
+    """Names of the decoder's past inputs, and the shape (without batch) and ONNX type of each when empty."""
     names: list[str] = []
-    empty: list[tuple[tuple[int, int, int], npt.DTypeLike]] = []
+    empty: list[tuple[tuple[int, int, int], int]] = []
     for tensor in spec.inputs:
         if not _PAST.fullmatch(tensor.name):
             continue
@@ -131,7 +153,7 @@ def _empty_cache(spec: GraphSpec) -> tuple[list[str], list[tuple[tuple[int, int,
                 f"width] with fixed heads and width, not {list(tensor.shape)}; export the bundle again"
             )
         names.append(tensor.name)
-        empty.append(((heads, 0, width), np.dtype(tensor.dtype)))
+        empty.append(((heads, 0, width), _ELEMENT_TYPES[tensor.dtype]))
     return names, empty
 
 

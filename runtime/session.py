@@ -42,6 +42,12 @@ def open_session(bundle: Bundle, graph: str, options: SessionOptions) -> "onnxru
     except ResPruneError:
         raise
     except Exception as error:  # onnxruntime's own exception types share no base but this one
+        narrow = bundle.manifest.graphs[graph].precision == "bf16"
+        if narrow and "Could not find an implementation" in str(error):
+            raise ResPruneError(
+                f"{path} is bf16, in which the provider {' or '.join(options.providers)} cannot compute; "
+                "choose another or export with --dtype fp16 or fp32"
+            ) from None
         raise ResPruneError(f"{path} cannot be opened by onnxruntime ({_one_line(error)})") from None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,12 @@ VARIANTS |= {
         old_names=True,
         seed=6,
     ),
+}
+
+# Heads of 16, for ONNX Runtime's attention takes multiples of 8 only.
+VARIANTS |= {
+    f"{name}-wide": replace(VARIANTS[name], hidden=64)
+    for name in ("clip-llama", "siglip-mistral", "dinov2-qwen2")
 }
 
 

@@ -171,7 +171,8 @@ def test_a_value_of_the_wrong_kind_is_named(path: tuple[str | int, ...], value: 
 
 
 @pytest.mark.parametrize(
-    "key", [field.name for field in dataclasses.fields(Manifest) if field.name != "revision"]
+    "key",
+    [field.name for field in dataclasses.fields(Manifest) if field.name not in ("revision", "optimize")],
 )
 def test_a_missing_key_is_named(key: str) -> None:
     top = json.loads(MANIFEST.to_json())
@@ -191,6 +192,7 @@ def test_a_missing_key_is_named(key: str) -> None:
         (("selection", "share"), 0, "selection.share"),
         (("selection", "share"), 1.01, "selection.share"),
         (("selection", "alpha"), -0.5, "selection.alpha"),
+        (("optimize",), "trt", "optimize should be one of ort"),
         (("selection", "scale"), "softmax", "minmax, clamp, shifted"),
         (("selection", "body"), "scan", "loop, unrolled"),
         (("selection", "form"), "cubic", "quadratic, linear"),
@@ -198,7 +200,11 @@ def test_a_missing_key_is_named(key: str) -> None:
         (("context_length",), 0, "context_length"),
         (("image_token_id",), 1 << 63, "image_token_id"),
         (("graphs", "vision_select", "file"), "onnx/other.onnx", "names in files"),
-        (("graphs", "vision_select", "inputs", 0, "dtype"), "complex64", "float32, float16, int64, bool"),
+        (
+            ("graphs", "vision_select", "inputs", 0, "dtype"),
+            "complex64",
+            "float32, float16, bfloat16, int64, bool",
+        ),
         (("graphs", "vision_select", "inputs", 0, "shape"), [1] * 9, "at most 8 axes"),
         (("graphs", "vision_select", "inputs", 0, "shape"), [-3], "-3"),
         (("files", "config.json", "sha256"), "F" * 64, "hexadecimal"),

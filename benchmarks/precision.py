@@ -1,0 +1,156 @@
+"""What a precision, and a decoder for ONNX Runtime alone, cost and bring: size, prefill, tokens a second, accuracy."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from benchmarks.accuracy import BATCH, correct, questions, scores
+from benchmarks.checkpoints import llava_config, write_checkpoint
+from benchmarks.measure import THREADS, Timing, take_turns
+from resprune.exporter.export import Options, export
+from resprune.runtime import Pipeline
+from resprune.runtime.bundle import read_bundle
+from resprune.runtime.language_model import Embedding, OrtLanguageModel
+from resprune.runtime.session import SessionOptions
+
+KINDS = {
+    "fp32": Options(k=4),
+    "fp32, ort": Options(k=4, optimize="ort"),
+    "fp16": Options(k=4, dtype="fp16"),
+    "int8": Options(k=4, dtype="int8"),
+    "q4": Options(k=4, dtype="q4"),
+    "q4, ort": Options(k=4, dtype="q4", optimize="ort"),
+}
+LENGTHS = (64, 1024)
+STEPS = 8
+REPEATS = 7
+DEMO_K = 48
+TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "projection_dim": 16,
+}
+LLAMA = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096,
+}
+
+
+@dataclass
+class _Decoder:
+    """A decoder whose cache holds a prompt of some length, to be stepped on."""
+
+    model: OrtLanguageModel
+    embeds: np.ndarray[Any, Any]
+
+    def prefill(self) -> None:
+        length = self.embeds.shape[1]
+        ones = np.ones((1, length), np.int64)
+        self.model.prefill(self.embeds, np.arange(length)[None], ones)
+
+    def steps(self) -> None:
+        for token in range(STEPS):
+            self.model.step(np.array([token]))
+
+
+def run(work: Path) -> dict[str, Any]:
+    """A random Llama of some 250 M parameters in every precision, in turn; and the demo model's answers in each."""
+    checkpoint = work / "llama-mid"
+    if not checkpoint.exists():
+        config = llava_config(TOWER, LLAMA)
+        write_checkpoint(
+            checkpoint, LlavaForConditionalGeneration, config, dtype=torch.float16, image_side=28
+        )
+    figures: dict[str, Any] = {"decoder": {}, "prefill": {}, "steps": {}, "demo": {}}
+    bundles = {}
+    for name, options in KINDS.items():
+        bundles[name] = work / f"llama-mid-{name.replace(', ', '-')}"
+        if not bundles[name].exists():
+            export(str(checkpoint), bundles[name], options)
+    settings = SessionOptions(threads=THREADS)
+    decoders: dict[str, _Decoder] = {}
+    for name, path in bundles.items():
+        bundle = read_bundle(path, check_hashes=False)
+        graph = bundle.graph_path("decoder_model_merged")
+        figures["decoder"][name] = sum(part.stat().st_size for part in graph.parent.glob(f"{graph.name}*"))
+        model = OrtLanguageModel(bundle, Embedding(bundle, settings), settings)
+        decoders[name] = _Decoder(model, np.empty(0))
+    for length in LENGTHS:
+        embeds = np.random.default_rng(0).standard_normal((1, length, LLAMA["hidden_size"]))
+        for decoder in decoders.values():
+            decoder.embeds = embeds.astype(np.float32)
+        figures["prefill"][str(length)] = take_turns(
+            {name: decoder.prefill for name, decoder in decoders.items()}, REPEATS
+        )
+        # Every cache now holds the prompt, and grows by the same steps in each turn.
+        figures["steps"][str(length)] = take_turns(
+            {name: decoder.steps for name, decoder in decoders.items()}, REPEATS
+        )
+    decoders.clear()
+    gc.collect()
+    figures["demo"] = _demo(work)
+    return figures
+
+
+def _demo(work: Path) -> dict[str, Any]:
+    asked = list(questions())
+    types = [type_ for *_, type_ in asked]
+    figures = {}
+    for name, options in KINDS.items():
+        path = work / f"demo-{name.replace(', ', '-')}"
+        changed = Options(k=DEMO_K, positions="original", dtype=options.dtype, optimize=options.optimize)
+        if not path.exists():
+            export("demo", path, changed)
+        with Pipeline.load(path) as vlm:
+            right = np.concatenate(
+                [correct(vlm, asked[start : start + BATCH], DEMO_K) for start in range(0, len(asked), BATCH)]
+            )
+            parity = vlm.manifest.parity
+        figures[name] = scores(right, types) | {
+            "picks": parity["picks"],
+            "greedy tokens": parity["greedy_tokens"],
+        }
+    return figures
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    lines = [
+        f"A random Llama of {LLAMA['num_hidden_layers']} layers of {LLAMA['hidden_size']}; tokens a second after a "
+        f"prompt of {' and of '.join(map(str, LENGTHS))} tokens.\n",
+        "| decoder | MB | " + " | ".join(f"prefill {n} | tokens/s at {n}" for n in LENGTHS) + " |",
+        "|---" * (2 + 2 * len(LENGTHS)) + "|",
+    ]
+    for name, size in result["decoder"].items():
+        cells = []
+        for length in map(str, LENGTHS):
+            steps: Timing = result["steps"][length][name]
+            cells += [f"{result['prefill'][length][name]} ms", f"{1e3 * STEPS / steps.median:.1f}"]
+        lines.append(f"| {name} | {size / 1e6:.0f} | {' | '.join(cells)} |")
+    lines += [
+        f"\nThe demo model with {DEMO_K} of 144 tokens, original positions.\n",
+        "| precision | easy-VQA | scenes | picks as PyTorch's | greedy tokens as PyTorch's |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in result["demo"].items():
+        cells = []
+        for kind in ("easy-VQA", "scenes"):
+            low, high = row[kind]["interval"]
+            cells.append(f"{100 * row[kind]['exact match']:.1f} % ({100 * low:.0f}–{100 * high:.0f})")
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['picks']} | {row['greedy tokens']} |")
+    return "\n".join(lines)

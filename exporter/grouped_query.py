@@ -1,0 +1,148 @@
+"""The decoder for ONNX Runtime alone: com.microsoft's GroupQueryAttention in place of portable attention.
+
+What pays there: keys and values are appended to the cache in place where the caller binds one buffer as past and
+present (the portable graph's Concat copies the cache at each step), no key head is repeated, and the vocabulary's
+product is taken of the last position only. Inputs and outputs are those of the portable decoder but for `logits`,
+which has one position. The rotary angles are applied before the operator, which knows neither M-RoPE nor the gaps
+that pruning leaves; padding on the left is a bias, for the operator itself knows padding on the right only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from resprune.exporter.language import decode
+from resprune.exporter.pieces import Piece, Pieces
+from resprune.runtime.bundle import TensorSpec
+from resprune.runtime.errors import ResPruneError
+
+HEAD_MULTIPLE = 8
+
+
+@dataclass
+class _Step:
+    """What the operator needs beside query, key and value; `past` becomes the present, layer by layer."""
+
+    past: list[Tensor]
+    last_key: Tensor
+    """[B] int32: the last key that each row sees, which the operator calls seqlens_k."""
+    total_length: Tensor
+    """Scalar int32: P + S. The buffers may be longer."""
+    lengths: Tensor
+    """[B] int32: S. With it the operator takes several positions of several rows over any past."""
+    bias: Tensor
+    """[B, 1, S, P + S]: the lowest number at padding, else 0."""
+
+
+class _Decoder(nn.Module):
+    """As `language._Decoder`, with logits [B, 1, vocabulary] of the last position."""
+
+    def __init__(self, language_model: Any, lm_head: nn.Module, cache_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.lm_head = lm_head
+        self.cache_dtype = cache_dtype
+
+    def forward(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        B, S = inputs_embeds.shape[:2]
+        total = attention_mask.shape[1]
+        lowest = torch.finfo(self.cache_dtype).min
+        bias = torch.where(attention_mask.bool(), 0.0, lowest).to(self.cache_dtype)  # [B, P + S]
+        step = _Step(
+            past=list(past),
+            last_key=torch.full((B,), total - 1, dtype=torch.int32),
+            total_length=torch.full((), total, dtype=torch.int32),
+            lengths=torch.full((B,), S, dtype=torch.int32),
+            bias=bias[:, None, None, :].expand(-1, -1, S, -1),
+        )
+        hidden = self.language_model(
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            use_cache=False,  # the operator itself puts the new keys and values behind the past
+            step=step,
+        ).last_hidden_state
+        return (self.lm_head(hidden[:, -1:]), *step.past)
+
+
+def optimize_decoder(pieces: Pieces, cache_dtype: torch.dtype) -> Pieces:
+    """The same pieces with a decoder for ONNX Runtime, whose keys and values are of `cache_dtype`.
+
+    `ResPruneError` for heads that the operator does not take.
+    """
+    model: Any = pieces.model
+    width = pieces.decoder.inputs[3].shape[3]
+    assert isinstance(width, int)
+    if width % HEAD_MULTIPLE:
+        raise ResPruneError(
+            f"--optimize ort takes attention heads of a multiple of {HEAD_MULTIPLE} numbers, and this model's have "
+            f"{width}; leave it out"
+        )
+    model.config.get_text_config()._attn_implementation = _register()
+    portable = pieces.decoder
+    logits = portable.outputs[0]
+    last = TensorSpec(logits.name, logits.dtype, (logits.shape[0], 1, logits.shape[2]))
+
+    def reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        logits, *present = decode(model, inputs)
+        return (logits[:, -1:], *present)
+
+    module = _Decoder(model.model.language_model, model.lm_head, cache_dtype)
+    return replace(
+        pieces,
+        decoder=Piece(
+            portable.name,
+            module,
+            portable.inputs,
+            (last, *portable.outputs[1:]),
+            portable.samples,
+            reference,
+        ),
+    )
+
+
+def _register() -> str:
+    """Register the operator as an attention of transformers; returns its name."""
+    name = "resprune_grouped_query"
+    ALL_ATTENTION_FUNCTIONS.register(name, _attention)
+    return name
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    step: _Step,
+    scaling: float,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Rotated query [B, H, S, d] and key, and value [B, G, S, d] → [B, S, H · d]; `step.past` moves on."""
+    B, H, S, d = query.shape
+    kept = slice(2 * module.layer_idx, 2 * module.layer_idx + 2)
+    past = step.past[kept]
+    present = (*past[0].shape[:2], past[0].shape[2] + S, d)
+    attributes: dict[str, Any] = {"num_heads": H, "kv_num_heads": key.shape[1], "scale": float(scaling)}
+    if sliding_window is not None:
+        attributes["local_window_size"] = sliding_window
+    rows = (heads.transpose(1, 2).flatten(2).to(past[0].dtype) for heads in (query, key, value))
+    unused: Sequence[None] = (None,) * 3  # cos_cache, sin_cache, position_ids
+    mixed, *step.past[kept] = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        [*rows, *past, step.last_key, step.total_length, *unused, step.bias, *(None,) * 5, step.lengths],
+        attributes,
+        dtypes=(past[0].dtype,) * 3,
+        shapes=((B, S, H * d), present, present),
+        version=1,
+    )
+    return mixed.float(), None

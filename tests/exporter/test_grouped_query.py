@@ -1,0 +1,98 @@
+"""The decoder for ONNX Runtime alone: the same tokens as Hugging Face, with its cache written in place."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from resprune.exporter.export import Options, export
+from resprune.runtime import language_model
+from resprune.runtime.bundle import read_bundle
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.inspection import describe
+from resprune.runtime.pipeline import Pipeline
+from tests.exporter import test_parity_qwen
+from tests.exporter.hugging_face_qwen import HuggingFaceQwen
+from tests.exporter.test_parity_llava import OTHER, QUESTION, STEPS, picture
+from tests.tiny_qwen import VARIANTS, write_checkpoint
+
+KEPT = {"clip-llama-wide": 7, "siglip-mistral-wide": 9, "dinov2-qwen2-wide": 6}
+
+
+@pytest.fixture(autouse=True)
+def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the cache runs out of room within an answer, several times."""
+    monkeypatch.setattr(language_model, "CACHE_ROOM", 7)
+
+
+@pytest.mark.parametrize("variant", KEPT)
+def test_same_picks_and_tokens(variant, tiny_bundle, hugging_face):
+    k = KEPT[variant]
+    with Pipeline.load(tiny_bundle(variant, k=k, optimize="ort")) as vlm:
+        answer = vlm.ask(picture(1), QUESTION, max_new_tokens=STEPS, stream=False)
+        again = vlm.ask(picture(1), QUESTION, max_new_tokens=STEPS, stream=False)
+    text = [answer.prompt.ids[position] for position in answer.prompt.text_positions]
+    expected = hugging_face(variant).pruned(
+        [picture(1)], answer.prompt.ids, text, k=k, positions="contiguous", steps=STEPS
+    )
+    assert answer.images[0].pick_order.tolist() == expected.pick_orders[0]
+    assert answer.token_ids == expected.token_ids == again.token_ids
+    assert len(set(answer.token_ids)) > 5, "a model that repeats itself shows nothing"
+
+
+@pytest.mark.parametrize("variant", ["clip-llama-wide", "siglip-mistral-wide"])
+def test_batch(variant, tiny_bundle, hugging_face):
+    """Two questions of different length at once: the shorter is padded on the left, under a window as well."""
+    k, questions, pictures = KEPT[variant], [QUESTION, OTHER], [picture(4), picture(5)]
+    with Pipeline.load(tiny_bundle(variant, k=k, optimize="ort")) as vlm:
+        answers = vlm.ask_batch(pictures, questions, max_new_tokens=STEPS)
+    assert len(answers[0].prompt.ids) != len(answers[1].prompt.ids)
+    for answer, shown in zip(answers, pictures, strict=True):
+        text = [answer.prompt.ids[position] for position in answer.prompt.text_positions]
+        expected = hugging_face(variant).pruned(
+            [shown], answer.prompt.ids, text, k=k, positions="contiguous", steps=STEPS
+        )
+        assert answer.token_ids == expected.token_ids
+
+
+def test_rotary_embeddings_of_three_axes(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", VARIANTS["qwen25"])
+    bundle = export(str(checkpoint), tmp_path / "bundle", Options(k=5, optimize="ort"))
+    pictures = [test_parity_qwen.picture(5, 7), test_parity_qwen.picture(12, 3)]
+    with Pipeline.load(bundle) as vlm:
+        answer = vlm.ask(pictures, QUESTION, max_new_tokens=STEPS, stream=False)
+    test_parity_qwen.check(answer, HuggingFaceQwen(checkpoint), pictures, [5, 5])
+
+
+def test_only_this_decoder_has_operators_of_onnx_runtime(tiny_bundle: Callable[..., Path]) -> None:
+    bundle = read_bundle(tiny_bundle("clip-llama-wide", k=7, optimize="ort"))
+    assert bundle.manifest.optimize == "ort"
+    assert "of operators that only ONNX Runtime has" in describe(bundle)
+    for name in bundle.manifest.graphs:
+        model = onnx.load(bundle.graph_path(name), load_external_data=False)
+        domains = {node.domain for node in model.graph.node} - {"", "resprune"}
+        assert domains == ({"com.microsoft"} if name == "decoder_model_merged" else set())
+    portable = read_bundle(tiny_bundle("clip-llama", k=7))
+    assert portable.manifest.optimize is None
+    assert "ONNX Runtime" not in describe(portable)
+    model = onnx.load(portable.graph_path("decoder_model_merged"), load_external_data=False)
+    assert {entry.domain for entry in model.opset_import} == {""}
+
+
+def test_logits_are_the_last_position_s(tiny_bundle: Callable[..., Path]) -> None:
+    bundle = read_bundle(tiny_bundle("clip-llama-wide", k=7, optimize="ort"))
+    logits = bundle.manifest.graphs["decoder_model_merged"].outputs[0]
+    assert (logits.name, logits.shape[:2]) == ("logits", ("batch_size", 1))
+
+
+def test_heads_that_the_operator_does_not_take_are_refused(tiny_checkpoint, tmp_path):
+    with pytest.raises(
+        ResPruneError, match="a multiple of 8 numbers, and this model's have 12; leave it out"
+    ):
+        export(str(tiny_checkpoint("clip-llama")), tmp_path / "bundle", Options(k=7, optimize="ort"))
+
+
+def test_bf16_is_refused(tmp_path):
+    with pytest.raises(ResPruneError, match="know no bf16; give --dtype fp16 or fp32, or leave it out"):
+        export("demo", tmp_path / "bundle", Options(k=7, optimize="ort", dtype="bf16"))
