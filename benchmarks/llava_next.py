@@ -10,9 +10,9 @@ from PIL import Image
 
 from benchmarks.checkpoints import write_llava_next_vision
 from benchmarks.measure import Timing, take_turns
-from benchmarks.selection import cpu_session
+from benchmarks.selection import cpu_session, selector
 from resprune.exporter.export import Options, export
-from resprune.graphs import token_select_model
+from resprune.graphs import choose_form
 from resprune.runtime.anyres import AnyResolution
 from resprune.runtime.bundle import read_bundle
 
@@ -47,7 +47,7 @@ def run(work: Path) -> dict[str, Any]:
         "vision encoder": lambda: encoder.run(["image_features"], feeds),
     }
     for k in BUDGETS:
-        session = cpu_session(token_select_model(k, alpha=1.0, scale="minmax").SerializeToString())
+        session = selector(k, features.shape)
         calls[f"K {k}"] = lambda session=session: session.run(None, select)
     timings = take_turns(calls, repeats=5)
     return {
@@ -66,8 +66,10 @@ def table(result: dict[str, Any]) -> str:
     share = result["share of the encoder"]
     tiles = result["shapes"]["pixel_values"][0]
     N, D = result["shapes"]["image_features"][1:]
-    rows = ["| K | selection | of the encoder |", "|---|---|---|"]
-    rows += [f"| {k} | {timings[f'K {k}']} ms | {share[f'K {k}']:.2%} |" for k in BUDGETS]
+    rows = ["| K | form | selection | of the encoder |", "|---|---|---|---|"]
+    rows += [
+        f"| {k} | {choose_form(k, N, D)} | {timings[f'K {k}']} ms | {share[f'K {k}']:.2%} |" for k in BUDGETS
+    ]
     return (
         f"{tiles} tiles of CLIP-L/336 and projector, N {N}, D {D}, fp32: {timings['vision encoder']} ms; "
         f"pixels (NumPy and Pillow): {timings['pixels']} ms.\n\n" + "\n".join(rows)

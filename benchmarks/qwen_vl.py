@@ -15,9 +15,9 @@ from PIL import Image
 from benchmarks.checkpoints import QWEN25VL_PERIOD, write_qwen25vl_vision
 from benchmarks.measure import Timing, take_turns
 from benchmarks.measure import run as run_command
-from benchmarks.selection import cpu_session
+from benchmarks.selection import cpu_session, selector
 from resprune.exporter.export import Options, export
-from resprune.graphs import token_select_model
+from resprune.graphs import choose_form
 from resprune.runtime.bundle import read_bundle, share_of
 from resprune.runtime.picture import Arrays
 from resprune.runtime.qwen_vision import DynamicResolution
@@ -54,7 +54,7 @@ def run(work: Path) -> dict[str, Any]:
     calls: dict[str, Any] = {"one period": lambda: encoder.run(["image_features"], feeds)}
     for share in SHARES:
         k = share_of(share, TIMED)
-        session = cpu_session(token_select_model(k, alpha=1.0, scale="minmax").SerializeToString())
+        session = selector(k, features.shape)
         calls[f"K {k}"] = lambda session=session: session.run(None, select)
     timings = take_turns(calls, repeats=3)
     return {
@@ -84,10 +84,12 @@ def table(result: dict[str, Any]) -> str:
         rows.append(
             f"| {count} | {patches} | {figures['run']:,.0f} MB | {heads * square:,.0f} MB | {square:,.0f} MB |"
         )
-    rows += ["", "| K | selection | of the encoder |", "|---|---|---|"]
+    rows += ["", "| K | form | selection | of the encoder |", "|---|---|---|---|"]
     for part in SHARES:
         k = share_of(part, N)
-        rows.append(f"| {k} ({100 * part:g} %) | {timings[f'K {k}']} ms | {share[f'K {k}']:.2%} |")
+        rows.append(
+            f"| {k} ({100 * part:g} %) | {choose_form(k, N, D)} | {timings[f'K {k}']} ms | {share[f'K {k}']:.2%} |"
+        )
     return (
         f"{QWEN25VL_PERIOD['depth']} of the {DEPTH} blocks (seven with windows, one with full attention), fp32: N {N}, "
         f"D {D}, {timings['one period']} ms; the whole encoder is taken as {PERIODS} times that. Memory is what a run "

@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from benchmarks.checkpoints import write_llava15_vision
 from benchmarks.measure import THREADS, Timing, take_turns
-from resprune.graphs import token_select_model
+from resprune.graphs import choose_form, token_select_model
 from resprune.runtime.bundle import read_bundle
 
 BUDGETS = (64, 128, 192)
@@ -60,9 +60,7 @@ def run(work: Path) -> dict[str, Any]:
     ones = np.ones(features.shape[1], np.float32)
     for k in BUDGETS:
         for body in ("loop", "unrolled"):
-            session = cpu_session(
-                token_select_model(k, alpha=1.0, scale="minmax", body=body).SerializeToString()
-            )
+            session = selector(k, features.shape, body)
             calls[f"{body} K {k}"] = lambda session=session: session.run(None, feed)
     # NumPy by itself: its threads spin on for a while, on the cores that the call after it needs.
     plain = {f"NumPy Gram-Schmidt K {k}": lambda k=k: gram_schmidt(features[0], ones, k) for k in BUDGETS}
@@ -81,19 +79,26 @@ def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     timings: dict[str, Timing] = result["milliseconds"]
     rows = [
-        "| K | Loop | of the encoder | unrolled | of the encoder | NumPy Gram-Schmidt |",
-        "|---|---|---|---|---|---|",
+        "| K | form | Loop | of the encoder | unrolled | of the encoder | NumPy Gram-Schmidt |",
+        "|---|---|---|---|---|---|---|",
     ]
     share = result["share of the encoder"]
+    N, D = result["shapes"]["image_features"][1:]
     for k in BUDGETS:
         loop, unrolled = f"loop K {k}", f"unrolled K {k}"
         rows.append(
-            f"| {k} | {timings[loop]} ms | {share[loop]:.2%} | {timings[unrolled]} ms | {share[unrolled]:.2%} "
-            f"| {timings[f'NumPy Gram-Schmidt K {k}']} ms |"
+            f"| {k} | {choose_form(k, N, D)} | {timings[loop]} ms | {share[loop]:.2%} "
+            f"| {timings[unrolled]} ms | {share[unrolled]:.2%} | {timings[f'NumPy Gram-Schmidt K {k}']} ms |"
         )
     encoder = timings["vision encoder"]
-    N, D = result["shapes"]["image_features"][1:]
     return f"CLIP-L/336 and projector, N {N}, D {D}, fp32: {encoder} ms.\n\n" + "\n".join(rows)
+
+
+def selector(k: int, shape: tuple[int, ...], body: str = "loop") -> ort.InferenceSession:
+    """The selection of k tokens in the form that an export would choose for features of `shape` [B, N, D]."""
+    form = choose_form(k, *shape[1:])
+    model = token_select_model(k, alpha=1.0, scale="minmax", body=body, form=form)
+    return cpu_session(model.SerializeToString())
 
 
 def cpu_session(model: str | bytes) -> ort.InferenceSession:

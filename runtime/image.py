@@ -33,9 +33,11 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     `source` is a path, the bytes of a file, a Pillow image, or a uint8 array [H, W], [H, W, 1], [H, W, 3] or
     [H, W, 4] (RGBA); float arrays are refused, as their range cannot be known. Transparent pixels are blended
     onto white and every other mode is converted by Pillow, as the Hugging Face processors do; 16-bit grey is
-    scaled to 8 bits, where they clip it to white. Raises `ResPruneError` for what is no picture, is cut short,
-    or has more than `max_pixels`, which is read from the header before anything is decoded (Pillow's own limit,
-    twice `PIL.Image.MAX_IMAGE_PIXELS`, stands above it).
+    scaled to 8 bits, where they clip it to white. Of an animation the first frame is taken, as they take it.
+
+    Raises `ResPruneError` for what is no picture (a video is called one), is cut short, or has more than
+    `max_pixels`, which is read from the header before anything is decoded (Pillow's own limit, twice
+    `PIL.Image.MAX_IMAGE_PIXELS`, stands above it).
     """
     name = str(source) if isinstance(source, str | Path) else "the picture"
     try:
@@ -92,7 +94,7 @@ def _open(source: ImageSource, name: str) -> Image.Image:
 
 
 def _is_video(source: ImageSource) -> bool:
-    """Whether what Pillow cannot read begins as MP4 or MOV, AVI, Matroska or WebM, or MPEG do."""
+    """Whether what Pillow cannot read begins as MP4, MOV or 3GP, AVI, Matroska or WebM, MPEG, Ogg, ASF or FLV do."""
     if isinstance(source, bytes):
         head = source[:12]
     elif isinstance(source, str | Path):
@@ -104,7 +106,9 @@ def _is_video(source: ImageSource) -> bool:
     return (
         (head[4:8] == b"ftyp" and head[8:12] not in pictures)
         or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
-        or head[:4] in (b"\x1a\x45\xdf\xa3", b"\x00\x00\x01\xba", b"\x00\x00\x01\xb3")
+        or head[:4]
+        in (b"\x1a\x45\xdf\xa3", b"\x00\x00\x01\xba", b"\x00\x00\x01\xb3", b"OggS", b"\x30\x26\xb2\x75")
+        or head[:4] == b"FLV\x01"
     )
 
 

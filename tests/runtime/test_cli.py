@@ -115,6 +115,8 @@ def test_wrong_input_is_one_sentence(
     text.write_text("no picture")
     cut = tmp_path / "cut.png"
     cut.write_bytes(Path(photo).read_bytes()[:-60])
+    film = tmp_path / "film.mp4"
+    film.write_bytes(b"\0\0\0\x18ftypmp42" + bytes(40))
     for words, sentence in [
         (("ask", bundle, photo, " "), "question is empty"),
         (("ask", bundle, photo, "what is <image>?"), "contains <image>"),
@@ -125,6 +127,7 @@ def test_wrong_input_is_one_sentence(
         (("ask", bundle, photo, "square " * 600), "past the context"),
         (("ask", bundle, str(text), QUESTION), "text.png"),
         (("ask", bundle, str(cut), QUESTION), "cut.png"),
+        (("ask", bundle, str(film), QUESTION), "film.mp4 is a video, and this model answers about pictures"),
         (("ask", bundle, str(tmp_path / "none.png"), QUESTION), "none.png"),
         (("ask", str(tmp_path), photo, QUESTION), "resprune.json"),
         (("inspect", str(tmp_path / "nothing")), "not a directory"),

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.image_utils import load_image as hugging_face_load_image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -317,6 +318,44 @@ def test_a_damaged_picture_is_read_or_refused(data: st.DataObject) -> None:
         content[data.draw(st.integers(0, min(200, len(content) - 1)))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(ResPruneError):
         load_image(bytes(content))
+
+
+VIDEOS = {
+    "film.mp4": b"\0\0\0\x18ftypmp42",
+    "film.mov": b"\0\0\0\x14ftypqt  ",
+    "film.avi": b"RIFF\1\2\3\4AVI LIST",
+    "film.webm": b"\x1a\x45\xdf\xa3webm",
+    "film.mpg": b"\0\0\1\xba",
+    "film.ogv": b"OggS\0\2",
+    "film.wmv": b"\x30\x26\xb2\x75\x8e\x66",
+    "film.flv": b"FLV\1\5",
+}
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_a_video_is_refused_as_one(name: str, tmp_path: Path) -> None:
+    video = VIDEOS[name] + bytes(40)
+    (tmp_path / name).write_bytes(video)
+    assert refused(video).startswith("the picture is a video, and this model answers about pictures")
+    message = refused(tmp_path / name)
+    assert message.endswith(
+        f"{name} is a video, and this model answers about pictures; give one of its frames"
+    )
+
+
+def test_an_array_of_frames_is_a_video() -> None:
+    assert "[4, 30, 30, 3] is a video" in refused(np.zeros((4, 30, 30, 3), np.uint8))
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
+def test_of_an_animation_the_first_frame_is_taken(format: str) -> None:
+    """As Hugging Face takes it."""
+    frames = [noise(20, 12, seed=seed) for seed in range(3)]
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
+    opened = Image.open(io.BytesIO(data))
+    assert opened.n_frames == 3  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(load_image(data), hugging_face_load_image(opened))
+    assert not np.array_equal(load_image(data), load_image(encoded(frames[1], format)))
 
 
 def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""What the selection costs as the tokens grow in number, in both forms, and where one overtakes the other."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.measure import Timing, take_turns
+from benchmarks.measure import run as run_command
+from benchmarks.selection import cpu_session
+from resprune.graphs import choose_form, token_select_model
+from resprune.graphs.functions import FORMS
+from resprune.runtime.bundle import share_of
+
+TOKENS = (576, 1296, 2880, 4096)
+HIDDEN = (2048, 4096)
+SHARES = (1 / 16, 0.11, 0.22)
+SHOWN = 0.11
+
+
+def run(work: Path) -> dict[str, Any]:
+    """Time both forms in turn at every number of tokens, hidden size and share; memory in child processes."""
+    shapes = {}
+    for D in HIDDEN:
+        for N in TOKENS:
+            feeds = _feeds(N, D)
+            calls: dict[str, Any] = {}
+            for k in _budgets(N):
+                for form in FORMS:
+                    session = _session(k, form)
+                    calls[f"{form} K {k}"] = lambda session=session, feeds=feeds: session.run(None, feeds)
+            timings = take_turns(calls, repeats=7)
+            shown = share_of(SHOWN, N)
+            memory = {}
+            for form in FORMS:
+                command = [sys.executable, "-m", "benchmarks.growth", form, str(N), str(D), str(shown)]
+                memory[form] = json.loads(run_command(command)[0])
+            shapes[f"N {N}, D {D}"] = {
+                "N": N,
+                "D": D,
+                "milliseconds": timings,
+                "megabytes of a run": memory,
+                "chosen": choose_form(shown, N, D),
+                "crossover": _crossover(N, timings),
+            }
+    return {"shapes": shapes}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    rows = [
+        "| D | N | K | quadratic | linear | chosen | linear is faster up to | memory, quadratic | linear |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for figures in result["shapes"].values():
+        N, D, memory = figures["N"], figures["D"], figures["megabytes of a run"]
+        k = share_of(SHOWN, N)
+        timings: dict[str, Timing] = figures["milliseconds"]
+        rows.append(
+            f"| {D} | {N} | {k} | {timings[f'quadratic K {k}']} ms | {timings[f'linear K {k}']} ms "
+            f"| {figures['chosen']} | K = {figures['crossover'] * N:.0f}, {figures['crossover']:.1%} "
+            f"| {memory['quadratic']:,.0f} MB | {memory['linear']:,.0f} MB |"
+        )
+    return (
+        "K is 11 % of N, fp32, one picture. The two forms are as fast as each other at a K that is interpolated from "
+        "three shares; memory is the peak of a first run above the opened session.\n\n" + "\n".join(rows)
+    )
+
+
+def _budgets(N: int) -> list[int]:
+    return [share_of(share, N) for share in SHARES]
+
+
+def _crossover(N: int, timings: dict[str, Timing]) -> float:
+    """The share k / N where a straight line through linear minus quadratic is zero."""
+    gaps = [timings[f"linear K {k}"].median - timings[f"quadratic K {k}"].median for k in _budgets(N)]
+    slope, start = np.polyfit(_budgets(N), gaps, 1)
+    return float(-start / slope / N)
+
+
+def _session(k: int, form: str) -> Any:
+    return cpu_session(token_select_model(k, alpha=1.0, scale="minmax", form=form).SerializeToString())
+
+
+def _feeds(N: int, D: int) -> dict[str, npt.NDArray[Any]]:
+    rng = np.random.default_rng(0)
+    return {
+        "image_features": rng.standard_normal((1, N, D), dtype=np.float32),
+        "text_embeds": rng.standard_normal((1, 4, D), dtype=np.float32),
+        "text_mask": np.ones((1, 4), dtype=bool),
+        "token_mask": np.ones((1, N), dtype=bool),
+    }
+
+
+def _measure(form: str, N: int, D: int, k: int) -> None:
+    """Print by how many megabytes the first run raises the peak."""
+    session, feeds = _session(k, form), _feeds(N, D)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    session.run(None, feeds)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6)
+
+
+if __name__ == "__main__":
+    _measure(sys.argv[1], *map(int, sys.argv[2:5]))
