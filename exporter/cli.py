@@ -59,9 +59,7 @@ def register_export(subparsers: Any) -> None:
         "--scale", choices=SCALES, default="minmax", help="how relevance is scaled (default minmax)"
     )
     parser.add_argument("--positions", choices=POSITIONS, help="position ids of the pruned prompt")
-    parser.add_argument(
-        "--body", choices=BODIES, default="loop", help="selection as a Loop node, or unrolled"
-    )
+    parser.add_argument("--body", choices=BODIES, default="loop", help="selection in Loops, or unrolled")
     parser.add_argument(
         "--form",
         choices=FORMS,
