@@ -66,10 +66,13 @@ def compile_residual_select(capability: int, *, hidden_size: int, k: int, dtype:
     source = ASTSource(
         residual_select, signature | dict.fromkeys(chosen, "constexpr"), constexprs=chosen, attrs=aligned
     )
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={**OPTIONS, "ptx_version": PTX_VERSION}
-    )
-    meta = compiled.metadata
+    target = GPUTarget("cuda", capability, 32)
+    for stages in (OPTIONS["num_stages"], 2):  # fewer where the loads that are under way would need too much
+        options = {**OPTIONS, "num_stages": stages, "ptx_version": PTX_VERSION}
+        compiled = triton.compile(source, target=target, options=options)
+        meta = compiled.metadata
+        if meta.shared <= SHARED_MEMORY:
+            break
     if meta.global_scratch_size or meta.profile_scratch_size or meta.shared > SHARED_MEMORY:
         raise RuntimeError(
             f"Triton {triton.__version__} gave the kernel {meta.shared} bytes of shared memory, and "
@@ -89,7 +92,7 @@ def compile_residual_select(capability: int, *, hidden_size: int, k: int, dtype:
 def own_parameters(ptx: str, count: int) -> str:
     """PTX whose entry takes its first `count` parameters only.
 
-    Triton (3.9) appends two pointers, for scratch memory that this kernel does not use. Its own launcher passes them;
+    Triton (3.8, 3.9) appends two pointers, for scratch that this kernel does not use. Its own launcher passes them;
     another one, such as TensorRT's, knows nothing of them.
 
     Raises:

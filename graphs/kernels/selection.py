@@ -16,7 +16,7 @@ MAX_PROGRAMS = int(kernel.MAX_PROGRAMS.value)
 """Of a picture: what the kernel's first barrier has room for."""
 
 OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
-"""For the compiler. They and `constants` keep to 48 KiB of shared memory, which a launch gets without asking."""
+"""For the compiler."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 

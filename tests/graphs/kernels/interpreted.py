@@ -41,7 +41,7 @@ def step_by_step(visual, gain, k, token_mask=None, *, programs, **changed):
     return values[6]
 
 
-def together(values, k, *, programs, seconds=60, **changed):
+def together(values, k, *, programs, seconds=180, **changed):
     """One launch, each of its programs in a process of its own, over shared memory: they have to wait for each other.
 
     `values` are `arguments`; returns the picks.
