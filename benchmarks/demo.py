@@ -17,7 +17,7 @@ from resprune.runtime.families import family_of
 from resprune.runtime.image import load_image
 from resprune.runtime.language_model import Embedding, OrtLanguageModel
 from resprune.runtime.prompt import Prompter
-from resprune.runtime.session import SessionOptions
+from resprune.runtime.session import OrtGraphs, SessionOptions
 from resprune.runtime.splice import KeptTokens, Picks, splice
 from resprune.runtime.vision import Looked, Vision
 
@@ -35,8 +35,9 @@ class Stages:
         self.manifest = bundle.manifest
         self.prompter = Prompter(bundle)
         self.preprocessor = family_of(bundle).preprocessor(bundle)
-        self.vision = Vision(bundle, self.preprocessor, options)
-        self.embedding = Embedding(bundle, options)
+        graphs = OrtGraphs(bundle, options)
+        self.vision = Vision(bundle, self.preprocessor, graphs)
+        self.embedding = Embedding(graphs)
         self.model = OrtLanguageModel(bundle, self.embedding, options)
 
     def first_token(self, picture: Path, question: str, tokens: int | None) -> int:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from resprune.exporter.pieces import Piece, Sizes, axis_size
-from resprune.runtime.bundle import TensorSpec
+from resprune.exporter.pieces import Piece, Sizes
+from resprune.runtime.bundle import TensorSpec, axis_size
 from resprune.runtime.errors import ResPruneError
 
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")

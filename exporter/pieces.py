@@ -52,8 +52,3 @@ class Pieces:
     the text after them does."""
     padding: str | None = None
     """The vision graph's int64 input [batch_size, N] that is below 0 where a picture of the batch has no token."""
-
-
-def axis_size(axis: int | str, sizes: Sizes) -> int:
-    """The size of one axis of a TensorSpec: a number, the size of a name, or of a sum of names."""
-    return axis if isinstance(axis, int) else sum(sizes[name.strip()] for name in axis.split("+"))

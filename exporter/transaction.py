@@ -43,8 +43,8 @@ def new_directory(out: Path, *, force: bool) -> Iterator[Path]:
     work = out.parent / f".{out.name}{NEW}{uuid.uuid4().hex[:12]}"
     work.mkdir()
     try:
-        with (work / LOCK).open("w") as lock:
-            _lock(lock)
+        with (work / LOCK).open("w") as held:
+            lock(held)
             yield work
             (work / LOCK).unlink()
             _flush_tree(work)
@@ -107,13 +107,14 @@ def _literal(name: str) -> str:
 def _alive(work: Path) -> bool:
     """Whether a process still holds the lock of an unfinished directory."""
     try:
-        with (work / LOCK).open("w") as lock:
-            return not _lock(lock)
+        with (work / LOCK).open("w") as held:
+            return not lock(held)
     except FileNotFoundError:
         return False
 
 
-def _lock(file: IO[str]) -> bool:
+def lock(file: IO[str]) -> bool:
+    """Take the lock of an open file, until it is closed; False if another process holds it."""
     if fcntl is None:
         return True
     try:

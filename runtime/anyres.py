@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from resprune.runtime.bundle import Bundle
+from resprune.runtime.bundle import Bundle, Range
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.image import Box, ImageProcessor
 from resprune.runtime.picture import Arrays, Picture, image_processor_config, tower_size
@@ -141,6 +141,13 @@ class AnyResolution:
         grid = self._unpadded(grid.reshape(rows * self.side, columns * self.side), image_size)
         lines = np.pad(grid, ((0, 0), (0, 1)), constant_values=NEWLINE)
         return np.concatenate([np.arange(patches), lines.reshape(-1)])
+
+    def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
+        """As many tiles as the smallest and the largest of the resolutions have, whatever the tokens."""
+        counts = sorted(1 + height * width // self.tile**2 for height, width in self.resolutions)
+        fewest, most = counts[0], counts[-1]
+        tiles = (batch[0] * fewest, batch[1] * most, batch[2] * most)
+        return {"batch_size": batch, "num_tokens": tokens, "num_tiles": tiles}
 
     def boxes(self, image_size: Size) -> list[Box | None]:
         """Patches of the whole view, which are large, then those of the tiles; a newline lies nowhere."""

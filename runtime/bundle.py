@@ -9,9 +9,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ BODIES = ("loop", "unrolled")
 FORMS = ("quadratic", "linear")
 POSITIONS = ("contiguous", "original")
 OPTIMIZE = ("ort",)
+FLAVOURS = ("tensorrt", "tensorrt-rtx")
 
 T = TypeVar("T")
 
@@ -51,6 +53,10 @@ class GraphSpec:
     precision: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    def axes(self) -> set[str]:
+        """The names of the inputs' dynamic axes; those of a sum singly."""
+        return {name for tensor in self.inputs for axis in tensor.shape for name in axis_names(axis)}
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,34 @@ class Selection:
         return self.k if self.share is None else min(self.k, share_of(self.share, num_tokens))
 
 
+Range = tuple[int, int, int]
+"""Least, usual, most."""
+Profile = dict[str, Range]
+"""Of each named axis of an engine's inputs, the sizes that one optimisation profile takes; sums follow from these."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """A TensorRT engine of one graph: its file, and all that it was built from.
+
+    `sources` are the graph's files and their SHA-256 at the time, `versions` those of the packages that built it.
+    """
+
+    file: str
+    sources: dict[str, str]
+    versions: dict[str, str]
+    profiles: tuple[Profile, ...]
+
+
+@dataclass(frozen=True)
+class EngineSet:
+    """The engines of one flavour of TensorRT for one `target`, such as `sm_86`, by the name of their graph."""
+
+    flavour: str
+    target: str
+    graphs: dict[str, EngineSpec]
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The contents of `resprune.json`; `files` has every file of the bundle but the manifest itself.
@@ -106,6 +140,7 @@ class Manifest:
     parity: dict[str, Any]
     created: str
     optimize: str | None = None
+    engines: dict[str, EngineSet] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Text of `resprune.json`; raises `ValueError` for a number JSON has no way to write (NaN)."""
@@ -128,6 +163,18 @@ class Manifest:
         for name, graph in graphs.items():
             if graph.file not in files:
                 raise _fault(f"graphs.{name}.file", "one of the names in files", graph.file)
+        engines = {name: _engine_set(name, value) for name, value in _optional_table(top, "engines")}
+        for name, engine_set in engines.items():
+            for graph_name, engine in engine_set.graphs.items():
+                where = f"engines.{name}.graphs.{graph_name}"
+                if graph_name not in graphs:
+                    raise _fault(where, "named after one of the graphs", graph_name)
+                if engine.file not in files:
+                    raise _fault(f"{where}.file", "one of the names in files", engine.file)
+                if any(profile.keys() != graphs[graph_name].axes() for profile in engine.profiles):
+                    raise _fault(
+                        f"{where}.profiles", "sizes of the axes of its graph's inputs", engine.profiles
+                    )
         revision = top.get("revision")
         return Manifest(
             format_version=version,
@@ -147,6 +194,7 @@ class Manifest:
             parity=_field(top, "parity", dict),
             created=_field(top, "created", str),
             optimize=None if top.get("optimize") is None else _choice(top, "optimize", OPTIMIZE),
+            engines=engines,
         )
 
 
@@ -224,21 +272,37 @@ def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
 
 
 def write_manifest(root: str | Path, manifest: Manifest) -> None:
-    """Write `resprune.json` into `root`, after reading back that this version accepts it."""
+    """Write `resprune.json` into `root`, after reading back that this version accepts it; the old one or the new."""
     text = manifest.to_json()
     Manifest.from_json(text)
-    (Path(root) / MANIFEST_NAME).write_text(text, encoding="utf-8", newline="\n")
+    new = Path(root) / f".{MANIFEST_NAME}.new"
+    with new.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(Path(root) / MANIFEST_NAME)
 
 
 def describe_files(root: str | Path) -> dict[str, FileSpec]:
     """Size and SHA-256 of every file under `root` but the manifest, by its relative posix name, sorted."""
     root = Path(root)
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir())
-    return {
-        _safe_name(name): FileSpec(_plain_file_size(root, name), _sha256(root / name))
-        for name in names
-        if name != MANIFEST_NAME
-    }
+    return {name: describe_file(root, name) for name in names if name != MANIFEST_NAME}
+
+
+def describe_file(root: Path, name: str) -> FileSpec:
+    """Size and SHA-256 of one file under `root`, by its relative posix name."""
+    return FileSpec(_plain_file_size(root, _safe_name(name)), _sha256(root / name))
+
+
+def axis_size(axis: int | str, sizes: Mapping[str, int]) -> int:
+    """The size of one axis of a TensorSpec: a number, the size of a name, or of a sum of names."""
+    return axis if isinstance(axis, int) else sum(sizes[name] for name in axis_names(axis))
+
+
+def axis_names(axis: int | str) -> list[str]:
+    """The names an axis is made of: none of a number, several of a sum."""
+    return [] if isinstance(axis, int) else [name.strip() for name in axis.split("+")]
 
 
 def _sha256(path: Path) -> str:
@@ -348,6 +412,46 @@ def _graph_spec(name: str, value: object) -> GraphSpec:
     )
 
 
+def _engine_set(name: str, value: object) -> EngineSet:
+    where = f"engines.{name}."
+    table = _expect(where[:-1], value, dict)
+    target = _field(table, "target", str, where)
+    if not re.fullmatch(r"sm_[0-9]{2,3}", target):
+        raise _fault(f"{where}target", "like sm_86", target)
+    return EngineSet(
+        flavour=_choice(table, "flavour", FLAVOURS, where),
+        target=target,
+        graphs={
+            graph: _engine_spec(f"{where}graphs.{graph}.", spec)
+            for graph, spec in _field(table, "graphs", dict, where).items()
+        },
+    )
+
+
+def _engine_spec(where: str, value: object) -> EngineSpec:
+    table = _expect(where[:-1], value, dict)
+    sources, versions = (_field(table, key, dict, where) for key in ("sources", "versions"))
+    return EngineSpec(
+        file=_field(table, "file", str, where),
+        sources={name: _digest(f"{where}sources.{name}", digest) for name, digest in sources.items()},
+        versions={name: _expect(f"{where}versions.{name}", text, str) for name, text in versions.items()},
+        profiles=tuple(
+            _profile(f"{where}profiles[{index}]", profile)
+            for index, profile in enumerate(_field(table, "profiles", list, where))
+        ),
+    )
+
+
+def _profile(where: str, value: object) -> Profile:
+    profile: Profile = {}
+    for axis, sizes in _expect(where, value, dict).items():
+        ordered = isinstance(sizes, list) and len(sizes) == 3 and all(type(size) is int for size in sizes)
+        if not ordered or not 0 <= sizes[0] <= sizes[1] <= sizes[2] < 1 << 63:
+            raise _fault(f"{where}.{axis}", "three ascending sizes", sizes)
+        profile[axis] = (sizes[0], sizes[1], sizes[2])
+    return profile
+
+
 def _tensor_specs(table: dict[str, Any], key: str, where: str) -> Iterator[TensorSpec]:
     seen = set()
     for index, value in enumerate(_field(table, key, list, where)):
@@ -371,14 +475,23 @@ def _tensor_specs(table: dict[str, Any], key: str, where: str) -> Iterator[Tenso
 def _file_spec(name: str, value: object) -> FileSpec:
     _safe_name(name)
     table, where = _expect(f"files.{name}", value, dict), f"files.{name}."
-    digest = _field(table, "sha256", str, where)
-    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-        raise _fault(f"{where}sha256", "64 lower-case hexadecimal digits", digest)
+    digest = _digest(f"{where}sha256", _field(table, "sha256", str, where))
     return FileSpec(_whole(table, "size", where, least=0), digest)
+
+
+def _digest(where: str, value: object) -> str:
+    digest = _expect(where, value, str)
+    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise _fault(where, "64 lower-case hexadecimal digits", digest)
+    return digest
 
 
 def _table(top: dict[str, Any], key: str) -> list[tuple[str, Any]]:
     return list(_field(top, key, dict).items())
+
+
+def _optional_table(top: dict[str, Any], key: str) -> list[tuple[str, Any]]:
+    return _table(top, key) if key in top else []
 
 
 def _choice(table: dict[str, Any], key: str, choices: tuple[str, ...], where: str = "") -> str:

@@ -10,6 +10,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resprune.runtime.bundle import FLAVOURS
 from resprune.runtime.errors import ResPruneError
 
 if TYPE_CHECKING:
@@ -86,12 +87,18 @@ def register_ask(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument(
         "--server-timeout", type=float, metavar="SECONDS", help="longest silence; default: 120"
     )
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
         "--provider",
         type=_listed,
         default=["cpu"],
         metavar="NAMES",
         help="what ONNX Runtime runs on, best first: cuda,cpu; default: cpu",
+    )
+    where.add_argument(
+        "--engines",
+        choices=FLAVOURS,
+        help="answer from the engines that resprune build made with this flavour of TensorRT",
     )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a physical core")
     parser.add_argument(
@@ -125,6 +132,7 @@ def _ask(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         max_pixels=max_pixels,
         generator=_generator(arguments),
+        engines=arguments.engines,
     ) as pipeline:
         answer = pipeline.ask(
             arguments.images,
@@ -149,9 +157,8 @@ def _ask(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _generator(arguments: argparse.Namespace) -> "GeneratorFactory":
-    """What the options ask to answer: the bundle's own decoder, or a server."""
-    from resprune.runtime.generator import onnxruntime_generator
+def _generator(arguments: argparse.Namespace) -> "GeneratorFactory | None":
+    """What the options ask to answer: a server, or None for the bundle's own decoder."""
     from resprune.runtime.server import server
 
     named = {"api": "server_format", "model": "server_model", "timeout": "server_timeout"}
@@ -165,7 +172,7 @@ def _generator(arguments: argparse.Namespace) -> "GeneratorFactory":
     if given:
         option = "--" + named[next(iter(given))].replace("_", "-")
         raise ResPruneError(f"{option} is for --server; give its address as well, or leave the option out")
-    return onnxruntime_generator
+    return None
 
 
 def _listed(text: str) -> list[str]:

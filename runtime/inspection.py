@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from resprune.runtime.bundle import Bundle, GraphSpec, Manifest, TensorSpec
+from resprune.runtime.bundle import Bundle, EngineSet, GraphSpec, Manifest, Range, TensorSpec
 
 RUNTIMES = {"ort": "ONNX Runtime"}
 
@@ -31,6 +31,10 @@ def describe(bundle: Bundle) -> str:
         lines.insert(-1, f"  decoder     of operators that only {RUNTIMES[manifest.optimize]} has")
     for name, graph in manifest.graphs.items():
         lines.extend(_graph_lines(name, graph, manifest))
+    if manifest.engines:
+        lines.append("engines")
+    for engines in manifest.engines.values():
+        lines.extend(_engine_lines(engines, manifest))
     lines.append("parity with PyTorch, measured at export")
     lines.extend(_parity_lines(manifest.parity))
     lines.append("versions")
@@ -44,6 +48,20 @@ def _graph_lines(name: str, graph: GraphSpec, manifest: Manifest) -> Iterator[st
     yield f"  {name}  {graph.precision}, {_megabytes(size + (data.size if data else 0))}"
     for title, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
         yield f"    {title:<8}" + "; ".join(_tensors(tensors))
+
+
+def _engine_lines(engines: EngineSet, manifest: Manifest) -> Iterator[str]:
+    yield f"  {engines.flavour} for {engines.target}"
+    for graph, engine in engines.graphs.items():
+        versions = ", ".join(f"{name} {value}" for name, value in engine.versions.items())
+        yield f"    {graph}  {_megabytes(manifest.files[engine.file].size)}, by {versions}"
+        for profile in engine.profiles:
+            yield "      " + ", ".join(_limits(axis, limits) for axis, limits in profile.items())
+
+
+def _limits(axis: str, limits: Range) -> str:
+    least, usual, most = limits
+    return f"{axis} {least}" if least == most else f"{axis} {least} to {most} (usually {usual})"
 
 
 def _tensors(tensors: tuple[TensorSpec, ...]) -> Iterator[str]:

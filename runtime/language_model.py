@@ -8,7 +8,7 @@ import numpy as np
 from resprune.runtime.bundle import Bundle, GraphSpec
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.providers import cache_device
-from resprune.runtime.session import SessionOptions, graph_faults, open_session
+from resprune.runtime.session import GraphRunner, SessionOptions, graph_faults, open_session
 from resprune.runtime.splice import Floats, Ints
 
 if TYPE_CHECKING:
@@ -43,13 +43,14 @@ class LanguageModel(Protocol):
 class Embedding:
     """The language model's input table, as the bundle's `embed_tokens` graph."""
 
-    def __init__(self, bundle: Bundle, options: SessionOptions) -> None:
-        self._session = open_session(bundle, "embed_tokens", options)
+    def __init__(self, graphs: GraphRunner) -> None:
+        self.graphs = graphs
+        graphs.open("embed_tokens")
 
     def __call__(self, input_ids: Ints) -> Floats:
         """`input_ids` [B, S] → `inputs_embeds` [B, S, D] float32."""
-        with graph_faults("embed_tokens"):
-            embeds: Floats = self._session.run(["inputs_embeds"], {"input_ids": input_ids})[0]
+        embeds: Floats
+        (embeds,) = self.graphs.run("embed_tokens", {"input_ids": input_ids}, ["inputs_embeds"])
         return embeds
 
 
@@ -158,4 +159,5 @@ def _empty_cache(spec: GraphSpec) -> tuple[list[str], list[tuple[tuple[int, int,
 
 
 def _present(past_name: str) -> str:
+    """`past_key_values.0.key` → `present.0.key`."""
     return past_name.replace("past_key_values", "present", 1)

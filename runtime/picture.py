@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from resprune.runtime.bundle import Bundle
+from resprune.runtime.bundle import Bundle, Range
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.image import Box, ImageProcessor
 
@@ -55,6 +55,9 @@ class Preprocessor(Protocol):
     def batch(self, pictures: Sequence[Picture]) -> Arrays:
         """Inputs of the vision graph, by name, for pictures that go through it together."""
 
+    def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
+        """How long the named axes of the vision graphs' inputs get, `batch` pictures of `tokens` tokens at once."""
+
     def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
         """Where each of the N tokens lies in a picture of `image_size` (width, height); None for nowhere."""
 
@@ -86,6 +89,10 @@ class FixedGrid:
     def batch(self, pictures: Sequence[Picture]) -> Arrays:
         """`pixel_values` [B, 3, H, W]."""
         return {"pixel_values": np.stack([picture.arrays["pixel_values"] for picture in pictures])}
+
+    def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
+        """Any batch; the pictures differ in nothing."""
+        return {"batch_size": batch, "num_tokens": (self.num_tokens,) * 3}
 
     def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
         """Patch by patch; a class token, which some checkpoints keep in front, lies nowhere."""

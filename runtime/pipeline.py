@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -12,7 +13,7 @@ from typing import TypedDict, Unpack
 import numpy as np
 
 from resprune.runtime.answer import Answer, Row, Run
-from resprune.runtime.bundle import Bundle, Manifest, read_bundle
+from resprune.runtime.bundle import FLAVOURS, Bundle, Manifest, read_bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families import family_of
 from resprune.runtime.generate import Sampling, TextStream
@@ -22,11 +23,14 @@ from resprune.runtime.language_model import Embedding
 from resprune.runtime.picture import Picture
 from resprune.runtime.prompt import Prompt, Prompter, Turn
 from resprune.runtime.providers import CPU
-from resprune.runtime.session import SessionOptions
+from resprune.runtime.session import GraphRunner, OrtGraphs, SessionOptions
 from resprune.runtime.splice import Floats, KeptTokens, Spliced, splice
 from resprune.runtime.vision import Looked, Vision
 
 Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...]
+
+
+GraphsFactory = Callable[[Bundle, SessionOptions], GraphRunner]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -51,14 +55,16 @@ class Pipeline:
         options: SessionOptions,
         max_pixels: int = MAX_PIXELS,
         generator: GeneratorFactory = onnxruntime_generator,
+        graphs: GraphsFactory = OrtGraphs,
     ) -> None:
         self._bundle = bundle
         self._max_pixels = max_pixels
         self._prompter = Prompter(bundle)
         self._preprocessor = family_of(bundle).preprocessor(bundle)
-        self._vision = Vision(bundle, self._preprocessor, options)
-        self._vision.open("vision_select")
-        self._embedding = Embedding(bundle, options)
+        self._graphs = graphs(bundle, options)
+        self._graphs.open("vision_select")
+        self._vision = Vision(bundle, self._preprocessor, self._graphs)
+        self._embedding = Embedding(self._graphs)
         self._generator = generator(bundle, self._embedding, options)
         self._running: Callable[[], Run | None] = lambda: None
         self.load_ms = 0.0
@@ -72,18 +78,22 @@ class Pipeline:
         providers: Sequence[str] = (CPU,),
         threads: int = 0,
         max_pixels: int = MAX_PIXELS,
-        generator: GeneratorFactory = onnxruntime_generator,
+        engines: str | None = None,
+        generator: GeneratorFactory | None = None,
     ) -> "Pipeline":
         """Check a bundle and open it.
 
         `check_hashes=False` leaves out the SHA-256 of the files; `providers` and `threads` as in `SessionOptions`;
-        a picture of more than `max_pixels` is refused before it is decoded; `generator` opens what answers, and the
-        bundle's decoder is left alone if that is something else.
+        a picture of more than `max_pixels` is refused before it is decoded; `engines`, a
+        flavour of TensorRT, takes the bundle's engines for the GPU at hand in place of ONNX Runtime; `generator` opens
+        what answers, and the bundle's decoder is left alone if that is something else.
         Raises `ResPruneError` for a bundle that is incomplete, altered or made by a newer resprune.
         """
         start = perf_counter()
         options = SessionOptions(providers, threads)
-        pipeline = cls(read_bundle(bundle, check_hashes=check_hashes), options, max_pixels, generator)
+        graphs, answering = _run_by(engines)
+        opened = read_bundle(bundle, check_hashes=check_hashes)
+        pipeline = cls(opened, options, max_pixels, generator or answering, graphs)
         pipeline.load_ms = (perf_counter() - start) * 1e3
         return pipeline
 
@@ -170,7 +180,7 @@ class Pipeline:
     def close(self) -> None:
         """Give back the sessions and the cache."""
         self._generator.close()
-        self._vision.close()
+        self._graphs.close()
 
     def __enter__(self) -> "Pipeline":
         """The pipeline itself; it is closed at the end of the block."""
@@ -321,6 +331,17 @@ class Chat:
         )
         self._turns.append((question, answer))
         return answer
+
+
+def _run_by(engines: str | None) -> tuple[GraphsFactory, GeneratorFactory]:
+    """What runs the graphs, and what answers unless another generator is given."""
+    if engines is None:
+        return OrtGraphs, onnxruntime_generator
+    if engines not in FLAVOURS:
+        raise ResPruneError(f"{engines} is no flavour of TensorRT; choose from {', '.join(FLAVOURS)}")
+    from resprune.runtime.tensorrt import Engines, tensorrt_generator
+
+    return partial(Engines, engines), tensorrt_generator
 
 
 def _listed(image: Images) -> list[ImageSource]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from resprune.runtime.bundle import Bundle
+from resprune.runtime.bundle import Bundle, Range
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.image import OPENAI_CLIP, Box, ImageProcessor
 from resprune.runtime.picture import Arrays, Picture, image_processor_config
@@ -159,6 +159,20 @@ class DynamicResolution:
             patches[:, :, :, :, :, None], (rows, columns, m, m, 3, self.temporal_patch_size, p, p)
         )
         return patches.reshape(grid.rows * grid.columns, -1), grid
+
+    def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
+        """Of one picture: its windows are fewest in whole blocks, most in one thin row, usual in a square."""
+        least, usual, most = tokens
+        patches = self.merge_size**2
+        side = 1 if self.window_patches is None else math.isqrt(self.window_patches) // self.merge_size
+        square = math.ceil(math.sqrt(usual) / side) ** 2
+        fewest, thin = -(-least // side**2), -(-most // side)
+        return {
+            "batch_size": (1, 1, 1),
+            "num_tokens": tokens,
+            "num_patches": (patches * least, patches * usual, patches * most),
+            "num_windows": (fewest, min(square, thin), thin),
+        }
 
     def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
         """Where each merged token lies in a picture of `image_size` (width, height), in its pixels."""

@@ -1,9 +1,11 @@
-"""Opening an ONNX Runtime session: the options every graph shares, and its faults as one sentence."""
+"""Running graphs: the seam that engines share, and ONNX Runtime's sessions, their options and their faults."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy.typing as npt
 
 from resprune.runtime.bundle import Bundle
 from resprune.runtime.errors import ResPruneError
@@ -11,6 +13,8 @@ from resprune.runtime.providers import CPU, check_providers, new_session
 
 if TYPE_CHECKING:
     import onnxruntime
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,47 @@ def open_session(bundle: Bundle, graph: str, options: SessionOptions) -> "onnxru
                 "choose another or export with --dtype fp16 or fp32"
             ) from None
         raise ResPruneError(f"{path} cannot be opened by onnxruntime ({_one_line(error)})") from None
+
+
+class GraphRunner(Protocol):
+    """Runs the graphs of one bundle, by their names."""
+
+    def open(self, graph: str) -> None:
+        """Make a graph ready now; otherwise its first run does."""
+        ...
+
+    def run(self, graph: str, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """The named outputs of one run on host arrays; `ResPruneError` for a run that fails."""
+        ...
+
+    def close(self) -> None:
+        """Give back what was opened; nothing can be run afterwards."""
+        ...
+
+
+class OrtGraphs:
+    """A bundle's graphs in ONNX Runtime, each opened when it is first needed."""
+
+    def __init__(self, bundle: Bundle, options: SessionOptions) -> None:
+        self._bundle = bundle
+        self._options = options
+        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+
+    def open(self, graph: str) -> None:
+        """Open the session of a graph."""
+        if graph not in self._sessions:
+            self._sessions[graph] = open_session(self._bundle, graph, self._options)
+
+    def run(self, graph: str, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """The named outputs of one run (see `GraphRunner`)."""
+        self.open(graph)
+        with graph_faults(graph):
+            arrays: list[Array] = self._sessions[graph].run(list(outputs), dict(feeds))
+        return arrays
+
+    def close(self) -> None:
+        """Give back the sessions."""
+        self._sessions.clear()
 
 
 @contextmanager

@@ -2,18 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from resprune.runtime.bundle import Bundle
 from resprune.runtime.picture import Picture, Preprocessor
-from resprune.runtime.session import SessionOptions, graph_faults, open_session
+from resprune.runtime.session import GraphRunner
 from resprune.runtime.splice import Floats, KeptTokens, cut_picks
-
-if TYPE_CHECKING:
-    import onnxruntime
 
 
 @dataclass(frozen=True)
@@ -29,23 +26,12 @@ class Looked:
 
 
 class Vision:
-    """Opens the graphs a question needs when the first one needs them, and keeps them open."""
+    """A family's way from pictures to kept tokens through the bundle's graphs."""
 
-    def __init__(self, bundle: Bundle, preprocessor: Preprocessor, options: SessionOptions) -> None:
+    def __init__(self, bundle: Bundle, preprocessor: Preprocessor, graphs: GraphRunner) -> None:
         self._bundle = bundle
         self._preprocessor = preprocessor
-        self._options = options
-        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
-
-    def open(self, graph: str) -> "onnxruntime.InferenceSession":
-        """The session of a graph."""
-        if graph not in self._sessions:
-            self._sessions[graph] = open_session(self._bundle, graph, self._options)
-        return self._sessions[graph]
-
-    def close(self) -> None:
-        """Give back the sessions."""
-        self._sessions.clear()
+        self._graphs = graphs
 
     def look(self, pictures: Sequence[Picture]) -> Looked:
         """Encode the pictures, if the bundle has the encoder and the selector apart."""
@@ -54,7 +40,9 @@ class Vision:
         features: list[Floats] = []
         for start, stop in self._runs(len(pictures)):
             together = pictures[start:stop]
-            (rows,) = self._run("vision_encoder", self._preprocessor.batch(together), ["image_features"])
+            (rows,) = self._graphs.run(
+                "vision_encoder", self._preprocessor.batch(together), ["image_features"]
+            )
             features += [row[: picture.num_tokens] for row, picture in zip(rows, together, strict=True)]
         return Looked(pictures, features)
 
@@ -71,22 +59,18 @@ class Vision:
             feeds: dict[str, npt.NDArray[Any]] = {"text_embeds": text_embeds, "text_mask": text_mask}
             if looked.image_features is None:
                 feeds |= self._preprocessor.batch(looked.pictures[start:stop])
-                outputs = self._run("vision_select", feeds, ["image_features", "kept_indices", "pick_order"])
+                outputs = self._graphs.run(
+                    "vision_select", feeds, ["image_features", "kept_indices", "pick_order"]
+                )
             else:
                 feeds["image_features"], feeds["token_mask"] = pad_rows(looked.image_features[start:stop])
-                outputs = self._run("token_select", feeds, ["kept_features", "kept_indices", "pick_order"])
+                outputs = self._graphs.run(
+                    "token_select", feeds, ["kept_features", "kept_indices", "pick_order"]
+                )
             for picture, rows, indices, order in zip(looked.pictures[start:stop], *outputs, strict=True):
                 budget = selection.budget(picture.num_tokens) if tokens is None else tokens
                 kept.append(cut_picks(rows, indices, order, budget, picture.offsets, picture.advance))
         return kept
-
-    def _run(
-        self, graph: str, feeds: dict[str, npt.NDArray[Any]], outputs: list[str]
-    ) -> list[npt.NDArray[Any]]:
-        session = self.open(graph)
-        with graph_faults(graph):
-            arrays: list[npt.NDArray[Any]] = session.run(outputs, feeds)
-        return arrays
 
     def _runs(self, count: int) -> list[tuple[int, int]]:
         """Which pictures go through a graph together."""

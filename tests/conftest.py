@@ -18,16 +18,18 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Name of a variant in `tests.tiny.VARIANTS` → its checkpoint; to be copied before it is changed."""
-    from tests.tiny import VARIANTS, write_checkpoint
+    """Name of a variant of `tests.tiny` or `tests.tiny_qwen` → its checkpoint; to be copied before it is changed."""
+    from tests import tiny, tiny_qwen
 
     made: dict[str, Path] = {}
 
     def checkpoint(variant: str) -> Path:
         if variant not in made:
-            made[variant] = write_checkpoint(
-                tmp_path_factory.mktemp("checkpoints") / variant, VARIANTS[variant]
-            )
+            root = tmp_path_factory.mktemp("checkpoints") / variant
+            if variant in tiny.VARIANTS:
+                made[variant] = tiny.write_checkpoint(root, tiny.VARIANTS[variant])
+            else:
+                made[variant] = tiny_qwen.write_checkpoint(root, tiny_qwen.VARIANTS[variant])
         return made[variant]
 
     return checkpoint

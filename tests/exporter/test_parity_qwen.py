@@ -21,7 +21,7 @@ from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
 from tests.exporter.hugging_face import Picture
 from tests.exporter.hugging_face_qwen import HuggingFaceQwen
-from tests.tiny_qwen import SPECIAL, VARIANTS, TinyQwen, make_model, write_checkpoint
+from tests.tiny_qwen import SPECIAL, TinyQwen, make_model
 
 STEPS = 40
 QUESTION = "what colour is the square on the table?"
@@ -36,15 +36,13 @@ def picture(height: int, width: int, seed: int = 0) -> Picture:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
+def checkpoint(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], Path]:
+    return tiny_checkpoint
 
-    def make(variant: str) -> Path:
-        if variant not in made:
-            made[variant] = write_checkpoint(tmp_path_factory.mktemp(variant), VARIANTS[variant])
-        return made[variant]
 
-    return make
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Callable[..., Path]) -> Callable[..., Path]:
+    return tiny_bundle
 
 
 @pytest.fixture(scope="module")
@@ -57,22 +55,6 @@ def hugging_face(checkpoint: Callable[[str], Path]) -> Callable[[str], HuggingFa
         return loaded[variant]
 
     return load
-
-
-@pytest.fixture(scope="module")
-def bundle(
-    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
-    made: dict[tuple[str, Options], Path] = {}
-
-    def make(variant: str, **options: Any) -> Path:
-        key = (variant, Options(**options))
-        if key not in made:
-            out = tmp_path_factory.mktemp("bundles") / variant
-            made[key] = export(str(checkpoint(variant)), out, key[1])
-        return made[key]
-
-    return make
 
 
 def check(answer: Any, model: HuggingFaceQwen, pictures: list[Picture], budgets: list[int]) -> None:

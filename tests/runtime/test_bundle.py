@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from resprune.runtime.bundle import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
+    EngineSet,
+    EngineSpec,
     FileSpec,
     GraphSpec,
     Manifest,
@@ -43,14 +45,31 @@ MANIFEST = Manifest(
     },
     files={
         "config.json": FileSpec(23, hashlib.sha256(b'{"model_type": "llava"}').hexdigest()),
+        "engines/tensorrt-rtx-sm_86/vision_select.engine": FileSpec(6, hashlib.sha256(b"engine").hexdigest()),
         "onnx/vision_select.onnx": FileSpec(5, hashlib.sha256(b"graph").hexdigest()),
     },
     versions={"onnx": "1.23.2"},
     command="resprune export demo out -k 16",
     parity={"vision_select": {"image_features": {"max_abs_diff": 3.1e-06}}},
     created="2026-11-23T15:00:00Z",
+    engines={
+        "tensorrt-rtx-sm_86": EngineSet(
+            flavour="tensorrt-rtx",
+            target="sm_86",
+            graphs={
+                "vision_select": EngineSpec(
+                    file="engines/tensorrt-rtx-sm_86/vision_select.engine",
+                    sources={"onnx/vision_select.onnx": hashlib.sha256(b"graph").hexdigest()},
+                    versions={"tensorrt-rtx": "1.7.1.116"},
+                    profiles=({"batch_size": (1, 1, 4)},),
+                )
+            },
+        )
+    },
 )
 GRAPH = MANIFEST.graphs["vision_select"]
+ENGINES = ("engines", "tensorrt-rtx-sm_86")
+ENGINE = (*ENGINES, "graphs", "vision_select")
 
 
 @pytest.fixture
@@ -58,6 +77,8 @@ def root(tmp_path: Path) -> Path:
     root = tmp_path / "bundle"
     (root / "onnx").mkdir(parents=True)
     (root / "onnx/vision_select.onnx").write_bytes(b"graph")
+    (root / "engines/tensorrt-rtx-sm_86").mkdir(parents=True)
+    (root / "engines/tensorrt-rtx-sm_86/vision_select.engine").write_bytes(b"engine")
     (root / "config.json").write_bytes(b'{"model_type": "llava"}')
     write_manifest(root, MANIFEST)
     return root
@@ -133,6 +154,7 @@ def test_any_manifest_survives_the_round_trip(
         MANIFEST,
         selection=dataclasses.replace(MANIFEST.selection, alpha=alpha),
         graphs={"g": GraphSpec(min(files), "fp16", tensors, tensors)},
+        engines={},
         files=files,
         model=text,
         command=text,
@@ -149,7 +171,10 @@ def every_path(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str |
 CHECKED = [path for path in every_path(json.loads(MANIFEST.to_json())) if path and path[0] != "parity"]
 
 
-FREE_TEXT = {"family", "model", "revision", "command", "created", "name", "onnx"}
+FREE_TEXT = {"family", "model", "revision", "command", "created", "name", "onnx", "tensorrt-rtx"}
+
+
+OPTIONAL = {"revision", "optimize", "engines"}
 
 
 def legal(path: tuple[str | int, ...], value: Any) -> bool:
@@ -164,15 +189,15 @@ def legal(path: tuple[str | int, ...], value: Any) -> bool:
 def test_a_value_of_the_wrong_kind_is_named(path: tuple[str | int, ...], value: Any) -> None:
     text = edited(*path, value=value)
     if legal(path, value):
-        Manifest.from_json(text)
+        # An engine's profiles name the axes as the graph did.
+        Manifest.from_json(json.dumps({**json.loads(text), "engines": {}}))
     else:
         message = rejected(text)
         assert any(str(step) in message for step in path[-2:]) or "upgrade" in message
 
 
 @pytest.mark.parametrize(
-    "key",
-    [field.name for field in dataclasses.fields(Manifest) if field.name not in ("revision", "optimize")],
+    "key", [field.name for field in dataclasses.fields(Manifest) if field.name not in OPTIONAL]
 )
 def test_a_missing_key_is_named(key: str) -> None:
     top = json.loads(MANIFEST.to_json())
@@ -205,6 +230,14 @@ def test_a_missing_key_is_named(key: str) -> None:
             "complex64",
             "float32, float16, bfloat16, int64, bool",
         ),
+        ((*ENGINES, "flavour"), "tensorrt-llm", "tensorrt, tensorrt-rtx"),
+        ((*ENGINES, "target"), "ampere", "like sm_86"),
+        ((*ENGINE, "file"), "engines/other.engine", "names in files"),
+        ((*ENGINE, "sources"), {"onnx/vision_select.onnx": "0f"}, "hexadecimal"),
+        ((*ENGINE, "profiles"), [{"batch_size": [4, 1, 1]}], "three ascending sizes"),
+        ((*ENGINE, "profiles"), [{"batch_size": [1, 4]}], "three ascending sizes"),
+        ((*ENGINE, "profiles"), [{"batch": [1, 1, 4]}], "sizes of the axes"),
+        ((*ENGINES, "graphs", "segmenter"), {}, "has no engines.tensorrt-rtx-sm_86.graphs.segmenter.sources"),
         (("graphs", "vision_select", "inputs", 0, "shape"), [1] * 9, "at most 8 axes"),
         (("graphs", "vision_select", "inputs", 0, "shape"), [-3], "-3"),
         (("files", "config.json", "sha256"), "F" * 64, "hexadecimal"),

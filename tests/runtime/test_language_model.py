@@ -10,7 +10,7 @@ import pytest
 from resprune.runtime.bundle import Bundle, TensorSpec, read_bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.language_model import Embedding, OrtLanguageModel
-from resprune.runtime.session import SessionOptions
+from resprune.runtime.session import OrtGraphs, SessionOptions
 
 OPTIONS = SessionOptions(threads=1)
 IDS = np.array([[1, 300, 301, 302, 303, 304, 305]])
@@ -23,7 +23,7 @@ def bundle(tiny_bundle: Callable[..., Path]) -> Bundle:
 
 @pytest.fixture
 def model(bundle: Bundle) -> OrtLanguageModel:
-    return OrtLanguageModel(bundle, Embedding(bundle, OPTIONS), OPTIONS)
+    return OrtLanguageModel(bundle, Embedding(OrtGraphs(bundle, OPTIONS)), OPTIONS)
 
 
 def prefill(model: OrtLanguageModel, ids: np.ndarray, first_position: int = 0) -> np.ndarray:
@@ -67,11 +67,11 @@ def test_a_cache_without_fixed_heads_is_refused(bundle: Bundle) -> None:
     graphs = bundle.manifest.graphs | {"decoder_model_merged": replace(graph, inputs=(past,))}
     wrong = Bundle(bundle.root, replace(bundle.manifest, graphs=graphs))
     with pytest.raises(ResPruneError, match=r"past_key_values\.0\.key should have the shape"):
-        OrtLanguageModel(wrong, Embedding(bundle, OPTIONS), OPTIONS)
+        OrtLanguageModel(wrong, Embedding(OrtGraphs(bundle, OPTIONS)), OPTIONS)
 
 
 def test_inputs_that_a_graph_refuses_are_one_sentence(bundle: Bundle) -> None:
-    embedding = Embedding(bundle, OPTIONS)
+    embedding = Embedding(OrtGraphs(bundle, OPTIONS))
     with pytest.raises(ResPruneError, match="could not run embed_tokens") as raised:
         embedding(np.array([[1 << 40]]))
     assert "\n" not in str(raised.value)
@@ -80,4 +80,4 @@ def test_inputs_that_a_graph_refuses_are_one_sentence(bundle: Bundle) -> None:
 def test_a_graph_that_the_bundle_does_not_have_is_named(bundle: Bundle) -> None:
     graphs = {name: graph for name, graph in bundle.manifest.graphs.items() if name != "embed_tokens"}
     with pytest.raises(ResPruneError, match="no graph embed_tokens"):
-        Embedding(Bundle(bundle.root, replace(bundle.manifest, graphs=graphs)), OPTIONS)
+        Embedding(OrtGraphs(Bundle(bundle.root, replace(bundle.manifest, graphs=graphs)), OPTIONS))

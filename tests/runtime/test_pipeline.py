@@ -127,8 +127,8 @@ def test_a_view_encodes_once_and_selects_anew_for_each_question(
     vlm: Pipeline, hugging_face: HuggingFace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graphs = []
-    run = vlm._vision._run
-    monkeypatch.setattr(vlm._vision, "_run", lambda graph, *rest: graphs.append(graph) or run(graph, *rest))
+    run = vlm._graphs.run
+    monkeypatch.setattr(vlm._graphs, "run", lambda graph, *rest: graphs.append(graph) or run(graph, *rest))
     view = vlm.look(picture(1))
     for question in (QUESTION, "is there a cat?", QUESTION):
         check(hugging_face, view.ask(question, max_new_tokens=STEPS), [picture(1)])

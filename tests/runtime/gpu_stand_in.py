@@ -1,0 +1,240 @@
+"""A stand-in for a GPU and its TensorRT, so that all but these two can be judged on a CPU.
+
+Device memory is host memory, handed out full of NaNs and watched at its ends; an "engine" is the path of its graph,
+which ONNX Runtime runs on what lies at the addresses it is told. Its objects have the methods of the real ones, whose
+presence `tests/runtime/test_tensorrt.py` checks, and none besides. It says nothing about TensorRT itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from resprune.exporter.profiles import Limits, profiles
+from resprune.runtime.bundle import (
+    Bundle,
+    EngineSet,
+    EngineSpec,
+    describe_file,
+    read_bundle,
+    write_manifest,
+)
+from resprune.runtime.engines import graph_sources, set_name, target_name
+from resprune.runtime.session import SessionOptions, open_session
+
+FLAVOUR, VERSION = "tensorrt-rtx", "0.0.stand-in"
+GUARD = 64
+
+
+class Status(IntEnum):
+    cudaSuccess = 0  # noqa: N815
+    cudaErrorMemoryAllocation = 2  # noqa: N815
+    cudaErrorInvalidValue = 1  # noqa: N815
+
+
+class CopyKind(IntEnum):
+    cudaMemcpyHostToDevice = 1  # noqa: N815
+    cudaMemcpyDeviceToHost = 2  # noqa: N815
+
+
+@dataclass
+class Properties:
+    name: bytes = b"Stand-in"
+    major: int = 8
+    minor: int = 6
+
+
+@dataclass
+class Cuda:
+    """`cuda.bindings.runtime`, as far as runtime/cuda.py calls it."""
+
+    limit: int = 1 << 30
+    gpus: int = 1
+    properties: Properties = field(default_factory=Properties)
+    blocks: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
+    allocations: int = 0
+    cudaMemcpyKind = CopyKind  # noqa: N815
+
+    def cudaGetDeviceCount(self) -> tuple[Status, int]:  # noqa: N802
+        return Status.cudaSuccess, self.gpus
+
+    def cudaGetDeviceProperties(self, device: int) -> tuple[Status, Properties]:  # noqa: N802
+        return Status.cudaSuccess, self.properties
+
+    def cudaDriverGetVersion(self) -> tuple[Status, int]:  # noqa: N802
+        return Status.cudaSuccess, 13000
+
+    def cudaStreamCreate(self) -> tuple[Status, int]:  # noqa: N802
+        return Status.cudaSuccess, 7
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[Status]:  # noqa: N802
+        assert stream == 7
+        return (Status.cudaSuccess,)
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[Status]:  # noqa: N802
+        assert stream == 7
+        return (Status.cudaSuccess,)
+
+    def cudaMalloc(self, size: int) -> tuple[Status, int]:  # noqa: N802
+        if self.in_use() + size > self.limit:
+            return Status.cudaErrorMemoryAllocation, 0
+        self.allocations += 1
+        block = np.full(size + 2 * GUARD, 0xFF, np.uint8)  # NaN in every float, a wild index in every integer
+        address = block.ctypes.data + GUARD
+        self.blocks[address] = block
+        return Status.cudaSuccess, address
+
+    def cudaFree(self, address: int) -> tuple[Status]:  # noqa: N802
+        block = self.blocks.pop(address)
+        assert (block[:GUARD] == 0xFF).all()
+        assert (block[-GUARD:] == 0xFF).all(), "written past the end"
+        return (Status.cudaSuccess,)
+
+    def cudaMemcpyAsync(self, to: int, from_: int, size: int, kind: CopyKind, stream: int) -> tuple[Status]:  # noqa: N802
+        assert stream == 7
+        self.check(to if kind is CopyKind.cudaMemcpyHostToDevice else from_, size)
+        ctypes.memmove(to, from_, size)
+        return (Status.cudaSuccess,)
+
+    def in_use(self) -> int:
+        return sum(len(block) - 2 * GUARD for block in self.blocks.values())
+
+    def check(self, address: int, size: int) -> None:
+        """The range must lie in one block that has not been freed."""
+        inside = (
+            start <= address and address + size <= start + len(block) - 2 * GUARD
+            for start, block in self.blocks.items()
+        )
+        assert any(inside), f"{size} bytes at {address:#x} are not allocated"
+
+
+class Severity(IntEnum):
+    INTERNAL_ERROR = 0
+    ERROR = 1
+
+
+class ILogger:
+    Severity = Severity
+
+    def __init__(self) -> None:
+        pass
+
+
+class ExecutionContextAllocationStrategy(IntEnum):
+    ON_PROFILE_CHANGE = 1
+
+
+class IExecutionContext:
+    def __init__(self, engine: ICudaEngine) -> None:
+        self._engine = engine
+        self._profile = 0
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self._made: dict[str, np.ndarray[Any, Any]] = {}
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        assert stream == 7
+        self._profile = index
+        return 0 <= index < 2
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._shapes[name] = shape
+        self._made = {}
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address, f"{name} has no address"
+        self._addresses[name] = address
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self._outputs()[name].shape
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == 7
+        for name, array in self._outputs().items():
+            self._engine.cuda.check(self._addresses[name], array.nbytes)
+            ctypes.memmove(self._addresses[name], array.ctypes.data, array.nbytes)
+        self._engine.runs.append((self._engine.graph, self._profile))
+        return True
+
+    def _outputs(self) -> dict[str, np.ndarray[Any, Any]]:
+        """What the run will give, made when the first shape of it is asked for."""
+        if self._made:
+            return self._made
+        session = self._engine.session
+        feeds = {}
+        for spec in self._engine.spec.inputs:
+            array = np.empty(self._shapes[spec.name], spec.dtype)
+            self._engine.cuda.check(self._addresses[spec.name], array.nbytes)
+            ctypes.memmove(array.ctypes.data, self._addresses[spec.name], array.nbytes)
+            feeds[spec.name] = array
+        names = [spec.name for spec in self._engine.spec.outputs]
+        self._made = dict(zip(names, map(np.ascontiguousarray, session.run(names, feeds)), strict=True))
+        return self._made
+
+
+class ICudaEngine:
+    def __init__(self, bundle: Bundle, graph: str, cuda: Cuda, runs: list[tuple[str, int]]) -> None:
+        self.graph, self.cuda, self.runs = graph, cuda, runs
+        self.spec = bundle.manifest.graphs[graph]
+        self.session = open_session(bundle, graph, SessionOptions(threads=1))
+
+    def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> IExecutionContext:
+        assert strategy is ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        return IExecutionContext(self)
+
+
+class TensorRT:
+    """The module `tensorrt_rtx`."""
+
+    __version__ = VERSION
+    ILogger = ILogger
+    ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda = cuda
+        self.runs: list[tuple[str, int]] = []
+        self.fails = ""
+
+    def Runtime(self, logger: Any) -> Runtime:  # noqa: N802
+        return Runtime(self, logger)
+
+
+@dataclass
+class Runtime:
+    trt: TensorRT
+    logger: Any
+
+    def deserialize_cuda_engine(self, serialised: bytes) -> ICudaEngine | None:
+        if self.trt.fails:
+            self.logger.log(Severity.ERROR, self.trt.fails)
+            return None
+        root, graph = serialised.decode().split("\n")
+        return ICudaEngine(read_bundle(root, check_hashes=False), graph, self.trt.cuda, self.trt.runs)
+
+
+def with_engines(root: Path, limits: Limits | None = None) -> Bundle:
+    """Lists engines of every graph in the bundle's manifest, as `resprune build` does, for the stand-in to run."""
+    bundle = read_bundle(root)
+    target = target_name((8, 6))
+    folder = f"engines/{set_name(FLAVOUR, target)}"
+    (root / folder).mkdir(parents=True)
+    engines, files = {}, dict(bundle.manifest.files)
+    for graph, ranges in profiles(bundle, limits or Limits()).items():
+        file = f"{folder}/{graph}.engine"
+        (root / file).write_text(f"{root}\n{graph}")
+        files[file] = describe_file(root, file)
+        engines[graph] = EngineSpec(file, graph_sources(bundle, graph), {FLAVOUR: VERSION}, ranges)
+    manifest = replace(
+        bundle.manifest,
+        files=files,
+        engines={set_name(FLAVOUR, target): EngineSet(FLAVOUR, target, engines)},
+    )
+    write_manifest(root, manifest)
+    return read_bundle(root)
