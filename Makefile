@@ -11,7 +11,7 @@ K ?= 64
 OUT ?= build/$(notdir $(MODEL))-k$(K)
 ROOMS := exporter graphs runtime
 
-.PHONY: setup demo test lint export bench clean
+.PHONY: setup demo test lint export bench gpu-check clean
 
 setup: $(VENV)/installed
 
@@ -38,6 +38,9 @@ demo: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+gpu-check: setup
+	$(BIN)/python -m benchmarks.gpu_check
 
 export: setup
 	$(BIN)/resprune export $(MODEL) $(OUT) -k $(K)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, demo, growth, llava_next, precision, qwen_vl, selection
+from benchmarks import accuracy, demo, engines, growth, llava_next, precision, qwen_vl, selection
 from benchmarks.measure import machine, plain
 
 HERE = Path(__file__).parent
@@ -16,6 +16,7 @@ PARTS = {
     "llava_next": ("LLaVA-NeXT's selection beside its vision encoder", llava_next.run, llava_next.table),
     "qwen_vl": ("Qwen2.5-VL's vision tower: memory, and the selection beside it", qwen_vl.run, qwen_vl.table),
     "growth": ("The selection's two forms as the tokens grow in number", growth.run, growth.table),
+    "engines": ("TensorRT engines, built without a GPU", engines.run, engines.table),
     "demo": ("The demo model", demo.run_demo, demo.table),
     "accuracy": ("The demo model's answers with fewer tokens", accuracy.run, accuracy.table),
     "precision": ("Precisions, and the decoder for ONNX Runtime alone", precision.run, precision.table),

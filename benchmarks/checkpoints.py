@@ -122,6 +122,24 @@ def write_llava15_vision(folder: Path) -> None:
     )
 
 
+TWO_LAYERS_OF_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+}
+
+
+def write_llava15_slice(folder: Path) -> None:
+    """LLaVA-1.5-7B with its real tower and projector, and the first two of its language model's 32 layers."""
+    config = llava_config(CLIP_L_336, TWO_LAYERS_OF_7B)
+    write_checkpoint(
+        folder, LlavaForConditionalGeneration, config, dtype=torch.float16, image_side=336, seed=0
+    )
+
+
 def write_llava_next_vision(folder: Path) -> None:
     """LLaVA-NeXT's tower, projector and resolutions (up to 2,928 tokens of 4,096), on a one-layer language model."""
     llava = llava_config(CLIP_L_336, ONE_LAYER_4096)

@@ -49,7 +49,7 @@ from resprune.runtime.errors import ResPruneError
 
 FOLDER = "engines"
 TIMING_CACHE = "timing.cache"
-# What strongly typed standard ONNX can say; ONNX Runtime's quantised graphs use operators of its own.
+# The quantised graphs' operators are those of ONNX Runtime, or quantise activations as they come.
 PRECISIONS = ("fp32", "fp16", "bf16")
 Report = Callable[[str], None]
 
@@ -70,12 +70,7 @@ def build(
     flavour = flavour or _installed_flavour()
     wanted = _targets(flavour, targets)
     bundle = read_bundle(root)
-    for name, graph in bundle.manifest.graphs.items():
-        if graph.precision not in PRECISIONS:
-            raise ResPruneError(
-                f"{name} of {root} is {graph.precision}, in ONNX Runtime's own operators; export it with "
-                f"--dtype {' or '.join(PRECISIONS)} for TensorRT"
-            )
+    _check_operators(bundle)
     of_graph = profiles(bundle, limits or Limits())
     with _folder(bundle) as work:
         builder = _Builder(bundle, flavour, work, _versions(flavour), report)
@@ -149,6 +144,21 @@ class _Builder:
     def _line(self, file: str, what: str, size: int | None) -> None:
         megabytes = "" if size is None else f"{size / 1e6:,.1f} MB"
         self.report(f"{file:64} {what:>8} {megabytes:>12}")
+
+
+def _check_operators(bundle: Bundle) -> None:
+    """`ResPruneError` for graphs whose operators TensorRT does not know."""
+    if bundle.manifest.optimize is not None:
+        raise ResPruneError(
+            f"the decoder of {bundle.root} is of ONNX Runtime's own operators; for TensorRT, export the bundle without "
+            "--optimize"
+        )
+    for name, graph in bundle.manifest.graphs.items():
+        if graph.precision not in PRECISIONS:
+            raise ResPruneError(
+                f"{name} of {bundle.root} is {graph.precision}, whose operators TensorRT does not take; export it with "
+                f"--dtype {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
+            )
 
 
 def known_targets(flavour: str) -> list[str]:

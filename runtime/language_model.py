@@ -159,5 +159,4 @@ def _empty_cache(spec: GraphSpec) -> tuple[list[str], list[tuple[tuple[int, int,
 
 
 def _present(past_name: str) -> str:
-    """`past_key_values.0.key` → `present.0.key`."""
     return past_name.replace("past_key_values", "present", 1)

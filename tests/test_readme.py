@@ -45,6 +45,20 @@ def test_commands_then_python(directory):
         assert done.stdout.strip()
 
 
+def test_the_comparison_on_a_gpu_is_a_command_that_polygraphy_takes(directory):
+    """It needs a GPU to run; here polygraphy reads it, and writes the script that it would run."""
+    (command,) = re.findall(
+        r"^(POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy run .*)$", README, flags=re.MULTILINE
+    )
+    done = run(["bash", "-c", f"{command} --gen-script comparison.py"], directory)
+    assert done.returncode == 0, done.stderr
+    script = (directory / "comparison.py").read_text()
+    assert "TrtRunner" in script
+    for path in re.findall(r"build/[\w./-]+", command):
+        assert path in script
+        assert "sm_86" not in path or (directory / path).exists(), "resprune build above makes it"
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"\bmake ([a-z-]+)", README))
     made = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))

@@ -264,13 +264,22 @@ def test_no_tensorrt(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert 'pip install "resprune[tensorrt]"' in err
 
 
-def test_quantised_graphs_are_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("precision", ["q4", "int8"])
+def test_quantised_graphs_are_refused(tiny: Path, capsys: pytest.CaptureFixture[str], precision: str) -> None:
     manifest = read_bundle(tiny).manifest
-    graph = replace(manifest.graphs["decoder_model_merged"], precision="q4")
+    graph = replace(manifest.graphs["decoder_model_merged"], precision=precision)
     write_manifest(tiny, replace(manifest, graphs=manifest.graphs | {"decoder_model_merged": graph}))
     err = fails(capsys, str(tiny), "--target", "sm_86")
-    assert "decoder_model_merged" in err
-    assert "is q4, in ONNX Runtime's own operators; export it with --dtype fp32 or fp16 or bf16" in err
+    assert (
+        f"is {precision}, whose operators TensorRT does not take; export it with --dtype fp32, fp16 or bf16"
+        in err
+    )
+
+
+def test_a_decoder_for_onnxruntime_is_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_manifest(tiny, replace(read_bundle(tiny).manifest, optimize="ort"))
+    err = fails(capsys, str(tiny), "--target", "sm_86")
+    assert "of ONNX Runtime's own operators; for TensorRT, export the bundle without --optimize" in err
 
 
 def test_a_graph_that_tensorrt_refuses_is_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
