@@ -18,7 +18,7 @@ from resprune.exporter.export import Options, export
 from resprune.runtime import Pipeline
 from resprune.runtime.bundle import read_bundle
 from resprune.runtime.language_model import Embedding, OrtLanguageModel
-from resprune.runtime.session import SessionOptions
+from resprune.runtime.session import OrtGraphs, SessionOptions
 
 KINDS = {
     "fp32": Options(k=4),
@@ -88,7 +88,7 @@ def run(work: Path) -> dict[str, Any]:
         bundle = read_bundle(path, check_hashes=False)
         graph = bundle.graph_path("decoder_model_merged")
         figures["decoder"][name] = sum(part.stat().st_size for part in graph.parent.glob(f"{graph.name}*"))
-        model = OrtLanguageModel(bundle, Embedding(bundle, settings), settings)
+        model = OrtLanguageModel(bundle, Embedding(OrtGraphs(bundle, settings)), settings)
         decoders[name] = _Decoder(model, np.empty(0))
     for length in LENGTHS:
         embeds = np.random.default_rng(0).standard_normal((1, length, LLAMA["hidden_size"]))

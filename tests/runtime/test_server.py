@@ -71,7 +71,7 @@ def test_the_local_decoder_is_not_opened(
 
     monkeypatch.setattr(generator, "OrtLanguageModel", opened)
     with Wire(demo_model) as wire, remote(demo_bundle, wire) as vlm:
-        assert "decoder_model_merged" not in vlm._vision._sessions
+        assert "decoder_model_merged" not in vlm._graphs._sessions
         assert vlm.ask(DEMO / "pictures" / "shapes.png", QUESTIONS[0]).text == "black"
 
 
