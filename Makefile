@@ -8,10 +8,12 @@ TORCH ?= torch==2.13.0
 
 MODEL ?= demo
 K ?= 64
+TASKS ?= gqa
+DEVICE ?= cpu
 OUT ?= build/$(notdir $(MODEL))-k$(K)
-ROOMS := exporter graphs runtime
+ROOMS := evaluation exporter graphs runtime
 
-.PHONY: setup demo test lint export bench gpu-check clean
+.PHONY: setup demo test lint export eval bench gpu-check clean
 
 setup: $(VENV)/installed
 
@@ -41,6 +43,14 @@ bench: setup
 
 gpu-check: setup
 	$(BIN)/python -m benchmarks.gpu_check
+
+eval: $(VENV)/lmms
+	$(BIN)/python -m lmms_eval --model resprune --model_args model=$(MODEL),k=$(K),device=$(DEVICE) \
+		--tasks $(TASKS) --batch_size 1 --output_path build/lmms
+
+$(VENV)/lmms: $(VENV)/installed
+	$(PIP) $(TORCH) --editable '.[lmms]'
+	touch $@
 
 export: setup
 	$(BIN)/resprune export $(MODEL) $(OUT) -k $(K)

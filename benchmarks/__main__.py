@@ -7,7 +7,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, demo, engines, growth, llava_next, precision, qwen_vl, selection
+from benchmarks import (
+    ablation,
+    accuracy,
+    counting,
+    demo,
+    engines,
+    growth,
+    llava_next,
+    precision,
+    qwen_vl,
+    reconstruction,
+    selection,
+)
 from benchmarks.measure import machine, plain
 
 HERE = Path(__file__).parent
@@ -20,6 +32,9 @@ PARTS = {
     "demo": ("The demo model", demo.run_demo, demo.table),
     "accuracy": ("The demo model's answers with fewer tokens", accuracy.run, accuracy.table),
     "precision": ("Precisions, and the decoder for ONNX Runtime alone", precision.run, precision.table),
+    "ablation": ("The method's open choices", ablation.run, ablation.table),
+    "reconstruction": ("Reconstruction", reconstruction.run, reconstruction.table),
+    "counting": ("Why counting suffers from pruning", counting.run, counting.table),
 }
 
 

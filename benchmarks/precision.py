@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from benchmarks.accuracy import BATCH, correct, questions, scores
 from benchmarks.checkpoints import llava_config, write_checkpoint
 from benchmarks.measure import THREADS, Timing, take_turns
+from resprune.evaluation.data import Question, load_data
+from resprune.evaluation.statistics import wilson
 from resprune.exporter.export import Options, export
 from resprune.runtime import Pipeline
 from resprune.runtime.bundle import read_bundle
@@ -32,6 +34,8 @@ LENGTHS = (64, 1024)
 STEPS = 8
 REPEATS = 7
 DEMO_K = 48
+DEMO_QUESTIONS = {"easy-VQA": ("easyvqa", 202), "scenes": ("scenes", 400)}
+BATCH = 50
 TOWER = {
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -108,24 +112,30 @@ def run(work: Path) -> dict[str, Any]:
 
 
 def _demo(work: Path) -> dict[str, Any]:
-    asked = list(questions())
-    types = [type_ for *_, type_ in asked]
-    figures = {}
+    asked = {name: load_data(data).spread(limit) for name, (data, limit) in DEMO_QUESTIONS.items()}
+    figures: dict[str, Any] = {}
     for name, options in KINDS.items():
         path = work / f"demo-{name.replace(', ', '-')}"
         changed = Options(k=DEMO_K, positions="original", dtype=options.dtype, optimize=options.optimize)
         if not path.exists():
             export("demo", path, changed)
         with Pipeline.load(path) as vlm:
-            right = np.concatenate(
-                [correct(vlm, asked[start : start + BATCH], DEMO_K) for start in range(0, len(asked), BATCH)]
-            )
+            figures[name] = {kind: _exact_match(vlm, questions) for kind, questions in asked.items()}
             parity = vlm.manifest.parity
-        figures[name] = scores(right, types) | {
-            "picks": parity["picks"],
-            "greedy tokens": parity["greedy_tokens"],
-        }
+        figures[name] |= {"picks": parity["picks"], "greedy tokens": parity["greedy_tokens"]}
     return figures
+
+
+def _exact_match(vlm: Pipeline, questions: Sequence[Question]) -> dict[str, Any]:
+    right = 0
+    for start in range(0, len(questions), BATCH):
+        batch = questions[start : start + BATCH]
+        texts = [question.text for question in batch]
+        answers = vlm.ask_batch(
+            [question.load() for question in batch], texts, tokens=DEMO_K, max_new_tokens=8
+        )
+        right += sum(question.right(answer.text) for question, answer in zip(batch, answers, strict=True))
+    return {"exact match": right / len(questions), "interval": wilson(right, len(questions))}
 
 
 def table(result: dict[str, Any]) -> str:

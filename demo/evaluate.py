@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from demo.data import PictureSet, easy_vqa, make_scenes
 from demo.forward import question_states, visual_tokens
 from demo.losses import prefix_embeddings
 from demo.vocabulary import load_processor
+from resprune.evaluation.statistics import wilson
 
 MODEL = Path(__file__).parent / "model"
 RESULTS = Path(__file__).parent / "RESULTS.json"
@@ -109,16 +109,6 @@ def exact_match(
             scores[type_] = round(float(right[types == type_].mean()), 4)
         scores[f"{name} all"] = round(float(right[types != ""].mean()), 4)
     return scores
-
-
-def wilson(hits: int, trials: int) -> tuple[float, float]:
-    """Return Wilson's 95 % score interval of a proportion."""
-    z = 1.959964
-    share = hits / trials
-    center = share + z * z / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return (center - spread) / scale, (center + spread) / scale
 
 
 def answer_counts(pictures: PictureSet) -> dict[str, Counter[str]]:

@@ -44,6 +44,7 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 _TRAIN_SHARE = 0.64  # of a photograph's width, and of the digits
 _GAP = 2.0  # pixels between the boxes of two objects
 _SUPERSAMPLE = 4
+_CROWD = 8
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,25 @@ def _sample_objects(rng: np.random.Generator, split: Split) -> tuple[SceneObject
         color = str(rng.choice(colors))
         placed.append(SceneObject(kind, color, size, *center, extent, angle, value, index))
     return tuple(placed[i] for i in rng.permutation(count))
+
+
+def sample_crowd(seed: int) -> Scene:
+    """Return a held-out scene of eight small shapes, twice as many objects as the training has.
+
+    A question about one of them needs few of the picture's tokens, and which ones depends on the question.
+    """
+    rng = np.random.default_rng([seed, 1, 3])
+    while True:
+        placed: list[SceneObject] = []
+        for _ in range(_CROWD):
+            extent = float(rng.uniform(14, 18))
+            center = _place(rng, extent, placed)
+            if center is None:
+                break
+            kind, color = str(rng.choice(SHAPES)), str(rng.choice(list(COLORS)))
+            placed.append(SceneObject(kind, color, "small", *center, extent, float(rng.uniform(-9, 9))))
+        if len(placed) == _CROWD:
+            return Scene(seed, "test", tuple(placed))
 
 
 def _place(rng: np.random.Generator, extent: float, placed: list[SceneObject]) -> tuple[float, float] | None:

@@ -1,4 +1,4 @@
-"""The rooms' one direction (exporter → graphs, runtime), read from every import statement."""
+"""The rooms' one direction (evaluation → exporter → graphs, runtime), read from every import statement."""
 
 import ast
 from collections.abc import Iterator
@@ -11,13 +11,22 @@ ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
     "runtime": (
         *("torch", "torchvision", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"),
-        *("huggingface_hub", "resprune.exporter", "resprune.graphs", "demo", "benchmarks", "tests"),
-    ),
-    "graphs": (
-        *("torch", "torchvision", "transformers", "resprune.exporter", "resprune.runtime"),
+        *("huggingface_hub", "resprune.exporter", "resprune.evaluation", "resprune.graphs"),
         *("demo", "benchmarks", "tests"),
     ),
-    "exporter": ("demo", "benchmarks", "tests"),
+    "graphs": (
+        *(
+            "torch",
+            "torchvision",
+            "transformers",
+            "resprune.exporter",
+            "resprune.evaluation",
+            "resprune.runtime",
+        ),
+        *("demo", "benchmarks", "tests"),
+    ),
+    "exporter": ("resprune.evaluation", "demo", "benchmarks", "tests"),
+    "evaluation": ("resprune.graphs", "demo", "benchmarks", "tests"),
 }
 TENSORRT_LLM = "runtime/tensorrt_llm.py"  # TensorRT-LLM is made of torch: who has the one has the other
 KERNELS = "kernels"  # in graphs: the one part that the runtime may import and that may import torch

@@ -1,0 +1,46 @@
+"""How many tokens of a picture to keep: a number, a share, or all."""
+
+from dataclasses import dataclass
+
+from resprune.runtime.bundle import share_of
+from resprune.runtime.errors import ResPruneError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`k` tokens, or a `share` of them from 0 to 1; with neither, all."""
+
+    k: int | None = None
+    share: float | None = None
+
+    @staticmethod
+    def parse(text: str) -> "Budget":
+        """From "16", "11%" or "all"; `ResPruneError` for anything else."""
+        word = text.strip()
+        try:
+            if word == "all":
+                return Budget()
+            budget = Budget(share=float(word[:-1]) / 100) if word.endswith("%") else Budget(k=int(word))
+        except ValueError:
+            budget = Budget(k=0)
+        if not (0 < budget.share <= 1 if budget.share is not None else (budget.k or 0) >= 1):
+            raise ResPruneError(f"-k {word} is no budget; give numbers from 1, shares like 11%, or all")
+        return budget
+
+    @property
+    def everything(self) -> bool:
+        """Whether nothing is left out."""
+        return self.k is None and self.share is None
+
+    def of(self, num_tokens: int) -> int:
+        """How many of `num_tokens` are kept."""
+        if self.everything:
+            return num_tokens
+        wanted = share_of(self.share, num_tokens) if self.share is not None else self.k or 0
+        return min(wanted, num_tokens)
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        if self.everything:
+            return "all"
+        return str(self.k) if self.share is None else f"{100 * self.share:g}%"

@@ -1,0 +1,198 @@
+"""A checkpoint in PyTorch with the reference selection: what a bundle is compared with, and what runs on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from resprune.evaluation.model import Encoded, Model, Stages
+from resprune.runtime.bundle import FORMAT_VERSION, Bundle, GraphSpec, Manifest, Selection, describe_files
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.picture import Picture
+from resprune.runtime.splice import Floats, Ints
+
+if TYPE_CHECKING:
+    from resprune.exporter.checkpoint import Checkpoint
+
+NEEDED = ("torch", "transformers", "onnxscript", "huggingface_hub", "safetensors")
+
+
+def open_checkpoint(name: str, *, positions: str | None = None, device: str = "cpu") -> Model:
+    """An alias, hub id or directory, run by Hugging Face's own code; its own selection is the reference.
+
+    In float32 on the CPU, elsewhere in the checkpoint's dtype. The prompt, the pixels' geometry and the positions are
+    the runtime's, as in a bundle. Raises `ResPruneError` for what cannot be found, loaded, or put on `device`.
+    """
+    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ResPruneError(
+            f"{name} is no bundle, and a checkpoint needs {', '.join(missing)}; "
+            'install with: pip install "resprune[export,eval]"'
+        )
+    import torch
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    from resprune.exporter.checkpoint import resolve
+
+    quiet: Any = logging
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
+    checkpoint = resolve(name)
+    # Kept while the model is open: the runtime reads the side files from there.
+    folder = tempfile.TemporaryDirectory(prefix="resprune-")
+    bundle = _without_graphs(checkpoint, Path(folder.name))
+    try:
+        dtype = torch.float32 if device == "cpu" else "auto"
+        model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.root, dtype=dtype)
+        model = model.to(device).eval()
+    except (RuntimeError, AssertionError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ResPruneError(f"{name} cannot be loaded on {device} ({reason})") from None
+    load_processor: Any = AutoImageProcessor.from_pretrained
+    processor = load_processor(checkpoint.root, backend="pil")
+    stages = _TorchStages(model, processor, bundle.manifest.selection)
+    size = sum(tensor.nbytes for tensor in checkpoint.weights.values())
+    fingerprint = f"{checkpoint.name} {checkpoint.revision} {size} bytes"
+    opened = Model(
+        bundle,
+        Stages(
+            stages.encode,
+            stages.embed,
+            stages.select,
+            _TorchLanguageModel(model),
+            bundle.manifest.selection.k,
+        ),
+        fingerprint,
+        positions,
+    )
+    folder.cleanup()  # the tokenizer and the processor have been read
+    return opened
+
+
+def _without_graphs(checkpoint: Checkpoint, root: Path) -> Bundle:
+    """What an export writes beside its graphs, and the facts its manifest would have, with K as large as N."""
+    import torch
+
+    from resprune.exporter.families import family_of
+    from resprune.exporter.sidefiles import check_side_files, copy_side_files
+    from resprune.exporter.weightless import fake_mode
+
+    family = family_of(checkpoint)
+    check_side_files(checkpoint)
+    pieces = family.take_apart(checkpoint, torch.float32, fake_mode())
+    copy_side_files(checkpoint, root)
+    most = pieces.num_tokens or pieces.max_tokens
+    assert most is not None
+    # Qwen-VL's preprocessor asks this graph for its windows, which PyTorch makes itself.
+    vision = GraphSpec("", "fp32", (), ())
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        family=family.name,
+        model=checkpoint.name,
+        revision=checkpoint.revision,
+        selection=Selection(most, pieces.num_tokens, 1.0, "minmax", "loop", max_tokens=pieces.max_tokens),
+        positions=family.positions[0],
+        image_token_id=pieces.image_token_id,
+        context_length=pieces.context_length,
+        graphs={"vision_select": vision},
+        files=describe_files(root),
+        versions={},
+        command="",
+        parity={},
+        created="",
+    )
+    return Bundle(root, manifest)
+
+
+class _TorchStages:
+    """Encoder, embedding and selection of a Hugging Face model; arrays in, arrays out."""
+
+    def __init__(self, model: Any, processor: Any, selection: Selection) -> None:
+        self._model = model
+        self._processor = processor
+        self._selection = selection
+
+    def encode(self, images: Sequence[Image.Image], pictures: Sequence[Picture]) -> list[Floats]:
+        import torch
+
+        rows: list[Floats] = []
+        for image in images:  # one by one: pictures differ in size, and what one needs is bounded
+            inputs = self._processor(images=[np.asarray(image)], return_tensors="pt").to(self._model.device)
+            with torch.inference_mode():
+                (features,) = self._model.get_image_features(**inputs).pooler_output
+            rows.append(features.float().cpu().numpy())
+        return rows
+
+    def embed(self, ids: Ints) -> Floats:
+        import torch
+
+        with torch.inference_mode():
+            rows = self._model.get_input_embeddings()(torch.from_numpy(ids).to(self._model.device))
+        embeds: Floats = rows.float().cpu().numpy()
+        return embeds
+
+    def select(self, encoded: Encoded, text: Floats, k: int) -> Ints:
+        import torch
+
+        from resprune.exporter.reference import residual_select, text_gain
+
+        visual, words = (
+            torch.from_numpy(rows)[None].to(self._model.device) for rows in (encoded.features, text)
+        )
+        gain = text_gain(visual, words, alpha=self._selection.alpha, scale=self._selection.scale)
+        picks: Ints = residual_select(visual, gain, k)[0].cpu().numpy()
+        return picks[picks >= 0]
+
+
+class _TorchLanguageModel:
+    """`LanguageModel` by Hugging Face's code."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._cache: Any = None
+
+    def prefill(self, inputs_embeds: Floats, position_ids: Ints, attention_mask: Ints) -> Floats:
+        import torch
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache()
+        self._mask = attention_mask
+        self._position = position_ids[..., -1:] + 1
+        embeds = torch.from_numpy(inputs_embeds).to(self._model.device, self._model.dtype)
+        return self._run(embeds, position_ids)
+
+    def step(self, tokens: Ints) -> Floats:
+        import torch
+
+        position_ids = self._position
+        self._mask = np.concatenate([self._mask, np.ones((len(tokens), 1), np.int64)], axis=1)
+        self._position = position_ids + 1
+        with torch.inference_mode():
+            embeds = self._model.get_input_embeddings()(
+                torch.from_numpy(tokens[:, None]).to(self._model.device)
+            )
+        return self._run(embeds, position_ids)
+
+    def close(self) -> None:
+        self._cache = None
+
+    def _run(self, embeds: Any, position_ids: Ints) -> Floats:
+        import torch
+
+        with torch.inference_mode():
+            hidden = self._model.model.language_model(
+                inputs_embeds=embeds,
+                attention_mask=torch.from_numpy(self._mask).to(embeds.device),
+                position_ids=torch.from_numpy(position_ids).to(embeds.device),
+                past_key_values=self._cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+            logits: Floats = self._model.lm_head(hidden).float().cpu().numpy()
+        return logits

@@ -1,0 +1,118 @@
+"""`resprune eval`: arguments in, a report out. Heavy imports happen only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from resprune.runtime.bundle import POSITIONS
+from resprune.runtime.errors import ResPruneError
+
+if TYPE_CHECKING:
+    from resprune.evaluation.model import Model
+
+NEEDED = ("matplotlib", "scipy", "tqdm")
+
+
+def register_eval(subparsers: Any) -> None:
+    """Add the subcommand `eval`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "eval",
+        help="measure what pruning costs: exact match against K",
+        description="Ask a model questions with known answers, with K of N visual tokens chosen in several ways.",
+    )
+    parser.add_argument(
+        "model",
+        metavar="BUNDLE_OR_MODEL",
+        help="a bundle exported with --split, or what resprune export takes, which then runs in PyTorch",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="NAMES",
+        help="easyvqa, scenes, or files of JSON Lines with image, question and answer (or answers), by commas",
+    )
+    parser.add_argument(
+        "-k", required=True, metavar="LIST", help="budgets by commas: numbers, shares like 11%%, and all"
+    )
+    parser.add_argument(
+        "--selectors",
+        default="resprune",
+        metavar="NAMES",
+        help="by commas (default: %(default)s); all is every one",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIRECTORY", help="where the report goes")
+    parser.add_argument("--limit", type=int, metavar="N", help="questions of each data set, evenly spread")
+    parser.add_argument("--positions", choices=POSITIONS, help="in place of the model's own policy")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the first random draw (default: 0)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=8, metavar="N", help="questions at once (default: %(default)s)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a physical core")
+    parser.add_argument("--device", default="cpu", help="of a checkpoint in PyTorch (default: %(default)s)")
+    parser.set_defaults(run=run_eval)
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    """Evaluate and write the report; raises `ResPruneError` for what the user can put right."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ResPruneError(f'eval needs {", ".join(missing)}; install with: pip install "resprune[eval]"')
+    for name in ("limit", "batch", "max_new_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ResPruneError(f"--{name.replace('_', '-')} should be 1 or more, not {value}")
+    from resprune.evaluation.answers import Answers
+    from resprune.evaluation.budget import Budget
+    from resprune.evaluation.data import load_data
+    from resprune.evaluation.evaluate import SELECTORS, Plan, evaluate
+    from resprune.evaluation.report import markdown, score, write
+
+    budgets = _words(arguments.k) or _none("-k names no budget; give numbers, shares, or all")
+    names = SELECTORS if arguments.selectors == "all" else _words(arguments.selectors)
+    plan = Plan(
+        data=[load_data(name) for name in _words(arguments.data) or _none("--data names none")],
+        selectors=names or _none(f"--selectors names none; choose from {', '.join(SELECTORS)}"),
+        budgets=[Budget.parse(word) for word in budgets],
+        limit=arguments.limit,
+        seed=arguments.seed,
+        batch=arguments.batch,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    model = open_model(
+        arguments.model, positions=arguments.positions, device=arguments.device, threads=arguments.threads
+    )
+    answers = Answers(arguments.out, plan.settings(model))
+    try:
+        evaluate(model, plan, answers)
+    finally:
+        answers.close()
+        model.close()
+    sheets = score(plan, answers)
+    write(arguments.out, sheets, plan, model)
+    print(markdown(sheets), end="")
+    return 0
+
+
+def _words(text: str) -> list[str]:
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def _none(sentence: str) -> NoReturn:
+    raise ResPruneError(sentence)
+
+
+def open_model(name: str, *, positions: str | None = None, device: str = "cpu", threads: int = 0) -> Model:
+    """A bundle in ONNX Runtime, or a checkpoint in PyTorch on `device`."""
+    from resprune.evaluation.model import is_bundle, open_bundle
+
+    if is_bundle(name):
+        return open_bundle(name, positions=positions, threads=threads)
+    from resprune.evaluation.checkpoint import open_checkpoint
+
+    return open_checkpoint(name, positions=positions, device=device)

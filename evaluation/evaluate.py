@@ -1,0 +1,147 @@
+"""Ask a model every question with every selection that is to be compared, each picture encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from resprune.evaluation.answers import Answers, Run
+from resprune.evaluation.budget import Budget
+from resprune.evaluation.data import DataSet, Question
+from resprune.evaluation.model import Asked, Encoded, Model
+from resprune.evaluation.selectors import CONTROLS, Candidates
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.splice import Ints
+
+OWN = "resprune"
+SELECTORS = (OWN, *CONTROLS)
+DRAWS = 5
+"""How often `random` is drawn; everything else gives the same answer each time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be asked: data sets, selectors by name, budgets.
+
+    `limit` questions of each data set; `seed` is that of the first random draw; `batch` questions go through the
+    language model together.
+    """
+
+    data: Sequence[DataSet]
+    selectors: Sequence[str]
+    budgets: Sequence[Budget]
+    limit: int | None = None
+    seed: int = 0
+    batch: int = 8
+    max_new_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.selectors if name not in SELECTORS]
+        if unknown:
+            raise ResPruneError(
+                f"there is no selector {', '.join(unknown)}; choose from {', '.join(SELECTORS)}"
+            )
+
+        names = [data.name for data in self.data]
+        twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+        if twice:
+            raise ResPruneError(f"two data sets are named {', '.join(twice)}; rename a file")
+
+    def settings(self, model: Model) -> dict[str, Any]:
+        """What answers depend on beside the question, the selector and the budget."""
+        return {
+            "model": model.fingerprint,
+            "positions": model.manifest.positions,
+            "max_new_tokens": self.max_new_tokens,
+            "data": {data.name: data.fingerprint for data in self.data},
+        }
+
+    def runs(self, data: DataSet) -> dict[Run, Budget]:
+        """Every run over one data set; "all" is one run, whatever the selectors."""
+        runs: dict[Run, Budget] = {}
+        for budget in self.budgets:
+            if budget.everything:
+                runs[Run(data.name, "", "all", 0)] = budget
+                continue
+            for name in self.selectors:
+                seeds = range(self.seed, self.seed + DRAWS) if name == "random" else range(1)
+                runs |= {Run(data.name, name, str(budget), seed): budget for seed in seeds}
+        return runs
+
+
+def evaluate(model: Model, plan: Plan, answers: Answers) -> None:
+    """Ask what has not been answered yet; `answers` has everything when this returns."""
+    model.check(plan.budgets, own=OWN in plan.selectors)
+    for data in plan.data:
+        questions, runs = data.spread(plan.limit), plan.runs(data)
+        numbers = [question.number for question in questions]
+        left = sum(len(answers.missing(run, numbers)) for run in runs)
+        with tqdm(total=left, desc=data.name, unit="answer", leave=False, disable=None) as bar:
+            for chunk in _chunks(questions, plan.batch):
+                _ask(model, plan, chunk, runs, answers, bar)
+
+
+def _chunks(questions: Sequence[Question], least: int) -> Iterator[list[Question]]:
+    """Questions of whole pictures, at least `least` of them but for the last chunk."""
+    chunk: list[Question] = []
+    for _, group in groupby(questions, key=lambda question: question.picture):
+        chunk += group
+        if len(chunk) >= least:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _ask(
+    model: Model,
+    plan: Plan,
+    chunk: Sequence[Question],
+    runs: dict[Run, Budget],
+    answers: Answers,
+    bar: tqdm[None],
+) -> None:
+    numbers = [question.number for question in chunk]
+    todo = {run: missing for run in runs if (missing := answers.missing(run, numbers))}
+    if not todo:
+        return
+    loads = {question.picture: question.load for question in chunk}
+    encoded = {picture: model.look([load()])[0] for picture, load in loads.items()}
+    prepared = {question.number: (encoded[question.picture], model.read(question.text)) for question in chunk}
+    for run, missing in todo.items():
+        for start in range(0, len(missing), plan.batch):
+            batch = missing[start : start + plan.batch]
+            pairs = [prepared[number] for number in batch]
+            kept = [
+                [pick(model, run, runs[run], *pair, number)]
+                for pair, number in zip(pairs, batch, strict=True)
+            ]
+            texts = model.answer(
+                [asked for _, asked in pairs], [[picture] for picture, _ in pairs], kept, plan.max_new_tokens
+            )
+            answers.add(run, dict(zip(batch, texts, strict=True)))
+            bar.update(len(batch))
+
+
+def pick(model: Model, run: Run, budget: Budget, encoded: Encoded, asked: Asked, number: int) -> Ints:
+    """The tokens that a run keeps of one picture for one question, in pick order."""
+    count = len(encoded.features)
+    if budget.everything:
+        return np.arange(count)
+    k = budget.of(count)
+    if run.selector == OWN:
+        return model.select(encoded, asked, k)
+    selection = model.manifest.selection
+    candidates = Candidates(
+        encoded.features.astype(np.float64),
+        asked.text.astype(np.float64),
+        selection.alpha,
+        selection.scale,
+        (run.seed, number),
+    )
+    return CONTROLS[run.selector](candidates, k)

@@ -1,0 +1,91 @@
+"""A model plugin for lmms-eval: a bundle, or a checkpoint in PyTorch, that keeps K tokens of every picture.
+
+lmms-eval finds it by the entry point `lmms_eval.models` and calls it by `--model resprune --model_args model=…,k=…`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lmms_eval.api.model import lmms
+from tqdm import tqdm
+
+from resprune.evaluation.budget import Budget
+from resprune.evaluation.cli import open_model
+from resprune.evaluation.model import Asked, Encoded
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.nouns import question_terms
+from resprune.runtime.splice import Ints
+
+if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+# What tasks write below a question; its nouns ("word", "phrase", "letter") are not in the picture.
+INSTRUCTION = re.compile(r"\n(?:Answer |Please answer |When the provided information ).*", re.DOTALL)
+
+
+def manifest() -> ModelManifest:
+    """What lmms-eval registers."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest("resprune", simple_class_path=f"{__name__}.ResPrune")
+
+
+class ResPrune(lmms):  # type: ignore[misc]
+    """`model`: a split bundle, or what `resprune export` takes; `k`: a number, a share like 11%, or all."""
+
+    def __init__(
+        self,
+        model: str,
+        k: str | int = "all",
+        positions: str | None = None,
+        device: str = "cpu",
+        batch_size: int | str = 1,
+        **ignored: Any,
+    ) -> None:
+        super().__init__()
+        self._model = open_model(model, positions=positions, device=device)
+        self._budget = Budget.parse(str(k))
+        self._model.check([self._budget], own=True)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Greedy answers, in the order of the requests."""
+        return [self._answer(*request.args) for request in tqdm(requests, desc="answers", disable=None)]
+
+    def _answer(
+        self, context: str, options: dict[str, Any], visuals: Any, document: int, task: str, split: str
+    ) -> str:
+        pictures = visuals(self.task_dict[task][split][document])
+        if not pictures:
+            raise ResPruneError(
+                f"question {document} of {task} has no picture; choose tasks whose questions all have"
+            )
+        encoded = self._model.look([picture.convert("RGB") for picture in pictures])
+        question = INSTRUCTION.sub("", context)
+        about = [question[start:end] for start, end in question_terms(question)]
+        asked = self._model.read(context, len(pictures), about=about)
+        kept = [self._keep(picture, asked) for picture in encoded]
+        (text,) = self._model.answer([asked], [encoded], [kept], options.get("max_new_tokens", 1024))
+        ends = options.get("until", [])
+        for end in [ends] if isinstance(ends, str) else ends:
+            text = text.split(end)[0] if end else text
+        return text
+
+    def _keep(self, picture: Encoded, asked: Asked) -> Ints:
+        count = len(picture.features)
+        if self._budget.everything:
+            return np.arange(count)
+        return self._model.select(picture, asked, self._budget.of(count))
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Not offered: a later round's questions depend on the answers before."""
+        raise NotImplementedError("tasks of several rounds are not supported")
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Not offered: the runtime's language model gives the logits of the last position alone."""
+        raise NotImplementedError(
+            "tasks that score given answers are not supported; choose their generative form"
+        )

@@ -1,0 +1,213 @@
+"""A model whose stages run apart, so that any selection can stand between the encoder and the language model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from resprune.evaluation.budget import Budget
+from resprune.runtime.bundle import MANIFEST_NAME, POSITIONS, Bundle, Manifest, read_bundle
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families import family_of
+from resprune.runtime.generate import Sampling, TextStream, eos_token_ids, generate
+from resprune.runtime.image import ImageSource, load_image
+from resprune.runtime.language_model import Embedding, LanguageModel, OrtLanguageModel
+from resprune.runtime.picture import Picture
+from resprune.runtime.prompt import Prompt, Prompter
+from resprune.runtime.session import SessionOptions
+from resprune.runtime.splice import Floats, Ints, KeptTokens, Picks, splice
+from resprune.runtime.vision import Looked, Vision
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture after the vision tower: all its tokens [N, D] float32."""
+
+    picture: Picture
+    features: Floats
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as the model reads it: `embeds` [S, D] of the whole prompt, `text` [M, D] of its nouns."""
+
+    prompt: Prompt
+    embeds: Floats
+    text: Floats
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What differs between a bundle and a checkpoint in PyTorch.
+
+    `encode` takes pictures and their files as the family prepared them, `embed` token ids [1, S] → [1, S, D],
+    `select` a picture, its question's text [M, D] and K → K picks: the model's own selection.
+    """
+
+    encode: Callable[[Sequence[Image.Image], Sequence[Picture]], list[Floats]]
+    embed: Callable[[Ints], Floats]
+    select: Callable[[Encoded, Floats, int], Ints]
+    language_model: LanguageModel
+    most: int
+    """The largest K that `select` takes."""
+
+
+class Model:
+    """A bundle or a checkpoint, ready to answer with whatever tokens it is given."""
+
+    def __init__(self, bundle: Bundle, stages: Stages, fingerprint: str, positions: str | None) -> None:
+        self.manifest = _with_positions(bundle.manifest, positions)
+        self.fingerprint = fingerprint
+        self.most = stages.most
+        self._stages = stages
+        self._prompter = Prompter(bundle)
+        self._preprocessor = family_of(bundle).preprocessor(bundle)
+        self._eos = eos_token_ids(bundle)
+
+    @property
+    def num_tokens(self) -> int | None:
+        """N; None where it depends on the picture."""
+        return self.manifest.selection.num_tokens
+
+    def look(self, sources: Sequence[ImageSource]) -> list[Encoded]:
+        """Encode pictures, each with all its tokens."""
+        images = [load_image(source) for source in sources]
+        pictures = [self._preprocessor(image) for image in images]
+        features = self._stages.encode(images, pictures)
+        return [
+            Encoded(picture, rows[: picture.num_tokens])
+            for picture, rows in zip(pictures, features, strict=True)
+        ]
+
+    def read(self, question: str, pictures: int = 1, *, about: Sequence[str] | None = None) -> Asked:
+        """A question's prompt and embeddings; `about` names the words of it that steer, in place of its nouns."""
+        prompt = self._prompter.prompt(question, pictures, about=about)
+        ids = np.array([prompt.ids], dtype=np.int64)
+        ids[ids == self.manifest.image_token_id] = 0  # a checkpoint's table may end before its image token
+        embeds = self._stages.embed(ids)[0]
+        return Asked(prompt, embeds, embeds[prompt.text_positions])
+
+    def select(self, encoded: Encoded, asked: Asked, k: int) -> Ints:
+        """The model's own choice of k tokens [k], in pick order."""
+        return self._stages.select(encoded, asked.text, k)
+
+    def answer(
+        self,
+        asked: Sequence[Asked],
+        encoded: Sequence[Sequence[Encoded]],
+        kept: Sequence[Sequence[Ints]],
+        max_new_tokens: int,
+    ) -> list[str]:
+        """Greedy answers to questions that go together, each with its pictures and the indices kept of them."""
+        spliced = splice(
+            [one.embeds for one in asked],
+            [one.prompt.ids for one in asked],
+            [
+                [keep(picture, order) for picture, order in zip(pictures, orders, strict=True)]
+                for pictures, orders in zip(encoded, kept, strict=True)
+            ],
+            image_token_id=self.manifest.image_token_id,
+            positions=self.manifest.positions,
+        )
+        longest, limit = int(spliced.position_ids.max()) + 1, self.manifest.context_length
+        if longest >= limit:
+            raise ResPruneError(
+                f"a question is past the context: {longest} tokens with its pictures, limit {limit}; "
+                "keep fewer tokens, or leave the question out"
+            )
+        model = self._stages.language_model
+        logits = model.prefill(spliced.inputs_embeds, spliced.position_ids, spliced.attention_mask)
+        sampling = Sampling(max_new_tokens=min(max_new_tokens, limit - longest))
+        rows: list[list[int]] = [[] for _ in asked]
+        for tokens in generate(model, logits, sampling, self._eos):
+            for row, token in zip(rows, tokens, strict=True):
+                if token is not None:
+                    row.append(token)
+        return [self.decode(row) for row in rows]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of generated ids, as an answer has it."""
+        stream = TextStream(self._prompter.tokenizer)
+        return "".join([*map(stream.push, tokens), stream.finish()])
+
+    def check(self, budgets: Sequence[Budget], own: bool) -> None:
+        """`ResPruneError` for a budget above N, or above what the model's own selection takes if that is asked for."""
+        for budget in budgets:
+            if budget.k is None:
+                continue
+            if self.num_tokens is not None and budget.k > self.num_tokens:
+                raise ResPruneError(
+                    f"-k {budget} is more than the {self.num_tokens} visual tokens of a picture; "
+                    f"give 1 to {self.num_tokens}, or all"
+                )
+            if own and budget.k > self.most:
+                raise ResPruneError(
+                    f"-k {budget} is more than the {self.most} tokens this bundle's selection keeps; "
+                    "export it with a larger -k"
+                )
+
+    def close(self) -> None:
+        """Give back the language model and its cache."""
+        self._stages.language_model.close()
+
+
+def keep(encoded: Encoded, order: Ints) -> KeptTokens:
+    """The rows that stay of a picture, ascending by index whatever the order they were picked in."""
+    kept = np.sort(order)
+    picture = encoded.picture
+    return KeptTokens(encoded.features[kept], Picks(kept, order), picture.offsets[..., kept], picture.advance)
+
+
+def is_bundle(path: str) -> bool:
+    """Whether a word on the command line is a bundle rather than a checkpoint."""
+    return (Path(path) / MANIFEST_NAME).is_file()
+
+
+def open_bundle(path: str | Path, *, positions: str | None = None, threads: int = 0) -> Model:
+    """A split bundle in ONNX Runtime; its own selection is its graph `token_select`.
+
+    `positions` takes the place of the bundle's policy. Raises `ResPruneError` for a bundle that is incomplete, or
+    whose encoder cannot be run apart.
+    """
+    bundle = read_bundle(path)
+    if not {"vision_encoder", "token_select"} <= bundle.manifest.graphs.keys():
+        raise ResPruneError(f"{path} has no encoder apart from its selection; export it with --split")
+    options = SessionOptions(threads=threads)
+    vision = Vision(bundle, family_of(bundle).preprocessor(bundle), options)
+    embedding = Embedding(bundle, options)
+
+    def encode(images: Sequence[Image.Image], pictures: Sequence[Picture]) -> list[Floats]:
+        features = vision.look(pictures).image_features
+        assert features is not None  # the graphs were looked for above
+        return list(features)
+
+    def select(encoded: Encoded, text: Floats, k: int) -> Ints:
+        (kept,) = vision.select(Looked([encoded.picture], [encoded.features]), [text], k)
+        return kept.picks.pick_order
+
+    stages = Stages(
+        encode,
+        embedding,
+        select,
+        OrtLanguageModel(bundle, embedding, options),
+        bundle.manifest.selection.k,
+    )
+    # Of the files alone: the same checkpoint exported again is the same model.
+    digests = json.dumps({name: spec.sha256 for name, spec in sorted(bundle.manifest.files.items())})
+    return Model(bundle, stages, hashlib.sha256(digests.encode()).hexdigest(), positions)
+
+
+def _with_positions(manifest: Manifest, positions: str | None) -> Manifest:
+    """The manifest under another position policy, where the family allows it."""
+    if positions is None or positions == manifest.positions:
+        return manifest
+    assert positions in POSITIONS
+    if positions == "contiguous" and manifest.family.startswith("qwen"):
+        raise ResPruneError("Qwen-VL's tokens keep their original positions; leave out --positions")
+    return replace(manifest, positions=positions)

@@ -1,0 +1,77 @@
+"""Answers survive an interruption, and are not mixed with those to something else."""
+
+import pytest
+
+from resprune.evaluation.answers import Answers, Run
+from resprune.runtime.errors import ResPruneError
+
+SETTINGS = {"model": "m", "positions": "original", "data": {"one": "1", "two": "2"}}
+RUN = Run("one", "resprune", "8", 0)
+
+
+def test_what_was_added_is_there_again(tmp_path):
+    first = Answers(tmp_path / "new" / "out", SETTINGS)
+    first.add(RUN, {3: "röt", 5: "two"})
+    first.add(RUN._replace(data="two"), {3: "other"})
+    again = Answers(tmp_path / "new" / "out", SETTINGS)  # the first was never closed, as when a process dies
+    assert again.missing(RUN, [3, 4, 5]) == [4]
+    again.add(RUN, {4: ""})
+    assert again.of(RUN, [5, 4, 3]) == ["two", "", "röt"]
+    assert Answers(tmp_path / "new" / "out", SETTINGS).of(RUN._replace(data="two"), [3]) == ["other"]
+
+
+def test_half_a_line_is_dropped(tmp_path):
+    answers = Answers(tmp_path, SETTINGS)
+    answers.add(RUN, {1: "a"})
+    answers.add(RUN, {2: "b"})
+    answers.close()
+    path = tmp_path / "answers-one.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    again = Answers(tmp_path, SETTINGS)
+    assert again.missing(RUN, [1, 2]) == [2]
+    again.add(RUN, {2: "c"})
+    again.close()
+    assert Answers(tmp_path, SETTINGS).of(RUN, [1, 2]) == ["a", "c"]
+
+
+def test_a_run_that_was_cut_off_in_its_first_line_begins_anew(tmp_path):
+    (tmp_path / "answers-one.jsonl").write_text('{"model": ')
+    Answers(tmp_path, SETTINGS).add(RUN, {1: "a"})
+    assert Answers(tmp_path, SETTINGS).of(RUN, [1]) == ["a"]
+
+
+def test_another_data_set_may_be_added_later(tmp_path):
+    Answers(tmp_path, SETTINGS | {"data": {"one": "1"}}).add(RUN, {1: "a"})
+    assert Answers(tmp_path, SETTINGS).missing(RUN, [1]) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (SETTINGS | {"model": "n"}, "model"),
+        (SETTINGS | {"model": "n", "positions": "contiguous"}, "model, positions"),
+        (SETTINGS | {"data": {"one": "1", "two": "3"}}, "data"),
+    ],
+)
+def test_answers_of_something_else_are_refused(tmp_path, settings, named):
+    Answers(tmp_path, SETTINGS).close()
+    with pytest.raises(ResPruneError, match=f"answers of another {named}; give another --out"):
+        Answers(tmp_path, settings)
+
+
+@pytest.mark.parametrize(
+    "line", ["7\n", "nonsense\n", '{"selector": "x"}\n', '{"model": "m"}\n[]\n', "\ud800\n"]
+)
+def test_a_damaged_file_is_named(tmp_path, line):
+    answers = Answers(tmp_path, SETTINGS)
+    answers.close()
+    path = tmp_path / "answers-one.jsonl"
+    path.write_bytes(path.read_bytes() + line.encode(errors="surrogatepass"))
+    with pytest.raises(ResPruneError, match=r"answers-one.jsonl is damaged"):
+        Answers(tmp_path, SETTINGS)
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ResPruneError, match="cannot be written"):
+        Answers(tmp_path / "file", SETTINGS)

@@ -1,0 +1,73 @@
+"""`resprune eval`: what it prints and writes, and one sentence for what the user can put right."""
+
+import json
+
+import pytest
+
+from resprune.runtime.cli import main
+
+
+def fails(capsys, *words):
+    assert main(["eval", *map(str, words)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("resprune: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_a_report_of_a_bundle_and_of_its_checkpoint(bundle, tiny_checkpoint, questions, tmp_path, capsys):
+    words = [
+        "--data",
+        str(questions),
+        "-k",
+        "4,all",
+        "--selectors",
+        "resprune,divprune",
+        "--max-new-tokens",
+        "6",
+    ]
+    printed = []
+    for name, model in (("bundle", bundle), ("checkpoint", tiny_checkpoint("clip-llama"))):
+        assert main(["eval", str(model), *words, "--out", str(tmp_path / name)]) == 0
+        printed.append(capsys.readouterr().out)
+        assert {path.name for path in (tmp_path / name).iterdir()} == {
+            *("answers-mine.jsonl", "report.json", "REPORT.md", "accuracy.png")
+        }
+    assert printed[0] == printed[1]
+    assert "| all | all tokens |" in printed[0]
+    settings = json.loads((tmp_path / "bundle" / "report.json").read_text())["settings"]
+    assert settings["name"] == "clip-llama"
+    assert settings["positions"] == "contiguous"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["-k", "0"], "-k 0 is no budget"),
+        (["-k", "4", "--selectors", "best"], "there is no selector best"),
+        (["-k", "4", "--limit", "0"], "--limit should be 1 or more"),
+        (["-k", "4", "--max-new-tokens", "0"], "--max-new-tokens should be 1 or more"),
+        (["-k", "17"], "more than the 16 visual tokens"),
+        (["-k", ","], "-k names no budget"),
+        (["-k", "4", "--selectors", ","], "--selectors names none"),
+    ],
+)
+def test_wrong_words(bundle, questions, tmp_path, capsys, words, named):
+    assert named in fails(capsys, bundle, "--data", questions, "--out", tmp_path / "out", *words)
+
+
+def test_wrong_data_and_model(bundle, questions, tmp_path, capsys):
+    rest = ["-k", "4", "--out", tmp_path / "out"]
+    assert "neither" not in fails(capsys, bundle, "--data", "coco", *rest)
+    assert "--data names none" in fails(capsys, bundle, "--data", ",", *rest)
+    assert "is not a directory" in fails(capsys, "nothing here", "--data", questions, *rest)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n")
+    assert "line 1" in fails(capsys, bundle, "--data", bad, *rest)
+
+
+def test_packages_that_are_missing(bundle, questions, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("resprune.evaluation.cli.NEEDED", ("no_such_package",))
+    err = fails(capsys, bundle, "--data", questions, "-k", "4", "--out", tmp_path)
+    assert 'pip install "resprune[eval]"' in err

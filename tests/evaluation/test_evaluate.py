@@ -1,0 +1,168 @@
+"""A whole run: every selection asked once, each picture encoded once, resumed where it ended, and its report."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resprune.evaluation import report
+from resprune.evaluation.answers import Answers, Run
+from resprune.evaluation.budget import Budget
+from resprune.evaluation.data import read_jsonl
+from resprune.evaluation.evaluate import DRAWS, Plan, evaluate
+from resprune.evaluation.model import open_bundle
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.pipeline import Pipeline
+
+BUDGETS = [Budget(3), Budget(share=0.5), Budget()]
+
+
+def plan(questions, **options):
+    fields = {
+        "selectors": ("resprune", "random", "stride"),
+        "budgets": BUDGETS,
+        "batch": 4,
+        "max_new_tokens": 6,
+    }
+    return Plan([read_jsonl(questions)], **(fields | options))
+
+
+@pytest.fixture
+def model(bundle):
+    opened = open_bundle(bundle)
+    yield opened
+    opened.close()
+
+
+def test_answers_are_the_pipelines(questions, bundle, model, tmp_path):
+    asked = plan(questions, selectors=("resprune",))
+    answers = Answers(tmp_path, asked.settings(model))
+    evaluate(model, asked, answers)
+    with Pipeline.load(bundle) as vlm:
+        for k, tokens in (("3", 3), ("50%", 8), ("all", 16)):
+            run = Run("mine", "" if k == "all" else "resprune", k, 0)
+            for question in asked.data[0].questions:
+                whole = vlm.ask(question.load(), question.text, tokens=tokens, max_new_tokens=6)
+                assert answers.of(run, [question.number]) == [whole.text]
+
+
+def test_a_picture_is_encoded_once_and_a_question_asked_once(questions, model, tmp_path, monkeypatch):
+    looked, asked = [], []
+    look, answer = model.look, model.answer
+    monkeypatch.setattr(model, "look", lambda sources: looked.append(sources) or look(sources))
+    monkeypatch.setattr(
+        model,
+        "answer",
+        lambda some, *rest: asked.extend(one.prompt.text for one in some) or answer(some, *rest),
+    )
+    wanted = plan(questions)
+    answers = Answers(tmp_path, wanted.settings(model))
+    evaluate(model, wanted, answers)
+    assert len(looked) == 3
+    assert len(asked) == 9 * (2 * (2 + DRAWS) + 1)
+    evaluate(model, wanted, answers)
+    assert len(looked) == 3
+
+
+def test_an_interrupted_run_goes_on(questions, model, tmp_path, monkeypatch):
+    wanted = plan(questions)
+    answer, calls, last = model.answer, [], [None]
+
+    def counted(*arguments):
+        if len(calls) == last[0]:
+            raise KeyboardInterrupt
+        calls.append(None)
+        return answer(*arguments)
+
+    monkeypatch.setattr(model, "answer", counted)
+    whole = Answers(tmp_path / "whole", wanted.settings(model))
+    evaluate(model, wanted, whole)
+    total = len(calls)
+
+    last[0] = total + 20
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, wanted, Answers(tmp_path / "cut", wanted.settings(model)))
+    again = Answers(tmp_path / "cut", wanted.settings(model))
+    last[0] = None
+    evaluate(model, wanted, again)
+    assert len(calls) == 2 * total
+    assert report.score(wanted, again) == report.score(wanted, whole)
+
+
+def test_the_report(questions, model, tmp_path):
+    wanted = plan(questions, limit=6)
+    answers = Answers(tmp_path, wanted.settings(model))
+    evaluate(model, wanted, answers)
+    sheets = report.score(wanted, answers)
+    report.write(tmp_path, sheets, wanted, model)
+    (data,) = json.loads((tmp_path / "report.json").read_text())["data"]
+    assert data["types"] == {"color": 3, "count": 1}
+    assert [(row["k"], row["selector"]) for row in data["scores"]] == [
+        *(("3", name) for name in ("resprune", "random", "stride")),
+        *(("50%", name) for name in ("resprune", "random", "stride")),
+        ("all", ""),
+    ]
+    assert len(data["scores"][1]["draws"]) == DRAWS
+    text = (tmp_path / "REPORT.md").read_text()
+    assert text.count("\n| ") == 1 + 7
+    assert Image.open(tmp_path / "accuracy.png").size[0] > 500
+
+
+class Fixed:
+    """Answers that are given, where a run would have made them."""
+
+    def __init__(self, answers):
+        self._answers = answers
+
+    def of(self, run, numbers):
+        return [self._answers[run.selector, run.k, run.seed][number - 1] for number in numbers]
+
+
+def test_scores_by_hand(questions):
+    """Right are red, two, yes, in that order for each of the three pictures."""
+    right = ["red"] * 3 + ["two"] * 3 + ["yes"] * 3
+    answers = {("", "all", 0): right, ("resprune", "4", 0): ["Red", "blue", *right[2:7], "no", "no"]}
+    for draw in range(DRAWS):
+        answers["random", "4", draw] = right[:draw] + ["none"] * (9 - draw)
+    wanted = plan(questions, selectors=("resprune", "random"), budgets=[Budget(4), Budget()])
+    (sheet,) = report.score(wanted, Fixed(answers))
+    own, drawn, whole = sheet.scores
+    assert whole.exact_match == 1
+    assert own.exact_match == pytest.approx(6 / 9)
+    assert own.types == {"color": pytest.approx(2 / 3), "count": 1}
+    assert (own.unpruned[0].lost, own.unpruned[0].gained, own.unpruned[0].p) == (3, 0, 0.25)
+    assert own.unpruned[0].agreement == pytest.approx(5 / 9)  # "Red" is right and yet not the same answer
+    assert drawn.draws == pytest.approx([draw / 9 for draw in range(DRAWS)])
+    assert drawn.exact_match == pytest.approx(2 / 9)
+    assert len(drawn.unpruned) == len(drawn.first) == DRAWS
+    assert own.first == []
+    assert whole.unpruned == []
+
+
+def test_random_is_seeded(questions):
+    seeds = [run.seed for run in plan(questions, selectors=("random",), seed=7).runs(read_jsonl(questions))]
+    assert seeds == [7, 8, 9, 10, 11] * 2 + [0]
+
+
+def test_what_a_plan_refuses(questions):
+    with pytest.raises(ResPruneError, match="there is no selector best; choose from resprune, no-text"):
+        plan(questions, selectors=("best",))
+    with pytest.raises(ResPruneError, match="two data sets are named mine"):
+        Plan([read_jsonl(questions)] * 2, (), ())
+
+
+@pytest.mark.parametrize("text", ["16", "11%", "all", "33.3%"])
+def test_budgets_are_written_as_they_are_read(text):
+    assert str(Budget.parse(f" {text} ")) == text
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "0%", "101%", "nan%", "x", "%", "", "1.5"])
+def test_what_is_no_budget(text):
+    with pytest.raises(ResPruneError, match="is no budget"):
+        Budget.parse(text)
+
+
+def test_budgets_of_a_picture():
+    counts = np.array([[Budget(8).of(n), Budget(share=0.11).of(n), Budget().of(n)] for n in (4, 100)])
+    np.testing.assert_array_equal(counts, [[4, 1, 4], [8, 11, 100]])

@@ -1,0 +1,125 @@
+"""Stages that run apart give the answers of the whole: the pipeline's for a bundle, Hugging Face's in PyTorch."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+
+from resprune.evaluation.budget import Budget
+from resprune.evaluation.checkpoint import open_checkpoint
+from resprune.evaluation.model import open_bundle
+from resprune.runtime.bundle import read_bundle, write_manifest
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.pipeline import Pipeline
+from tests.exporter.hugging_face import HuggingFace, with_positions
+from tests.exporter.hugging_face_qwen import HuggingFaceQwen
+from tests.tiny_qwen import VARIANTS
+from tests.tiny_qwen import write_checkpoint as write_qwen
+
+ASKED = ["what colour is the square on the table?", "how many red circles are there?"]
+STEPS = 12
+
+
+def picture(seed, height=4, width=5):
+    blocks = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return np.repeat(np.repeat(blocks, 10, axis=0), 10, axis=1)
+
+
+def answers(model, pictures, k):
+    """Answers to ASKED, each about its own picture, in one batch, and the picks."""
+    encoded = [model.look([shown])[0] for shown in pictures]
+    asked = [model.read(question) for question in ASKED]
+    kept = [model.select(*pair, k) for pair in zip(encoded, asked, strict=True)]
+    return model.answer(asked, [[one] for one in encoded], [[order] for order in kept], STEPS), kept
+
+
+@pytest.mark.parametrize("positions", ["contiguous", "original"])
+def test_a_bundle_answers_as_its_pipeline(bundle, positions, tmp_path):
+    pictures = [picture(0), picture(1)]
+    model = open_bundle(bundle, positions=positions)
+    with Pipeline.load(with_positions(bundle, tmp_path / "bundle", positions)) as vlm:
+        for k in (3, 16):
+            texts, kept = answers(model, pictures, k)
+            for question, shown, text, order in zip(ASKED, pictures, texts, kept, strict=True):
+                whole = vlm.ask(shown, question, tokens=k, max_new_tokens=STEPS)
+                assert text == whole.text
+                assert order.tolist() == whole.images[0].pick_order.tolist()
+
+
+def expected(model, hugging_face, pictures, **options):
+    made = []
+    for question, shown in zip(ASKED, pictures, strict=True):
+        prompt = model.read(question).prompt
+        made.append(hugging_face.pruned([shown], prompt.ids, prompt.text_token_ids, steps=STEPS, **options))
+    return [model.decode(one.token_ids) for one in made], [one.pick_orders[0] for one in made]
+
+
+@pytest.mark.parametrize(
+    ("variant", "positions"),
+    [("clip-llama", "contiguous"), ("next-llama", "original"), ("siglip-mistral", "original")],
+)
+def test_a_checkpoint_answers_as_hugging_face(variant, positions, tiny_checkpoint):
+    root = tiny_checkpoint(variant)
+    model = open_checkpoint(str(root), positions=positions)
+    pictures = [picture(0), picture(1, 9, 3)]
+    texts, kept = answers(model, pictures, 7)
+    wanted = expected(model, HuggingFace(root), pictures, k=7, positions=positions)
+    assert (texts, [order.tolist() for order in kept]) == wanted
+
+
+def test_a_qwen_checkpoint_answers_as_hugging_face(tmp_path):
+    root = write_qwen(tmp_path / "qwen", VARIANTS["qwen25"])
+    model = open_checkpoint(str(root))
+    pictures = [picture(0, 5, 7), picture(1, 12, 3)]
+    texts, kept = answers(model, pictures, 6)
+    wanted = expected(model, HuggingFaceQwen(root), pictures, budgets=[6])
+    assert (texts, [order.tolist() for order in kept]) == wanted
+    assert model.num_tokens is None
+    with pytest.raises(ResPruneError, match="keep their original positions"):
+        open_checkpoint(str(root), positions="contiguous")
+
+
+def test_other_words_can_steer(bundle):
+    model = open_bundle(bundle)
+    nouns, words = model.read(ASKED[0]), model.read(ASKED[0], about=[ASKED[0]])
+    assert nouns.prompt.ids == words.prompt.ids
+    assert set(nouns.prompt.text_positions) < set(words.prompt.text_positions)
+
+
+def test_what_a_model_cannot_keep(bundle, tiny_bundle):
+    model = open_bundle(tiny_bundle("clip-llama", k=7, split=True))
+    model.check([Budget(8), Budget()], own=False)
+    with pytest.raises(ResPruneError, match="-k 17 is more than the 16 visual tokens"):
+        model.check([Budget(17)], own=False)
+    with pytest.raises(ResPruneError, match="-k 8 is more than the 7 tokens this bundle's selection keeps"):
+        model.check([Budget(8)], own=True)
+    assert model.most == 7
+
+
+def test_a_bundle_without_its_encoder_apart(bundle, tmp_path):
+    """As an export without --split leaves it."""
+    whole = read_bundle(bundle).manifest
+    graphs = {name: graph for name, graph in whole.graphs.items() if name != "vision_encoder"}
+    copy = shutil.copytree(bundle, tmp_path / "bundle")
+    write_manifest(copy, dataclasses.replace(whole, graphs=graphs))
+    with pytest.raises(ResPruneError, match="export it with --split"):
+        open_bundle(copy)
+
+
+def test_a_question_past_the_context(bundle):
+    model = open_bundle(bundle)
+    (encoded,) = model.look([picture(0)])
+    asked = model.read("what colour? " * 2000)
+    with pytest.raises(ResPruneError, match="past the context"):
+        model.answer([asked], [[encoded]], [[np.arange(16)]], STEPS)
+
+
+@pytest.mark.parametrize("device", ["cuda", "nonsense"])
+def test_a_device_that_is_not_there(tiny_checkpoint, device):
+    import torch
+
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ResPruneError, match=f"cannot be loaded on {device}"):
+        open_checkpoint(str(tiny_checkpoint("clip-llama")), device=device)
