@@ -31,7 +31,18 @@ SHARD_BYTES = 1 << 30
 def write_checkpoint(
     folder: Path, model_class: Any, config: Any, *, dtype: torch.dtype, image_side: int, seed: int = 0
 ) -> None:
-    """Write `config` with random weights in `dtype`, and the demo's tokenizer and template.
+    """Write `config` with random weights in `dtype`, and the demo's tokenizer and template."""
+    write_weights(folder, model_class, config, dtype=dtype, seed=seed)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(DEMO / name, folder / name)
+    processor = json.loads((DEMO / "processor_config.json").read_text())
+    processor["image_processor"]["size"] = {"shortest_edge": image_side}
+    processor["image_processor"]["crop_size"] = {"height": image_side, "width": image_side}
+    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
+
+
+def write_weights(folder: Path, model_class: Any, config: Any, *, dtype: torch.dtype, seed: int = 0) -> None:
+    """Make `folder` and write into it `config` and random weights in `dtype`.
 
     Weights are normal with the deviation that keeps activations near one, 1/√(inputs); norms are one and biases
     zero. Never more than one shard is in memory.
@@ -49,12 +60,6 @@ def write_checkpoint(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index})
     )
     config.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        shutil.copy(DEMO / name, folder / name)
-    processor = json.loads((DEMO / "processor_config.json").read_text())
-    processor["image_processor"]["size"] = {"shortest_edge": image_side}
-    processor["image_processor"]["crop_size"] = {"height": image_side, "width": image_side}
-    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
 
 
 def _shards(model: nn.Module, dtype: torch.dtype, seed: int) -> Iterator[dict[str, Tensor]]:

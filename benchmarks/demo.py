@@ -12,67 +12,14 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from benchmarks.measure import THREADS, Timing, run, take_turns
-from resprune.runtime.bundle import Bundle, read_bundle
-from resprune.runtime.families import family_of
+from benchmarks.stages import Stages
+from resprune.runtime.bundle import read_bundle
 from resprune.runtime.image import load_image
-from resprune.runtime.language_model import Embedding, OrtLanguageModel
-from resprune.runtime.prompt import Prompter
-from resprune.runtime.session import OrtGraphs, SessionOptions
-from resprune.runtime.splice import KeptTokens, Picks, splice
-from resprune.runtime.vision import Looked, Vision
 
 DEMO = Path(__file__).parent.parent / "demo"
 BUDGETS = (16, 48)
 STEPS = 64
 RESPRUNE = [str(Path(sys.executable).with_name("resprune"))]
-
-
-class Stages:
-    """The runtime's own stages, apart, so that the unpruned prompt goes the same way without a selection."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        options = SessionOptions(threads=THREADS)
-        self.manifest = bundle.manifest
-        self.prompter = Prompter(bundle)
-        self.preprocessor = family_of(bundle).preprocessor(bundle)
-        graphs = OrtGraphs(bundle, options)
-        self.vision = Vision(bundle, self.preprocessor, graphs)
-        self.embedding = Embedding(graphs)
-        self.model = OrtLanguageModel(bundle, self.embedding, options)
-
-    def first_token(self, picture: Path, question: str, tokens: int | None) -> int:
-        """Picture and question to the first token; `tokens` None keeps all N without selecting."""
-        prompt = self.prompter.prompt(question, 1)
-        ids = np.array(prompt.ids, dtype=np.int64)
-        ids[ids == self.manifest.image_token_id] = 0
-        embeds = self.embedding(ids[None])[0]
-        pictures = [self.preprocessor(load_image(picture))]
-        if tokens is None:
-            kept = _all(self.vision.look(pictures))
-        else:
-            (kept,) = self.vision.select(Looked(pictures, None), [embeds[prompt.text_positions]], tokens)
-        spliced = splice(
-            [embeds],
-            [prompt.ids],
-            [[kept]],
-            image_token_id=self.manifest.image_token_id,
-            positions=self.manifest.positions,
-        )
-        logits = self.model.prefill(spliced.inputs_embeds, spliced.position_ids, spliced.attention_mask)
-        return int(logits[0].argmax())
-
-    def decode(self, picture: Path, question: str, tokens: int | None) -> None:
-        """STEPS tokens after the first, whatever they are."""
-        token = self.first_token(picture, question, tokens)
-        for _ in range(STEPS):
-            token = int(self.model.step(np.array([token], dtype=np.int64))[0].argmax())
-
-
-def _all(looked: Looked) -> KeptTokens:
-    assert looked.image_features is not None  # the benchmark exports with --split
-    rows = looked.image_features[0]
-    every = np.arange(len(rows), dtype=np.int64)
-    return KeptTokens(rows, Picks(every, every), every, len(rows))
 
 
 class HuggingFace:
@@ -106,10 +53,12 @@ def run_demo(work: Path) -> dict[str, Any]:
 
     ours, theirs = Stages(read_bundle(bundle)), HuggingFace(DEMO / "model")
     first: dict[str, Any] = {"all tokens": lambda: ours.first_token(picture, question, None)}
-    decode: dict[str, Any] = {"all tokens": lambda: ours.decode(picture, question, None)}
+    decode: dict[str, Any] = {
+        "all tokens": lambda: ours.decode(ours.first_token(picture, question, None), STEPS)
+    }
     for k in BUDGETS:
         first[f"K {k}"] = lambda k=k: ours.first_token(picture, question, k)
-        decode[f"K {k}"] = lambda k=k: ours.decode(picture, question, k)
+        decode[f"K {k}"] = lambda k=k: ours.decode(ours.first_token(picture, question, k), STEPS)
     first["PyTorch, all tokens"] = lambda: theirs.generate(picture, question, 1)
     decode["PyTorch, all tokens"] = lambda: theirs.generate(picture, question, 1 + STEPS)
     first_token = take_turns(first, repeats=21)

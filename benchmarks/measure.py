@@ -1,19 +1,25 @@
-"""Timing as ratios: the things compared take turns in one process, and each is a median with its spread."""
+"""Timing as ratios: the things compared take turns, and each is a median with its spread.
+
+They take turns in one process, or, where they do not fit into memory or into one environment together, as processes.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 THREADS = os.cpu_count() or 1
 
@@ -43,12 +49,67 @@ def take_turns(
             call()
             if turn >= warm_up:
                 seconds[name].append(perf_counter() - start)
-    return {name: _timing(values) for name, values in seconds.items()}
+    return {name: timing(1e3 * np.array(values)) for name, values in seconds.items()}
 
 
-def _timing(seconds: Sequence[float]) -> Timing:
-    low, median, high = np.percentile(np.array(seconds) * 1e3, [25, 50, 75])
-    return Timing(float(median), float(low), float(high), len(seconds))
+def timing(milliseconds: Sequence[float] | npt.NDArray[np.float64]) -> Timing:
+    """What was sampled, as a median with its quartiles."""
+    low, median, high = np.percentile(milliseconds, [25, 50, 75])
+    return Timing(float(median), float(low), float(high), len(milliseconds))
+
+
+@dataclass
+class Samples:
+    """Milliseconds of stages, by case and stage; the case "" is what all cases share."""
+
+    values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, stage: str, case: str = "") -> Iterator[None]:
+        """Note how long the block takes."""
+        start = perf_counter()
+        yield
+        self.values.setdefault(case, {}).setdefault(stage, []).append(1e3 * (perf_counter() - start))
+
+    def add(self, other: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        """Take in what another process has sampled."""
+        for case, stages in other.items():
+            for stage, milliseconds in stages.items():
+                self.values.setdefault(case, {}).setdefault(stage, []).extend(milliseconds)
+
+
+def processes_take_turns(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Run each command `rounds` times, one after the other in turn; each prints JSON with `samples` as its last line.
+
+    Returns what each printed last, its `samples` those of all rounds. One that fails is `{"fault": …}` and is not run
+    again.
+    """
+    replies: dict[str, dict[str, Any]] = {}
+    samples = {name: Samples() for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            if "fault" in replies.get(name, {}):
+                continue
+            try:
+                out, _, _ = run(command)
+            except RuntimeError as error:
+                replies[name] = {"fault": str(error).strip().splitlines()[-1]}
+                continue
+            replies[name] = json.loads(out.strip().splitlines()[-1])
+            samples[name].add(replies[name]["samples"])
+            replies[name]["samples"] = samples[name].values
+    return replies
+
+
+def reset_peak() -> None:
+    """Let `peak_megabytes` begin anew (Linux: proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_megabytes() -> float:
+    """The largest resident memory of this process since it began, or since `reset_peak`."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) / 1024
 
 
 def machine() -> dict[str, Any]:
@@ -92,5 +153,5 @@ def plain(value: Any) -> Any:
     if isinstance(value, Timing):
         return asdict(value)
     if isinstance(value, Mapping):
-        return {key: plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     return value
