@@ -15,10 +15,12 @@ from benchmarks import (
     engines,
     growth,
     llava_next,
+    peers,
     precision,
     qwen_vl,
     reconstruction,
     selection,
+    speed,
 )
 from benchmarks.measure import machine, plain
 
@@ -30,6 +32,9 @@ PARTS = {
     "growth": ("The selection's two forms as the tokens grow in number", growth.run, growth.table),
     "engines": ("TensorRT engines, built without a GPU", engines.run, engines.table),
     "demo": ("The demo model", demo.run_demo, demo.table),
+    "speed": ("Time to the first token, beside Hugging Face in PyTorch", speed.run, speed.table),
+    "peers": ("Beside OpenVINO GenAI and its pruner", peers.run_openvino, peers.table_openvino),
+    "decode": ("Tokens per second, beside onnxruntime-genai", peers.run_genai, peers.table_genai),
     "accuracy": ("The demo model's answers with fewer tokens", accuracy.run, accuracy.table),
     "precision": ("Precisions, and the decoder for ONNX Runtime alone", precision.run, precision.table),
     "ablation": ("The method's open choices", ablation.run, ablation.table),

@@ -127,9 +127,19 @@ def _processor() -> str:
     """The model name, and which matrix extensions it has: they decide what half precision costs."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    flags = _flags()
     known = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile") if flag in flags]
     return f"{name or platform.processor()} ({' '.join(known)})"
+
+
+def bfloat16_in_hardware() -> bool:
+    """Whether this processor multiplies bfloat16."""
+    return bool({"avx512_bf16", "amx_bf16"} & set(_flags()))
+
+
+def _flags() -> list[str]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
 
 
 def run(command: Sequence[str]) -> tuple[str, float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -80,9 +83,9 @@ LLAVA_NEXT = replace(
     LLAVA,
     name="llava-next",
     family="llava_next",
-    picture=(672, 672),
-    num_tokens=2928,
-    words="LLaVA-NeXT: five tiles of CLIP-L/336, Llama of 1.1 B",
+    picture=(672, 336),
+    num_tokens=1752,
+    words="LLaVA-NeXT: three tiles of CLIP-L/336, Llama of 1.1 B",
 )
 QWEN25VL = Shape(
     "qwen25vl",
@@ -97,16 +100,23 @@ REAL = (LLAVA, LLAVA_NEXT, QWEN25VL)
 
 
 def small(shape: Shape) -> Shape:
-    """The same model with two layers, to see that a benchmark runs; its figures mean nothing."""
-    depth = (
-        {"depth": 2, "fullatt_block_indexes": [1]} if "depth" in shape.vision else {"num_hidden_layers": 3}
-    )
+    """The same model narrow and shallow, to see in seconds that a benchmark runs; its figures mean nothing."""
+    clip = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2}
+    qwen = {
+        "depth": 2,
+        "hidden_size": 160,
+        "intermediate_size": 256,
+        "num_heads": 2,
+        "fullatt_block_indexes": [1],
+    }
+    text = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     return replace(
         shape,
         name=f"{shape.name}-small",
-        vision={**shape.vision, **depth},
-        text={**shape.text, "num_hidden_layers": 2},
-        words=f"{shape.words}, cut to two layers",
+        vision={**shape.vision, **(qwen if "depth" in shape.vision else clip)},
+        text={**shape.text, **text, **heads},
+        words=f"{shape.words}, made small",
     )
 
 
@@ -223,3 +233,25 @@ def _write_processor(shape: Shape, config: Any, folder: Path) -> None:
         "vision_feature_select_strategy": "default",
     }
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
+
+
+def write_language_model(checkpoint: Path, folder: Path) -> None:
+    """The Llama of a LLaVA checkpoint by itself, under the names that a `LlamaForCausalLM` has."""
+    folder.mkdir(parents=True)
+    text = json.loads((checkpoint / "config.json").read_text())["text_config"]
+    text |= {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(text, indent=2))
+    index: dict[str, str] = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, "pt") as shard:
+            own = {
+                name.replace("language_model.", ""): shard.get_tensor(name)
+                for name in shard.keys()  # noqa: SIM118  (no mapping)
+                if "language_model." in name or name.startswith("lm_head")
+            }
+        if own:
+            save_file(own, folder / path.name, metadata={"format": "pt"})
+            index.update(dict.fromkeys(own, path.name))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(checkpoint / name, folder / name)

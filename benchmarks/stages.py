@@ -21,6 +21,7 @@ from resprune.runtime.image import load_image
 from resprune.runtime.language_model import Embedding, OrtLanguageModel
 from resprune.runtime.picture import Picture
 from resprune.runtime.prompt import Prompt, Prompter
+from resprune.runtime.providers import CPU
 from resprune.runtime.session import OrtGraphs, SessionOptions
 from resprune.runtime.splice import Floats, KeptTokens, Picks, Spliced, cut_picks, splice
 from resprune.runtime.vision import Looked, Vision
@@ -31,7 +32,7 @@ WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 class Stages:
     """A split bundle, opened; the unpruned prompt goes the same way as a pruned one, without a selection."""
 
-    def __init__(self, bundle: Bundle, providers: Sequence[str] = ("cpu",)) -> None:
+    def __init__(self, bundle: Bundle, providers: Sequence[str] = (CPU,)) -> None:
         options = SessionOptions(providers, THREADS)
         graphs = OrtGraphs(bundle, options)
         self.manifest = bundle.manifest
@@ -123,7 +124,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     `spec`: `bundle`, `picture`, `question`, `selectors` (a graph's path by K), `repeats`, `steps`, and `providers`.
     """
     bundle = read_bundle(spec["bundle"], check_hashes=False)
-    stages = Stages(bundle, spec.get("providers"))
+    stages = Stages(bundle, spec.get("providers", (CPU,)))
     selectors = {int(k): Selector(path) for k, path in spec["selectors"].items()}
     samples = Samples()
     tokens: dict[str, int] = {}

@@ -1,0 +1,62 @@
+"""Virtual environments of the peers: their packages must not touch the project's own."""
+
+from __future__ import annotations
+
+import subprocess
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+class UnavailableError(Exception):
+    """A peer that cannot be installed or cannot take the model; the text is one sentence."""
+
+
+def environment(peer: str, work: Path, *, runtime: bool = False) -> Path:
+    """The Python of the environment that `requirements-<peer>.txt` describes, made if it is not there.
+
+    `runtime` installs this project's runtime into it as well. Raises `UnavailableError`.
+    """
+    requirements = HERE / f"requirements-{peer}.txt"
+    folder = (work / f"venv-{peer}").resolve()
+    python = folder / "bin" / "python"
+    mark = folder / "installed.txt"
+    if mark.exists() and mark.read_text() == requirements.read_text():
+        return python
+    venv.create(folder, with_pip=True, clear=True)
+    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
+    checked([*install, "--requirement", str(requirements)], f"{peer} could not be installed")
+    if runtime:
+        checked(
+            [*install, "--editable", str(HERE.parent)], f"the runtime could not be installed beside {peer}"
+        )
+    mark.write_text(requirements.read_text())
+    return python
+
+
+def checked(command: Sequence[str], fault: str) -> None:
+    """Run a command; `UnavailableError` with `fault` and the last line of what it said if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UnavailableError(f"{fault}: {said[-1]}")
+
+
+def openvino_model(python: Path, checkpoint: Path, folder: Path) -> Path:
+    """`checkpoint` as OpenVINO GenAI takes it, fp32 weights, by optimum-intel."""
+    if not folder.exists():
+        command = [str(python.with_name("optimum-cli")), "export", "openvino", "--weight-format", "fp32"]
+        command += ["--task", "image-text-to-text", "--model", str(checkpoint), str(folder)]
+        checked(command, "optimum-intel could not export the checkpoint")
+    return folder
+
+
+def genai_model(python: Path, checkpoint: Path, folder: Path, precision: str) -> Path:
+    """The language model `checkpoint` as onnxruntime-genai's own builder makes it for the CPU."""
+    if not folder.exists():
+        command = [str(python), "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint)]
+        command += ["-o", str(folder), "-p", precision, "-e", "cpu", "-c", str(folder.with_name("cache"))]
+        checked(command, "onnxruntime-genai's builder could not take the language model")
+    return folder

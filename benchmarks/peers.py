@@ -1,0 +1,219 @@
+"""The runtime beside OpenVINO GenAI and its pruner, and its decoder beside onnxruntime-genai, on the same weights."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environments
+from benchmarks.environments import UnavailableError
+from benchmarks.measure import Timing, bfloat16_in_hardware, processes_take_turns, timing
+from benchmarks.plots import stacked
+from benchmarks.shapes import LLAVA, QUESTION, QWEN25VL, Shape, write_language_model
+from benchmarks.speed import RESULTS, ROUNDS, Subject, by_budget, figures, ours, prepare, ratio, worker
+from resprune.runtime.bundle import read_bundle
+from resprune.runtime.prompt import Prompter
+
+# What a bundle can be exported to, as far as this resprune has the option.
+BUNDLES = {
+    "fp32": [],
+    "fp32, --optimize ort": ["--optimize", "ort"],
+    "int8": ["--dtype", "int8"],
+    "q4": ["--dtype", "q4"],
+}
+# Of the same precision as theirs; the rest of the table says what each gains besides.
+GENAI = {"fp32": "fp32", "int4": "q4"}
+UNPRUNED = "all"
+
+
+def run_openvino(work: Path, shape: Shape = QWEN25VL, rounds: int = ROUNDS) -> dict[str, Any]:
+    """First token and tokens/s at the same budgets; ours from every bundle there is, and on OpenVINO's own kernels."""
+    try:
+        python = environments.environment("openvino", work, runtime=True)
+        subjects = _subjects(shape, work, ("fp32", "fp32, --optimize ort", "int8"))
+        theirs = environments.openvino_model(
+            python, subjects["fp32"].checkpoint, work / f"{shape.name}-openvino"
+        )
+    except UnavailableError as error:
+        return {"skipped": f"OpenVINO GenAI is not compared: {error}"}
+    # Whole percents are all it takes; it rounds the count to its liking, never to more than ours by one token.
+    ratios = {str(k): round(100 * (1 - k / shape.num_tokens)) for k in shape.budgets} | {UNPRUNED: 0}
+    commands = {f"resprune, {name}": ours(subject) for name, subject in subjects.items()}
+    # OpenVINO's provider cannot take a Loop (runtime/providers.py); the selection is a graph of its own here.
+    unrolled = prepare(shape, work, "--body", "unrolled")
+    commands["resprune, fp32, on OpenVINO's provider"] = ours(
+        unrolled, python=str(python), providers=["openvino", "cpu"]
+    )
+    for precision in ("f32", "bf16") if bfloat16_in_hardware() else ("f32",):
+        commands[f"OpenVINO GenAI, {precision}"] = worker(
+            "peer_openvino",
+            subjects["fp32"],
+            python=str(python),
+            model=str(theirs),
+            precision=precision,
+            ratios=ratios,
+        )
+    replies = processes_take_turns(commands, rounds)
+    engines = {name: figures(reply) for name, reply in replies.items()}
+    stacked(
+        {f"K {case}": _bars(engines, case) for case in (UNPRUNED, *map(str, reversed(shape.budgets)))},
+        ("pixels", "prepare", "encode", "prompt", "select", "prefill"),
+        RESULTS / "openvino.png",
+        "milliseconds to the first token; OpenVINO GenAI's prepare is tokenizing, encoding and pruning",
+    )
+    return {"words": shape.words, "num_tokens": shape.num_tokens, "engines": engines, **_versions(replies)}
+
+
+def table_openvino(result: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    if "skipped" in result:
+        return str(result["skipped"])
+    engines = result["engines"]
+    theirs = [name for name in engines if name.startswith("OpenVINO")]
+    head = " | ".join(f"of {name}" for name in theirs)
+    rows = [
+        f"**{result['words']}**, N {result['num_tokens']}.",
+        "",
+        "![Milliseconds to the first token, by stage](results/openvino.png)",
+        "",
+        f"| | K | prompt | its pruner | of the first token | prefill | first token | {head} | tokens/s | resident |",
+        "|---|---|---|---|---|---|---|" + "---|" * len(theirs) + "---|---|",
+    ]
+    for name, cases in engines.items():
+        if "fault" in cases:
+            rows.append(f"| {name} | – | {cases['fault']} |" + " |" * (6 + len(theirs)))
+            continue
+        for case in by_budget(cases):
+            found = cases[case]
+            pruner = _pruner(cases, case)
+            first = found["first token, samples"]
+            against = " | ".join(
+                str(ratio(first, engines[other][case]["first token, samples"]))
+                if "fault" not in engines[other] and other != name
+                else "–"
+                for other in theirs
+            )
+            rows.append(
+                f"| {name} | {case} | {found['prompt tokens']} | {pruner.median:,.3g} ms "
+                f"| {pruner.median / found['first token'].median:.1%} | {found['stages']['prefill'].median:,.0f} ms "
+                f"| {found['first token']} ms | {against} | {found['tokens per second'].median:.3g} "
+                f"| {found['resident megabytes']:,.0f} MB |"
+            )
+    note = (
+        "OpenVINO GenAI's pruner is what its preparation takes more than unpruned, turn by turn: where the machine's "
+        "noise is larger than that, the figure is noise."
+    )
+    return "\n".join([*rows, "", note, "", _said(result)])
+
+
+def run_genai(work: Path, shape: Shape = LLAVA, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Tokens/s after a prompt of N/9 visual tokens and of all, from every bundle there is."""
+    try:
+        python = environments.environment("genai", work)
+        subjects = _subjects(shape, work, BUNDLES)
+        alone = work / f"{shape.name}-language-model"
+        if not alone.exists():
+            write_language_model(subjects["fp32"].checkpoint, alone)
+        models = {
+            precision: environments.genai_model(
+                python, alone, work / f"{shape.name}-genai-{precision}", precision
+            )
+            for precision, own in GENAI.items()
+            if own in subjects
+        }
+    except UnavailableError as error:
+        return {"skipped": f"onnxruntime-genai is not compared: {error}"}
+    text = len(Prompter(read_bundle(subjects["fp32"].bundle, check_hashes=False)).prompt(QUESTION, 1).ids) - 1
+    smallest = shape.budgets[0]
+    commands = {f"resprune, {name}": ours(subject) for name, subject in subjects.items()}
+    for precision, model in models.items():
+        commands[f"onnxruntime-genai, {precision}"] = worker(
+            "peer_genai",
+            subjects["fp32"],
+            python=str(python),
+            model=str(model),
+            lengths={str(smallest): text + smallest, UNPRUNED: text + shape.num_tokens},
+        )
+    replies = processes_take_turns(commands, rounds)
+    engines = {name: figures(reply) for name, reply in replies.items()}
+    cases = (str(smallest), UNPRUNED)
+    return {"words": shape.words, "cases": cases, "engines": engines, **_versions(replies)}
+
+
+def table_genai(result: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    if "skipped" in result:
+        return str(result["skipped"])
+    engines = result["engines"]
+    theirs = {name.rsplit(", ")[-1]: name for name in engines if name.startswith("onnxruntime-genai")}
+    head = " | ".join(f"times that of genai {precision}" for precision in theirs)
+    rows = [
+        f"The language model of **{result['words']}**.",
+        "",
+        f"| | prompt | tokens/s | {head} | resident |",
+        "|---|---|---|" + "---|" * len(theirs) + "---|",
+    ]
+    for name, cases in engines.items():
+        if "fault" in cases:
+            rows.append(f"| {name} | {cases['fault']} |" + " |" * (2 + len(theirs)))
+            continue
+        for case in result["cases"]:
+            found = cases[case]
+            rate = found["tokens per second, samples"]
+            against = " | ".join(
+                str(ratio(rate, engines[other][case]["tokens per second, samples"]))
+                if "fault" not in engines[other] and other != name
+                else "–"
+                for other in theirs.values()
+            )
+            rows.append(
+                f"| {name} | {found['prompt tokens']} | {found['tokens per second']} | {against} "
+                f"| {found['resident megabytes']:,.0f} MB |"
+            )
+    return "\n".join([*rows, "", _said(result)])
+
+
+def _subjects(shape: Shape, work: Path, names: Any) -> dict[str, Subject]:
+    """The bundles of `names` that this resprune can export; it says of another that it has no such option."""
+    subjects = {}
+    for name in names:
+        try:
+            subjects[name] = prepare(shape, work, *BUNDLES[name])
+        except subprocess.CalledProcessError as error:
+            if error.returncode != 2:
+                raise
+            print(f"{name} is left out: this resprune cannot export it", flush=True)
+    return subjects
+
+
+def _pruner(cases: Mapping[str, Any], case: str) -> Timing:
+    """Milliseconds of the selection; of OpenVINO GenAI, what preparing takes more than unpruned."""
+    stages = cases[case]["stages"]
+    if "select" in stages:
+        own: Timing = stages["select"]
+        return own
+    prepare_all = cases[UNPRUNED]["prepare, samples"]
+    return timing([a - b for a, b in zip(cases[case]["prepare, samples"], prepare_all, strict=True)])
+
+
+def _bars(engines: Mapping[str, Any], case: str) -> dict[str, dict[str, float]]:
+    return {
+        name: {stage: value.median for stage, value in cases[case]["stages"].items()}
+        for name, cases in engines.items()
+        if "fault" not in cases
+    }
+
+
+def _versions(replies: Mapping[str, Any]) -> dict[str, Any]:
+    return {"versions": {name: reply.get("versions", {}) for name, reply in replies.items()}}
+
+
+def _said(result: Mapping[str, Any]) -> str:
+    parts = [
+        f"{engine}: " + ", ".join(f"{name} {number}" for name, number in versions.items())
+        for engine, versions in result["versions"].items()
+        if versions
+    ]
+    return "; ".join(parts) + "."

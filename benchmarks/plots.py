@@ -1,0 +1,42 @@
+"""Plots of what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+# Okabe and Ito's colours, which most colour-blind readers can tell apart.
+COLOURS = ("#999999", "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7")
+
+
+def stacked(
+    panels: Mapping[str, Mapping[str, Mapping[str, float]]], stages: Sequence[str], path: Path, unit: str
+) -> None:
+    """One panel under another, in each a bar for every row, from its `stages` in that order."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [len(bars) for bars in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels), squeeze=False, figsize=(9, 0.9 * len(panels) + 0.27 * sum(rows)), height_ratios=rows
+    )
+    for axis, (title, bars) in zip(axes[:, 0], panels.items(), strict=True):
+        left = [0.0] * len(bars)
+        for stage, colour in zip(stages, COLOURS, strict=False):
+            widths = [values.get(stage, 0.0) for values in bars.values()]
+            axis.barh(list(bars), widths, left=left, color=colour, label=stage)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        for row, total in enumerate(left):
+            axis.text(total, row, f" {total:,.0f}", va="center", fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.1)
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(fontsize=8, frameon=False, loc="lower right")
+    axes[-1, 0].set_xlabel(unit, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
