@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,16 +174,14 @@ def table_genai(result: dict[str, Any]) -> str:
     return "\n".join([*rows, "", _said(result)])
 
 
-def _subjects(shape: Shape, work: Path, names: Any) -> dict[str, Subject]:
-    """The bundles of `names` that this resprune can export; it says of another that it has no such option."""
-    subjects = {}
+def _subjects(shape: Shape, work: Path, names: Iterable[str]) -> dict[str, Subject]:
+    """The bundles of `names` that this resprune can export; fp32 is always among them, or `UnavailableError`."""
+    subjects = {"fp32": prepare(shape, work)}
     for name in names:
         try:
             subjects[name] = prepare(shape, work, *BUNDLES[name])
-        except subprocess.CalledProcessError as error:
-            if error.returncode != 2:
-                raise
-            print(f"{name} is left out: this resprune cannot export it", flush=True)
+        except UnavailableError as error:
+            print(f"{name} is left out: {error}", flush=True)
     return subjects
 
 

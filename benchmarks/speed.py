@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.environments import UnavailableError
 from benchmarks.measure import Timing, bfloat16_in_hardware, processes_take_turns, timing
 from benchmarks.plots import stacked
 from benchmarks.shapes import QUESTION, REAL, Shape, write_picture, write_shape
-from resprune.graphs import token_select_model
+from resprune.graphs import choose_form, token_select_model
 
 ROUNDS = 3
 STEPS = 8
@@ -37,7 +38,7 @@ class Subject:
 def prepare(shape: Shape, work: Path, *options: str) -> Subject:
     """Write and export what is not there yet; `options` are those of `resprune export`.
 
-    Raises `subprocess.CalledProcessError` with status 2 for an option that this resprune does not have.
+    Raises `UnavailableError` for what `resprune export` refuses, such as an option that this version does not have.
     """
     checkpoint = work / shape.name
     if not checkpoint.exists():
@@ -48,10 +49,15 @@ def prepare(shape: Shape, work: Path, *options: str) -> Subject:
     if not bundle.exists():
         largest = str(shape.budgets[-1])
         command = [*RESPRUNE, "export", str(checkpoint), str(bundle), "-k", largest, "--split", *options]
-        subprocess.run(command, check=True)
-    selectors = {k: work / f"select-{k}.onnx" for k in shape.budgets}
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode == 2:  # what the user can put right
+            raise UnavailableError(done.stderr.strip().splitlines()[-1])
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+    selectors = {k: work / f"{shape.name}-select-{k}.onnx" for k in shape.budgets}
     for k, path in selectors.items():
-        path.write_bytes(token_select_model(k, alpha=1.0, scale="minmax").SerializeToString())
+        form = choose_form(k, shape.num_tokens, shape.text["hidden_size"])
+        path.write_bytes(token_select_model(k, alpha=1.0, scale="minmax", form=form).SerializeToString())
     return Subject(checkpoint, bundle, picture, selectors)
 
 
