@@ -46,17 +46,15 @@ def checked(command: Sequence[str], fault: str) -> None:
 
 def openvino_model(python: Path, checkpoint: Path, folder: Path) -> Path:
     """`checkpoint` as OpenVINO GenAI takes it, fp32 weights, by optimum-intel."""
-    if not folder.exists():
-        command = [str(python.with_name("optimum-cli")), "export", "openvino", "--weight-format", "fp32"]
-        command += ["--task", "image-text-to-text", "--model", str(checkpoint), str(folder)]
-        checked(command, "optimum-intel could not export the checkpoint")
+    command = [str(python.with_name("optimum-cli")), "export", "openvino", "--weight-format", "fp32"]
+    command += ["--task", "image-text-to-text", "--model", str(checkpoint), str(folder)]
+    checked(command, "optimum-intel could not export the checkpoint")
     return folder
 
 
 def genai_model(python: Path, checkpoint: Path, folder: Path, precision: str) -> Path:
     """The language model `checkpoint` as onnxruntime-genai's own builder makes it for the CPU."""
-    if not folder.exists():
-        command = [str(python), "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint)]
-        command += ["-o", str(folder), "-p", precision, "-e", "cpu", "-c", str(folder.with_name("cache"))]
-        checked(command, "onnxruntime-genai's builder could not take the language model")
+    command = [str(python), "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint)]
+    command += ["-o", str(folder), "-p", precision, "-e", "cpu", "-c", str(folder.with_name("cache"))]
+    checked(command, "onnxruntime-genai's builder could not take the language model")
     return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks import environments
@@ -29,32 +30,12 @@ UNPRUNED = "all"
 
 def run_openvino(work: Path, shape: Shape = QWEN25VL, rounds: int = ROUNDS) -> dict[str, Any]:
     """First token and tokens/s at the same budgets; ours from every bundle there is, and on OpenVINO's own kernels."""
-    try:
-        python = environments.environment("openvino", work, runtime=True)
-        subjects = _subjects(shape, work, ("fp32", "fp32, --optimize ort", "int8"))
-        theirs = environments.openvino_model(
-            python, subjects["fp32"].checkpoint, work / f"{shape.name}-openvino"
-        )
-    except UnavailableError as error:
-        return {"skipped": f"OpenVINO GenAI is not compared: {error}"}
-    # Whole percents are all it takes; it rounds the count to its liking, never to more than ours by one token.
-    ratios = {str(k): round(100 * (1 - k / shape.num_tokens)) for k in shape.budgets} | {UNPRUNED: 0}
-    commands = {f"resprune, {name}": ours(subject) for name, subject in subjects.items()}
-    # OpenVINO's provider cannot take a Loop (runtime/providers.py); the selection is a graph of its own here.
-    unrolled = prepare(shape, work, "--body", "unrolled")
-    commands["resprune, fp32, on OpenVINO's provider"] = ours(
-        unrolled, python=str(python), providers=["openvino", "cpu"]
-    )
-    for precision in ("f32", "bf16") if bfloat16_in_hardware() else ("f32",):
-        commands[f"OpenVINO GenAI, {precision}"] = worker(
-            "peer_openvino",
-            subjects["fp32"],
-            python=str(python),
-            model=str(theirs),
-            precision=precision,
-            ratios=ratios,
-        )
-    replies = processes_take_turns(commands, rounds)
+    with TemporaryDirectory(dir=work) as bundles:
+        try:
+            commands = _openvino_commands(shape, work, Path(bundles))
+        except UnavailableError as error:
+            return {"skipped": f"OpenVINO GenAI is not compared: {error}"}
+        replies = processes_take_turns(commands, rounds)
     engines = {name: figures(reply) for name, reply in replies.items()}
     stacked(
         {f"K {case}": _bars(engines, case) for case in (UNPRUNED, *map(str, reversed(shape.budgets)))},
@@ -63,6 +44,26 @@ def run_openvino(work: Path, shape: Shape = QWEN25VL, rounds: int = ROUNDS) -> d
         "milliseconds to the first token; OpenVINO GenAI's prepare is tokenizing, encoding and pruning",
     )
     return {"words": shape.words, "num_tokens": shape.num_tokens, "engines": engines, **_versions(replies)}
+
+
+def _openvino_commands(shape: Shape, work: Path, bundles: Path) -> dict[str, list[str]]:
+    python = environments.environment("openvino", work, runtime=True)
+    # OpenVINO's provider cannot take a Loop (runtime/providers.py). The selection is a graph of its own here, with one.
+    names = ("fp32", "fp32, --optimize ort", "int8")
+    subjects = _subjects(shape, work, bundles, names, "--body", "unrolled")
+    plain = subjects["fp32"]
+    model = environments.openvino_model(python, plain.checkpoint, bundles / "openvino")
+    # Whole percents are all it takes, and it rounds the count; the prompt's length in the table says to what.
+    ratios = {str(k): round(100 * (1 - k / shape.num_tokens)) for k in shape.budgets} | {UNPRUNED: 0}
+    commands = {f"resprune, {name}": ours(subject) for name, subject in subjects.items()}
+    commands["resprune, fp32, on OpenVINO's provider"] = ours(
+        plain, python=str(python), providers=["openvino", "cpu"]
+    )
+    for precision in ("f32", "bf16") if bfloat16_in_hardware() else ("f32",):
+        commands[f"OpenVINO GenAI, {precision}"] = worker(
+            "peer_openvino", plain, python=str(python), model=str(model), precision=precision, ratios=ratios
+        )
+    return commands
 
 
 def table_openvino(result: dict[str, Any]) -> str:
@@ -109,36 +110,33 @@ def table_openvino(result: dict[str, Any]) -> str:
 
 def run_genai(work: Path, shape: Shape = LLAVA, rounds: int = ROUNDS) -> dict[str, Any]:
     """Tokens/s after a prompt of N/9 visual tokens and of all, from every bundle there is."""
-    try:
-        python = environments.environment("genai", work)
-        subjects = _subjects(shape, work, BUNDLES)
-        alone = work / f"{shape.name}-language-model"
-        if not alone.exists():
-            write_language_model(subjects["fp32"].checkpoint, alone)
-        models = {
-            precision: environments.genai_model(
-                python, alone, work / f"{shape.name}-genai-{precision}", precision
-            )
-            for precision, own in GENAI.items()
-            if own in subjects
-        }
-    except UnavailableError as error:
-        return {"skipped": f"onnxruntime-genai is not compared: {error}"}
-    text = len(Prompter(read_bundle(subjects["fp32"].bundle, check_hashes=False)).prompt(QUESTION, 1).ids) - 1
-    smallest = shape.budgets[0]
-    commands = {f"resprune, {name}": ours(subject) for name, subject in subjects.items()}
-    for precision, model in models.items():
-        commands[f"onnxruntime-genai, {precision}"] = worker(
-            "peer_genai",
-            subjects["fp32"],
-            python=str(python),
-            model=str(model),
-            lengths={str(smallest): text + smallest, UNPRUNED: text + shape.num_tokens},
-        )
-    replies = processes_take_turns(commands, rounds)
+    with TemporaryDirectory(dir=work) as bundles:
+        try:
+            commands = _genai_commands(shape, work, Path(bundles))
+        except UnavailableError as error:
+            return {"skipped": f"onnxruntime-genai is not compared: {error}"}
+        replies = processes_take_turns(commands, rounds)
     engines = {name: figures(reply) for name, reply in replies.items()}
-    cases = (str(smallest), UNPRUNED)
+    cases = (str(shape.budgets[0]), UNPRUNED)
     return {"words": shape.words, "cases": cases, "engines": engines, **_versions(replies)}
+
+
+def _genai_commands(shape: Shape, work: Path, bundles: Path) -> dict[str, list[str]]:
+    python = environments.environment("genai", work)
+    subjects = _subjects(shape, work, bundles, BUNDLES)
+    plain = subjects["fp32"]
+    write_language_model(plain.checkpoint, bundles / "language-model")
+    text = len(Prompter(read_bundle(plain.bundle, check_hashes=False)).prompt(QUESTION, 1).ids) - 1
+    lengths = {str(shape.budgets[0]): text + shape.budgets[0], UNPRUNED: text + shape.num_tokens}
+    commands = {f"resprune, {name}": ours(subject) for name, subject in subjects.items()}
+    for precision, own in GENAI.items():
+        if own in subjects:
+            folder = bundles / f"genai-{precision}"
+            model = environments.genai_model(python, bundles / "language-model", folder, precision)
+            commands[f"onnxruntime-genai, {precision}"] = worker(
+                "peer_genai", plain, python=str(python), model=str(model), lengths=lengths
+            )
+    return commands
 
 
 def table_genai(result: dict[str, Any]) -> str:
@@ -174,12 +172,14 @@ def table_genai(result: dict[str, Any]) -> str:
     return "\n".join([*rows, "", _said(result)])
 
 
-def _subjects(shape: Shape, work: Path, names: Iterable[str]) -> dict[str, Subject]:
+def _subjects(
+    shape: Shape, work: Path, bundles: Path, names: Iterable[str], *options: str
+) -> dict[str, Subject]:
     """The bundles of `names` that this resprune can export; fp32 is always among them, or `UnavailableError`."""
-    subjects = {"fp32": prepare(shape, work)}
+    subjects = {"fp32": prepare(shape, work, bundles, *options)}
     for name in names:
         try:
-            subjects[name] = prepare(shape, work, *BUNDLES[name])
+            subjects[name] = prepare(shape, work, bundles, *options, *BUNDLES[name])
         except UnavailableError as error:
             print(f"{name} is left out: {error}", flush=True)
     return subjects

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.environments import UnavailableError
@@ -35,8 +36,8 @@ class Subject:
     selectors: dict[int, Path]
 
 
-def prepare(shape: Shape, work: Path, *options: str) -> Subject:
-    """Write and export what is not there yet; `options` are those of `resprune export`.
+def prepare(shape: Shape, work: Path, bundles: Path, *options: str) -> Subject:
+    """Write the checkpoint into `work` if it is not there, and export it into `bundles` with `options`.
 
     Raises `UnavailableError` for what `resprune export` refuses, such as an option that this version does not have.
     """
@@ -45,7 +46,7 @@ def prepare(shape: Shape, work: Path, *options: str) -> Subject:
         write_shape(shape, checkpoint)
     picture = work / f"{shape.name}.png"
     write_picture(shape, picture)
-    bundle = work / "-".join([shape.name, "bundle", *(option.lstrip("-") for option in options)])
+    bundle = bundles / "-".join([shape.name, *(option.lstrip("-") for option in options)])
     if not bundle.exists():
         largest = str(shape.budgets[-1])
         command = [*RESPRUNE, "export", str(checkpoint), str(bundle), "-k", largest, "--split", *options]
@@ -80,28 +81,16 @@ def run(work: Path, shapes: Sequence[Shape] = REAL, rounds: int = ROUNDS) -> dic
     """Every shape: the runtime at K = N/9, N/4.5, N/3 and all, PyTorch at N/9 and all."""
     result = {}
     for shape in shapes:
-        subject = prepare(shape, work)
-        variants = [("eager", "float32"), ("sdpa", "float32")]
-        variants += [("sdpa", "bfloat16")] if bfloat16_in_hardware() else []
-        commands = {OURS: ours(subject)}
-        for attention, dtype in variants:
-            commands[f"PyTorch, {attention}, {dtype}"] = worker(
-                "hugging_face",
-                subject,
-                checkpoint=str(subject.checkpoint),
-                bundle=str(subject.bundle),
-                attention=attention,
-                dtype=dtype,
-                budgets=shape.budgets[:1],
-            )
-        replies = processes_take_turns(commands, rounds)
+        # Bundles of several gigabytes, which nobody needs afterwards.
+        with TemporaryDirectory(dir=work) as bundles:
+            replies = _measure(shape, prepare(shape, work, Path(bundles)), rounds)
+        versions = [reply["versions"] for reply in replies.values() if "versions" in reply]
         result[shape.name] = {
             "words": shape.words,
             "num_tokens": shape.num_tokens,
             "engines": {name: figures(reply) for name, reply in replies.items()},
+            "versions": {name: text for found in versions for name, text in found.items()},
         }
-        versions = [reply["versions"] for reply in replies.values() if "versions" in reply]
-        result[shape.name]["versions"] = {name: text for found in versions for name, text in found.items()}
     stacked(
         {shape["words"]: bars(shape["engines"]) for shape in result.values()},
         STAGES,
@@ -109,6 +98,23 @@ def run(work: Path, shapes: Sequence[Shape] = REAL, rounds: int = ROUNDS) -> dic
         "milliseconds to the first token",
     )
     return result
+
+
+def _measure(shape: Shape, subject: Subject, rounds: int) -> dict[str, dict[str, Any]]:
+    variants = [("eager", "float32"), ("sdpa", "float32")]
+    variants += [("sdpa", "bfloat16")] if bfloat16_in_hardware() else []
+    commands = {OURS: ours(subject)}
+    for attention, dtype in variants:
+        commands[f"PyTorch, {attention}, {dtype}"] = worker(
+            "hugging_face",
+            subject,
+            checkpoint=str(subject.checkpoint),
+            bundle=str(subject.bundle),
+            attention=attention,
+            dtype=dtype,
+            budgets=shape.budgets[:1],
+        )
+    return processes_take_turns(commands, rounds)
 
 
 def figures(reply: Mapping[str, Any]) -> dict[str, Any]:
