@@ -21,7 +21,9 @@ BUNDLES = {
     "fp32": [],
     "fp32, --optimize ort": ["--optimize", "ort"],
     "int8": ["--dtype", "int8"],
+    "int8, --optimize ort": ["--dtype", "int8", "--optimize", "ort"],
     "q4": ["--dtype", "q4"],
+    "q4, --optimize ort": ["--dtype", "q4", "--optimize", "ort"],
 }
 # Of the same precision as theirs; the rest of the table says what each gains besides.
 GENAI = {"fp32": "fp32", "int4": "q4"}
@@ -49,7 +51,7 @@ def run_openvino(work: Path, shape: Shape = QWEN25VL, rounds: int = ROUNDS) -> d
 def _openvino_commands(shape: Shape, work: Path, bundles: Path) -> dict[str, list[str]]:
     python = environments.environment("openvino", work, runtime=True)
     # OpenVINO's provider cannot take a Loop (runtime/providers.py). The selection is a graph of its own here, with one.
-    names = ("fp32", "fp32, --optimize ort", "int8")
+    names = ("fp32", "fp32, --optimize ort", "int8", "int8, --optimize ort")
     subjects = _subjects(shape, work, bundles, names, "--body", "unrolled")
     plain = subjects["fp32"]
     model = environments.openvino_model(python, plain.checkpoint, bundles / "openvino")
