@@ -20,7 +20,7 @@ from resprune.runtime.image import ImageSource, load_image
 from resprune.runtime.language_model import Embedding, LanguageModel, OrtLanguageModel
 from resprune.runtime.picture import Picture
 from resprune.runtime.prompt import Prompt, Prompter
-from resprune.runtime.session import SessionOptions
+from resprune.runtime.session import OrtGraphs, SessionOptions
 from resprune.runtime.splice import Floats, Ints, KeptTokens, Picks, splice
 from resprune.runtime.vision import Looked, Vision
 
@@ -179,8 +179,9 @@ def open_bundle(path: str | Path, *, positions: str | None = None, threads: int 
     if not {"vision_encoder", "token_select"} <= bundle.manifest.graphs.keys():
         raise ResPruneError(f"{path} has no encoder apart from its selection; export it with --split")
     options = SessionOptions(threads=threads)
-    vision = Vision(bundle, family_of(bundle).preprocessor(bundle), options)
-    embedding = Embedding(bundle, options)
+    graphs = OrtGraphs(bundle, options)
+    vision = Vision(bundle, family_of(bundle).preprocessor(bundle), graphs)
+    embedding = Embedding(graphs)
 
     def encode(images: Sequence[Image.Image], pictures: Sequence[Picture]) -> list[Floats]:
         features = vision.look(pictures).image_features
