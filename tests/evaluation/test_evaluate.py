@@ -97,7 +97,7 @@ def test_the_report(questions, model, tmp_path):
     sheets = report.score(wanted, answers)
     report.write(tmp_path, sheets, wanted, model)
     (data,) = json.loads((tmp_path / "report.json").read_text())["data"]
-    assert data["types"] == {"color": 3, "count": 1}
+    assert data["types"] == {"color": 3, "count": 3}
     assert [(row["k"], row["selector"]) for row in data["scores"]] == [
         *(("3", name) for name in ("resprune", "random", "stride")),
         *(("50%", name) for name in ("resprune", "random", "stride")),
