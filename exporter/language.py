@@ -125,7 +125,7 @@ def embed_piece(table: nn.Module, config: Any) -> Piece:
 
 
 def decoder_piece(
-    language_model: nn.Module,
+    language_model: Any,
     lm_head: nn.Module,
     config: Any,
     cache_dtype: torch.dtype,
@@ -171,7 +171,8 @@ def decoder_piece(
         return (embeds, mask, positions, *past)
 
     module = _Decoder(language_model, lm_head)
-    return Piece("decoder_model_merged", module, inputs, outputs, samples, decode)
+    layers = tuple(language_model.layers)
+    return Piece("decoder_model_merged", module, inputs, outputs, samples, decode, layers)
 
 
 def decode(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -31,6 +31,8 @@ class Piece:
     outputs: tuple[TensorSpec, ...]
     samples: Samples
     reference: Reference
+    layers: tuple[nn.Module, ...] = ()
+    """Submodules that run one after the other, as repeat.py wants them: like ones are traced once."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resprune.exporter.pieces import Piece
+from resprune.exporter.repeat import expand, traced_once
 from resprune.exporter.weightless import is_fake
 from resprune.runtime.bundle import TensorSpec
 
@@ -45,6 +46,11 @@ class Weight:
     transposed: bool
     part: str = ""
 
+    @property
+    def name(self) -> str:
+        """The initializer's."""
+        return f"{self.parameter}.T" if self.transposed else self.parameter
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -54,12 +60,13 @@ class Traced:
     weights: dict[str, Weight]
 
 
-def trace(piece: Piece, whole: nn.Module, mode: FakeTensorMode) -> Traced:
-    """Trace one piece of the weightless model `whole`."""
+def trace(piece: Piece, whole: nn.Module, mode: FakeTensorMode, *, repeat: bool = True) -> Traced:
+    """Trace one piece of the weightless model `whole`; with `repeat`, one of its layers of each kind."""
+    layers = piece.layers if repeat else ()
     example = piece.samples(SIZES, torch.Generator())
     with mode:
         fakes = tuple(mode.from_tensor(tensor) for tensor in example)
-    with _quiet():
+    with _quiet(), traced_once(layers):
         program = torch.export.export(
             piece.module.eval(), fakes, dynamic_shapes=_dynamic_shapes(piece), strict=False
         )
@@ -74,9 +81,11 @@ def trace(piece: Piece, whole: nn.Module, mode: FakeTensorMode) -> Traced:
         )
     assert exported is not None
     model = exported.model
-    pending = _weights_to_inputs(model.graph, piece.module, whole)
+    names = {id(tensor): name for name, tensor in whole.named_parameters(remove_duplicate=False)}
+    pending = _weights_to_inputs(model.graph, piece.module, names)
     optimize_ir(model)
     weights = dict(_inputs_to_weights(model.graph, pending))
+    expand(model.graph, layers, names, weights)
     _declare(model.graph, piece)
     ClearMetadataAndDocStringPass()(model)  # stack traces of the tracer, with paths of this machine
     model.producer_name, model.producer_version = "resprune", None
@@ -95,9 +104,8 @@ def _dynamic_shapes(piece: Piece) -> tuple[object, ...]:
     return (*axes[:named], tuple(axes[named:])) if variadic else tuple(axes)
 
 
-def _weights_to_inputs(graph: ir.Graph, module: nn.Module, whole: nn.Module) -> dict[str, str]:
-    """Turn weightless initializers into graph inputs; returns input name → parameter name in `whole`."""
-    names = {id(tensor): name for name, tensor in whole.named_parameters(remove_duplicate=False)}
+def _weights_to_inputs(graph: ir.Graph, module: nn.Module, names: Mapping[int, str]) -> dict[str, str]:
+    """Turn weightless initializers into graph inputs; returns input name → what `names` calls the parameter."""
     pending = {}
     for name, value in list(graph.initializers.items()):
         if value.const_value is not None and is_fake(getattr(value.const_value, "raw", None)):
@@ -128,7 +136,8 @@ def _inputs_to_weights(graph: ir.Graph, pending: dict[str, str]) -> Iterator[tup
             for node in users:
                 ir.convenience.replace_all_uses_with(node.outputs[0], value)
                 graph.remove(node, safe=True)
-        value.name = f"{parameter}.T" if transposed else parameter
+        weight = Weight(parameter, _torch_dtype(value.dtype), transposed)
+        value.name = weight.name
         shape = value.shape.numpy()
         value.const_value = ir.ExternalTensor(
             location="unwritten",
@@ -139,7 +148,7 @@ def _inputs_to_weights(graph: ir.Graph, pending: dict[str, str]) -> Iterator[tup
             name=value.name,
         )
         graph.register_initializer(value)
-        yield value.name, Weight(parameter, _torch_dtype(value.dtype), transposed)
+        yield weight.name, weight
 
 
 def _is_matrix_transpose(node: ir.Node) -> bool:

@@ -36,6 +36,12 @@ class Vision(nn.Module):
         self.layers = [layers] if isinstance(layers, int) else list(layers)
         self.crop = crop
 
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The tower's layers, which DINOv2 calls by another name than the others."""
+        encoder: Any = self.tower.encoder
+        return tuple(encoder.layer if hasattr(encoder, "layer") else encoder.layers)
+
     def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
         hidden_states = self.tower(pixel_values, output_hidden_states=True).hidden_states
         chosen = [hidden_states[layer] for layer in self.layers]
@@ -115,7 +121,7 @@ def _vision_piece(model: Any, config: Any, size: tuple[int, int], mode: FakeTens
         raise ResPruneError(f"the checkpoint's config does not fit its vision tower: {error}") from None
     pixels = TensorSpec("pixel_values", "float32", ("batch_size", 3, *size))
     features = TensorSpec("image_features", "float32", ("batch_size", num_tokens, hidden_size))
-    return Piece("vision_encoder", module, (pixels,), (features,), samples, _reference)
+    return Piece("vision_encoder", module, (pixels,), (features,), samples, _reference, module.blocks)
 
 
 def _reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -125,7 +125,7 @@ def _vision_piece(model: Any, config: Any, anyres: AnyResolution, mode: FakeTens
     )
     features = TensorSpec("image_features", "float32", ("batch_size", "num_tokens", hidden_size))
     module = _PackedVision(tiles, model.model.image_newline)
-    return Piece("vision_encoder", module, inputs, (features,), samples, reference)
+    return Piece("vision_encoder", module, inputs, (features,), samples, reference, tiles.blocks)
 
 
 def _sample_sizes(anyres: AnyResolution, count: int) -> list[tuple[int, int]]:

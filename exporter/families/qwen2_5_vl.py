@@ -43,17 +43,15 @@ class _Vision(nn.Module):
 
     `patch_positions` [P, 2] int64 are the row and column of each patch; for a tower with windows, `window_patches`
     [W, L] int64 are the patches of each window (−1: none) and `window_slots` [P] int64 the place of each patch in it.
-
-    Windowed attention sees the L patches of a window and nothing else, so no mask is larger than [W, 1, 1, L]. Full
-    attention goes head by head: its scores, P² numbers a head, are by far the largest thing in the graph, and no two
-    heads need theirs at the same time.
     """
 
     def __init__(self, tower: Any, windowed: frozenset[int], dtype: torch.dtype) -> None:
         super().__init__()
         self.tower = tower
-        self.windowed = windowed
-        self.dtype = dtype
+        # No ModuleList: the weights are the tower's, under its names.
+        self.blocks = tuple(
+            _Block(block, index in windowed, dtype) for index, block in enumerate(tower.blocks)
+        )
 
     def forward(
         self,
@@ -66,20 +64,40 @@ class _Vision(nn.Module):
         # The convolution's kernel is as large as its input, so it is a product with the flattened kernel.
         hidden = nn.functional.linear(pixel_values, self.tower.patch_embed.proj.weight.flatten(1))  # [P, C]
         rotary = self.tower.rotary_pos_emb(hidden, patch_positions)
-        for index, block in enumerate(self.tower.blocks):
-            attend = self._windowed if index in self.windowed else self._full
-            hidden = hidden + self._attention(block.attn, block.norm1(hidden), rotary, attend, window)
-            hidden = hidden + block.mlp(block.norm2(hidden))
+        for block in self.blocks:
+            hidden = block(hidden, rotary, window)
         return (self.tower.merger(hidden)[None],)
+
+
+class _Block(nn.Module):
+    """One block of the tower over the patches [P, C].
+
+    Windowed attention sees the L patches of a window and nothing else, so no mask is larger than [W, 1, 1, L]. Full
+    attention goes head by head: its scores, P² numbers a head, are by far the largest thing in the graph, and no two
+    heads need theirs at the same time.
+    """
+
+    def __init__(self, block: Any, windowed: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.block = block
+        self.windowed = windowed
+        self.dtype = dtype
+
+    def forward(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], window: tuple[Tensor | None, Tensor | None]
+    ) -> Tensor:
+        hidden = hidden + self._attention(self.block.attn, self.block.norm1(hidden), rotary, window)
+        mixed: Tensor = hidden + self.block.mlp(self.block.norm2(hidden))
+        return mixed
 
     def _attention(
         self,
         layer: Any,
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor],
-        attend: Any,
         window: tuple[Tensor | None, Tensor | None],
     ) -> Tensor:
+        attend: Any = self._windowed if self.windowed else self._full
         query, key, value = layer.qkv(hidden).unflatten(1, (3, layer.num_heads, -1)).unbind(1)  # [P, H, d]
         query, key = apply_rotary_pos_emb_vision(query, key, *rotary)
         mixed: Tensor = layer.proj(attend(query, key, value, layer.scaling, *window))
@@ -185,7 +203,7 @@ def _vision_piece(model: Any, config: Any, dtype: torch.dtype) -> Piece:
         return (patches, *(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
     module = _Vision(model.model.visual, windowed, dtype)
-    return Piece("vision_encoder", module, tuple(inputs), (features,), samples, _reference)
+    return Piece("vision_encoder", module, tuple(inputs), (features,), samples, _reference, module.blocks)
 
 
 def _reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

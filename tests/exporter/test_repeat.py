@@ -1,0 +1,83 @@
+"""Layers that are traced once: the graph must be the one that tracing every layer gives."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from resprune.exporter import repeat
+from resprune.exporter.checkpoint import resolve
+from resprune.exporter.families import family_of
+from resprune.exporter.trace import trace
+from resprune.exporter.verify import SIZES
+from resprune.exporter.weightless import fake_mode
+from resprune.exporter.weights import find_weights, write_graph
+from tests import tiny, tiny_qwen
+
+ALTERNATING = {
+    "use_sliding_window": True,
+    "sliding_window": 8,
+    "layer_types": ["full_attention", "sliding_attention"] * 2,
+}
+# Each with more layers than kinds of layer, and the kinds in turn.
+MODELS: dict[str, tuple[Any, Any]] = {
+    "Qwen2 with windows in every other layer": (
+        tiny,
+        replace(tiny.VARIANTS["dinov2-qwen2"], layers=4, language_options=ALTERNATING),
+    ),
+    "a tower of which three layers are used": (tiny, tiny.VARIANTS["clip-list"]),
+    "Qwen2.5-VL": (tiny_qwen, replace(tiny_qwen.VARIANTS["qwen25"], depth=5)),
+}
+PIECES = [
+    ("Qwen2 with windows in every other layer", "decoder", 4, 2),
+    ("a tower of which three layers are used", "vision", 3, 1),
+    ("Qwen2.5-VL", "vision", 5, 2),
+    ("Qwen2.5-VL", "decoder", 2, 1),
+]
+
+
+@pytest.mark.parametrize(("model", "part", "layers", "kinds"), PIECES)
+def test_the_graph_is_that_of_tracing_everything(model, part, layers, kinds, tmp_path, monkeypatch):
+    module, variant = MODELS[model]
+    checkpoint, mode = resolve(str(module.write_checkpoint(tmp_path / "model", variant))), fake_mode()
+    pieces = family_of(checkpoint).take_apart(checkpoint, torch.float16, mode)
+    piece, stored = getattr(pieces, part), find_weights(checkpoint, pieces.model)
+    copied = set()
+    copy = repeat._copied
+    monkeypatch.setattr(
+        repeat, "_copied", lambda node, values, index: copied.add(index) or copy(node, values, index)
+    )
+    inputs = piece.samples(SIZES, torch.Generator().manual_seed(0))
+    feeds = {spec.name: tensor.numpy() for spec, tensor in zip(piece.inputs, inputs, strict=True)}
+    graphs, outputs = [], []
+    for name, once in (("whole", False), ("once", True)):
+        traced = trace(piece, pieces.model, mode, repeat=once)
+        assert len(copied) == (layers - kinds if once else 0)
+        write_graph(traced, tmp_path / f"{name}.onnx", stored)
+        graphs.append(traced)
+        session = onnxruntime.InferenceSession(tmp_path / f"{name}.onnx", providers=["CPUExecutionProvider"])
+        outputs.append(session.run(None, feeds))
+    whole, once_traced = graphs
+    assert once_traced.weights == whole.weights
+    assert operators(once_traced.model) == operators(whole.model)
+    for spec, one, other in zip(piece.outputs, *outputs, strict=True):
+        np.testing.assert_array_equal(one, other, err_msg=spec.name)
+
+
+def operators(model: Any) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def test_layers_that_differ_in_anything_but_weights_are_not_alike(tiny_checkpoint: Callable[[str], Path]):
+    checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
+    pieces = family_of(checkpoint).take_apart(checkpoint, torch.float32, mode)
+    first, second = pieces.decoder.layers
+    assert repeat._signature(first) == repeat._signature(second)
+    second.input_layernorm.variance_epsilon *= 2  # type: ignore[union-attr, operator]
+    assert repeat._signature(first) != repeat._signature(second)
