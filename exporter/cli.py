@@ -78,6 +78,12 @@ def register_export(subparsers: Any) -> None:
         help="largest picture, for families that take any size (default: the checkpoint's own limit)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--verify",
+        choices=("auto", "full", "layers"),
+        default="auto",
+        help="compare whole answers with PyTorch, or the decoder by layers (default: by layers if memory is short)",
+    )
     parser.add_argument("--force", action="store_true", help="replace the bundle at OUT")
     parser.set_defaults(run=run_export)
 
@@ -106,6 +112,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         form=arguments.form,
         language_checkpoint=arguments.runtime == "trtllm",
         revision=arguments.revision,
+        verify=arguments.verify,
         force=arguments.force,
         command=shlex.join(["resprune", *sys.argv[1:]]),
     )

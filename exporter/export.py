@@ -26,12 +26,14 @@ from resprune.exporter.shards import StoredTensor
 from resprune.exporter.sidefiles import check_side_files, copy_side_files
 from resprune.exporter.trace import Traced, trace
 from resprune.exporter.transaction import new_directory, require_space
-from resprune.exporter.verify import Difference, Verifier
+from resprune.exporter.verify import Difference, ParityError, Verifier
+from resprune.exporter.verify_weights import compare_weights
 from resprune.exporter.weightless import fake_mode
 from resprune.exporter.weights import data_size, find_weights, write_graph
 from resprune.graphs import attach_selection, choose_form, token_select_model
 from resprune.runtime.bundle import (
     FORMAT_VERSION,
+    FileSpec,
     GraphSpec,
     Manifest,
     Selection,
@@ -54,6 +56,7 @@ class Options:
 
     `positions` None means the family's default, `max_pixels` None the checkpoint's own limit, `form` None what
     `choose_form` says; `language_checkpoint` writes the language model once more as a plain Hugging Face checkpoint.
+    `verify` "full" compares whole answers, "layers" the decoder layer by layer, "auto" whichever fits in memory.
     """
 
     k: int | None = None
@@ -69,6 +72,7 @@ class Options:
     language_checkpoint: bool = False
     max_pixels: int | None = None
     revision: str | None = None
+    verify: str = "auto"
     force: bool = False
     command: str = "resprune export"
 
@@ -112,6 +116,8 @@ class _Export:
     graphs: dict[str, GraphSpec] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    layers: list[int] = field(default_factory=list)
+    hashed: dict[Path, FileSpec] = field(default_factory=dict)
     stage: int = 0
 
     def run(self) -> None:
@@ -137,7 +143,7 @@ class _Export:
 
         (self.work / "onnx").mkdir()
         with OrtWorker(widened=self.options.dtype == "bf16") as worker:
-            verifier = Verifier(pieces, stored, self.options.dtype)
+            verifier = Verifier(pieces, stored, self.options.dtype, self.options.verify)
             for piece in (pieces.embed, pieces.vision, pieces.decoder):
                 started = perf_counter()
                 traced = trace(piece, pieces.model, mode)
@@ -147,8 +153,10 @@ class _Export:
                     self._vision(traced, pieces, stored, selection, verifier, worker, started)
                 else:
                     self._graph(piece, traced, stored, verifier, worker, started)
+            verify.require(self.differences, self.counts, exact=verifier.exact)
+            self._weights(stored)
             started = perf_counter()
-            note = verifier.level
+            note = "not compared: the decoder was, by layers"
             if verifier.has_decoder:
                 paths = {name: self.work / spec.file for name, spec in self.graphs.items()}
                 equal = verifier.compare_greedy(worker, paths, selection, positions)
@@ -206,23 +214,44 @@ class _Export:
         if verifier.has_decoder or piece.name != "decoder_model_merged":
             self._compared(path, started, verifier.compare(worker, piece, path), "")
         else:
-            self._compared(path, started, [], "not compared")
+            differences, self.layers = verifier.compare_layers(worker, path)
+            layers = " and ".join(map(str, self.layers))
+            self._compared(path, started, differences, f"layers {layers}, the others like them")
+
+    def _weights(self, stored: Mapping[str, StoredTensor]) -> None:
+        """Every weight of every graph against the checkpoint's."""
+        started = perf_counter()
+        paths = [self.work / spec.file for spec in self.graphs.values()]
+        size = sum(spec.size for path, spec in self.hashed.items() if path not in paths)
+        wrong: list[str] = []
+        total = 0
+        with self._progress("weights", size) as bar:
+            for path in paths:
+                names, count = compare_weights(path, stored, bar.update)
+                wrong += [f"{name} in {path.name}" for name in names]
+                total += count
+        if wrong:
+            more = ", …" if len(wrong) > 3 else ""
+            raise ParityError(
+                f"{len(wrong)} of {total} weights are not the checkpoint's, so no bundle was written: "
+                f"{', '.join(wrong[:3])}{more}"
+            )
+        self._line("weights", started, size, f"equal {self._count('weights', (total, total))}")
+
+    def _progress(self, what: str, size: int) -> tqdm[Any]:
+        return tqdm(total=size, desc=what, unit="B", unit_scale=True, leave=False, disable=None)
 
     def _language(self, language: LanguageCheckpoint) -> None:
         started = perf_counter()
-        with tqdm(
-            total=language.nbytes, desc="language_model", unit="B", unit_scale=True, leave=False, disable=None
-        ) as bar:
+        with self._progress("language_model", language.nbytes) as bar:
             language.write(self.work / "language_model", self.work, bar.update)
         self._line("language_model", started, language.nbytes, CLASSES[language.config.model_type])
 
     def _write(self, name: str, traced: Traced, stored: Mapping[str, StoredTensor]) -> Path:
         kind = precision.precision_of(name, self.options.dtype)
         path = self.work / "onnx" / f"{name}{precision.SUFFIXES[kind]}.onnx"
-        with tqdm(
-            total=data_size(traced), desc=name, unit="B", unit_scale=True, leave=False, disable=None
-        ) as bar:
-            write_graph(traced, path, stored, bar.update)
+        with self._progress(name, data_size(traced)) as bar:
+            self.hashed |= write_graph(traced, path, stored, bar.update)
         self.graphs[name] = GraphSpec(
             file=path.relative_to(self.work).as_posix(),
             precision=kind,
@@ -248,7 +277,7 @@ class _Export:
 
     def _line(self, what: str, started: float, size: int | None, note: str) -> None:
         self.stage += 1
-        stages = 6 + 2 * self.options.split + self.options.language_checkpoint
+        stages = 7 + 2 * self.options.split + self.options.language_checkpoint
         megabytes = "" if size is None else f"{size / 1e6:,.1f} MB"
         seconds = f"{perf_counter() - started:.1f} s"
         self.report(f"[{self.stage}/{stages}] {what:28} {seconds:>8} {megabytes:>12}   {note}")
@@ -309,6 +338,8 @@ class _Export:
         for row in self.differences:
             figures = {"max_diff": row.max_diff, "scale": row.scale, "atol": row.atol}
             parity["outputs"].setdefault(row.graph, {})[row.output] = figures
+        if self.layers:
+            parity["layers"] = self.layers
         parity |= {what.replace(" ", "_"): f"{equal}/{total}" for what, (equal, total) in self.counts.items()}
         write_manifest(
             self.work,
@@ -323,7 +354,9 @@ class _Export:
                 context_length=pieces.context_length,
                 graphs=self.graphs,
                 files={
-                    name: spec for name, spec in describe_files(self.work).items() if not name.startswith(".")
+                    name: spec
+                    for name, spec in describe_files(self.work, self.hashed).items()
+                    if not name.startswith(".")
                 },
                 versions={"python": sys.version.split()[0]}
                 | {name: importlib.metadata.version(name) for name in PACKAGES},

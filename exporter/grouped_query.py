@@ -26,10 +26,18 @@ HEAD_MULTIPLE = 8
 
 
 @dataclass
-class _Step:
-    """What the operator needs beside query, key and value; `past` becomes the present, layer by layer."""
+class _Layer:
+    """Past keys and values [B, G, P, d] of one layer, then its present ones."""
 
-    past: list[Tensor]
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass
+class _Step:
+    """What the operator needs beside query, key and value; the past becomes the present, layer by layer."""
+
+    layers: list[_Layer]
     last_key: Tensor
     """[B] int32: the last key that each row sees, which the operator calls seqlens_k."""
     total_length: Tensor
@@ -57,7 +65,7 @@ class _Decoder(nn.Module):
         lowest = torch.finfo(self.cache_dtype).min
         bias = torch.where(attention_mask.bool(), 0.0, lowest).to(self.cache_dtype)  # [B, P + S]
         step = _Step(
-            past=list(past),
+            layers=[_Layer(*pair) for pair in zip(past[::2], past[1::2], strict=True)],
             last_key=torch.full((B,), total - 1, dtype=torch.int32),
             total_length=torch.full((), total, dtype=torch.int32),
             lengths=torch.full((B,), S, dtype=torch.int32),
@@ -69,7 +77,8 @@ class _Decoder(nn.Module):
             use_cache=False,  # the operator itself puts the new keys and values behind the past
             step=step,
         ).last_hidden_state
-        return (self.lm_head(hidden[:, -1:]), *step.past)
+        present = (kept for layer in step.layers for kept in (layer.keys, layer.values))
+        return (self.lm_head(hidden[:, -1:]), *present)
 
 
 def optimize_decoder(pieces: Pieces, cache_dtype: torch.dtype) -> Pieces:
@@ -104,6 +113,7 @@ def optimize_decoder(pieces: Pieces, cache_dtype: torch.dtype) -> Pieces:
             (last, *portable.outputs[1:]),
             portable.samples,
             reference,
+            portable.layers,
         ),
     )
 
@@ -127,21 +137,31 @@ def _attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Rotated query [B, H, S, d] and key, and value [B, G, S, d] → [B, S, H · d]; `step.past` moves on."""
+    """Rotated query [B, H, S, d] and key, and value [B, G, S, d] → [B, S, H · d]; its layer of `step` moves on."""
     B, H, S, d = query.shape
-    kept = slice(2 * module.layer_idx, 2 * module.layer_idx + 2)
-    past = step.past[kept]
-    present = (*past[0].shape[:2], past[0].shape[2] + S, d)
+    layer = step.layers[module.layer_idx]
+    dtype, shape = layer.keys.dtype, layer.keys.shape
+    present = (*shape[:2], shape[2] + S, d)
     attributes: dict[str, Any] = {"num_heads": H, "kv_num_heads": key.shape[1], "scale": float(scaling)}
     if sliding_window is not None:
         attributes["local_window_size"] = sliding_window
-    rows = (heads.transpose(1, 2).flatten(2).to(past[0].dtype) for heads in (query, key, value))
+    rows = (heads.transpose(1, 2).flatten(2).to(dtype) for heads in (query, key, value))
     unused: Sequence[None] = (None,) * 3  # cos_cache, sin_cache, position_ids
-    mixed, *step.past[kept] = torch.onnx.ops.symbolic_multi_out(
+    mixed, layer.keys, layer.values = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        [*rows, *past, step.last_key, step.total_length, *unused, step.bias, *(None,) * 5, step.lengths],
+        [
+            *rows,
+            layer.keys,
+            layer.values,
+            step.last_key,
+            step.total_length,
+            *unused,
+            step.bias,
+            *(None,) * 5,
+            step.lengths,
+        ],
         attributes,
-        dtypes=(past[0].dtype,) * 3,
+        dtypes=(dtype,) * 3,
         shapes=((B, S, H * d), present, present),
         version=1,
     )

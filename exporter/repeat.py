@@ -28,6 +28,8 @@ DOMAIN = "resprune.layer"
 HIDDEN_STATES = "hidden_states.{}"
 """Name in the graph of what layer i − 1 hands to layer i, as transformers counts hidden states."""
 
+CACHES = ("past_key_values", "step")
+
 PLAIN = (type(None), bool, int, float, str, tuple, list, dict, partial)
 """Compared by what they say; all else must be the same object."""
 
@@ -36,19 +38,20 @@ PLAIN = (type(None), bool, int, float, str, tuple, list, dict, partial)
 def traced_once(layers: Sequence[nn.Module]) -> Iterator[None]:
     """While it lasts, only the first of `layers` of each kind runs; the others stand for themselves as one node.
 
-    Each layer takes a hidden state first and returns the next one; its cache is `past_key_values.layers[its index]`.
+    Each layer takes a hidden state first and returns the next one. Its keys and values are those of `layers[its
+    index]` of what it is given as one of CACHES, if it is.
     """
     signatures = [_signature(layer) for layer in layers]
     kinds: dict[Hashable, tuple[int, object]] = {}
 
     def call(index: int, forward: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        others = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+        others = {name: value for name, value in kwargs.items() if name not in CACHES}
         kind = (signatures[index], _identity((args, others)))
         first, _ = kinds.setdefault(
             kind, (index, (args, others))
         )  # kept alive, so that their ids stay theirs
-        cache = kwargs.get("past_key_values")
-        cache = None if cache is None else cache.layers[index]
+        caches = [kwargs[name] for name in CACHES if kwargs.get(name) is not None]
+        cache = caches[0].layers[index] if caches else None
         if first == index:
             hidden = _mark("Begin", index, index, hidden, cache)
             hidden = forward(hidden, *args, **kwargs)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from resprune.runtime.errors import ResPruneError
@@ -53,9 +53,14 @@ class StoredTensor:
         """The weight as a tensor over mapped, read-only memory, unmapped when the tensor is dropped."""
         if self.nbytes == 0:
             return torch.empty(self.shape, dtype=self.dtype)
-        # "c" (copy on write) because torch wants writable memory; nothing writes to it.
-        mapped = np.memmap(self.file, dtype=np.uint8, mode="c", offset=self.offset, shape=(self.nbytes,))
-        flat = torch.from_numpy(mapped)
+        page = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        skipped = self.offset - page
+        with self.file.open("rb") as file:
+            # ACCESS_COPY because torch wants writable memory; nothing writes to it.
+            mapped = mmap.mmap(file.fileno(), skipped + self.nbytes, access=mmap.ACCESS_COPY, offset=page)
+        if hasattr(mapped, "madvise"):
+            mapped.madvise(mmap.MADV_WILLNEED)  # read ahead: all of it is wanted, whatever the order
+        flat = torch.frombuffer(mapped, dtype=torch.uint8, count=self.nbytes, offset=skipped)
         if self.offset % self.dtype.itemsize:  # a header of odd length: legal, but not viewable in place
             flat = flat.clone()
         return flat.view(self.dtype).reshape(self.shape)

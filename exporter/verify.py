@@ -20,6 +20,13 @@ from resprune.exporter.pieces import Piece, Pieces
 from resprune.exporter.precision import SUFFIXES, precision_of
 from resprune.exporter.reference import keep, picks_within_rounding, residual_select, text_gain
 from resprune.exporter.shards import StoredTensor
+from resprune.exporter.verify_layers import (
+    chosen_layers,
+    cut_out,
+    of_layers,
+    reference_outputs,
+    unlike_layers,
+)
 from resprune.exporter.weightless import blank, fill
 from resprune.runtime.bundle import Selection
 
@@ -59,14 +66,17 @@ class Difference:
 class Verifier:
     """The Hugging Face model with its real weights, filled in as far as memory allows, beside ONNX Runtime."""
 
-    def __init__(self, pieces: Pieces, stored: Mapping[str, StoredTensor], precision: str) -> None:
-        self._pieces = pieces
+    def __init__(
+        self, pieces: Pieces, stored: Mapping[str, StoredTensor], precision: str, level: str = "auto"
+    ) -> None:
+        self._pieces, self._stored = pieces, stored
         self._precision = precision
         self.exact: Collection[str] = ()
         if precision_of("vision_select", precision) == "fp32":
             self.exact = COUNTS if precision == "fp32" else COUNTS[:2]
         config: Any = copy.deepcopy(pieces.model.config)
         config._attn_implementation = "sdpa"
+        self._config: Any = config
         self._model: Any = blank(type(pieces.model), config)
         parts = (pieces.vision, pieces.embed, pieces.decoder)
         names = {piece.name: _parameter_names(piece, pieces) for piece in parts}
@@ -74,16 +84,14 @@ class Verifier:
         needed = 2 * sum(
             4 * stored[name].nbytes // stored[name].dtype.itemsize for name in set().union(*names.values())
         )
-        self.has_decoder = needed < available_memory()
+        self.has_decoder = needed < available_memory() if level == "auto" else level == "full"
         for piece in parts if self.has_decoder else parts[:2]:
             fill(self._model, stored, names[piece.name])
 
     @property
     def level(self) -> str:
-        """What the manifest says was compared."""
-        return (
-            "end to end" if self.has_decoder else "vision and embeddings: the decoder does not fit in memory"
-        )
+        """What the manifest says was compared: whole answers, or the decoder by layers."""
+        return "end to end" if self.has_decoder else "layers"
 
     def compare(self, worker: OrtWorker, piece: Piece, graph: Path) -> list[Difference]:
         """One graph against PyTorch on seeded inputs."""
@@ -96,6 +104,32 @@ class Verifier:
             self._difference(graph.stem, spec.name, got[spec.name], want)
             for spec, want in zip(piece.outputs, wanted, strict=True)
         ]
+
+    def compare_layers(self, worker: OrtWorker, graph: Path) -> tuple[list[Difference], list[int]]:
+        """The decoder's first and last layers against PyTorch, and the others against those; and which were run.
+
+        Raises `ParityError` for a layer that is wired otherwise. The rest of the model is dropped to make room.
+        """
+        self._model = None
+        piece, config = self._pieces.decoder, self._config.text_config
+        chosen = chosen_layers(config)
+        unlike = unlike_layers(graph, chosen, config.num_hidden_layers)
+        if unlike:
+            numbers = ", ".join(map(str, unlike))
+            raise ParityError(f"{graph.name} computes something else in layer {numbers} than in the others")
+        inputs = piece.samples(SIZES, torch.Generator().manual_seed(SEEDS[0]))
+        wanted = reference_outputs(self._pieces, self._stored, chosen, of_layers(piece, chosen, inputs))
+        cut = cut_out(graph, chosen)
+        try:
+            names = [spec.name for spec in piece.inputs]
+            got = worker.run(cut, dict(zip(names, map(_numpy, inputs), strict=True)))
+        finally:
+            cut.unlink()
+        differences = [
+            self._difference(graph.stem, name, values, want)
+            for (name, values), want in zip(got.items(), wanted, strict=True)
+        ]
+        return differences, chosen
 
     def compare_selection(
         self, worker: OrtWorker, graph: Path, selection: Selection

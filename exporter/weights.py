@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,15 @@ from resprune.exporter.checkpoint import Checkpoint
 from resprune.exporter.quantize import quantized_chunks
 from resprune.exporter.shards import StoredTensor
 from resprune.exporter.trace import Traced, Weight
+from resprune.runtime.bundle import FileSpec
 from resprune.runtime.errors import ResPruneError
 
 PAGE = 4096
 """Alignment of large weights, so that they can be mapped; small ones get SMALL, which is what CUDA wants."""
 SMALL = 256
 LARGE_BYTES = 64 << 10
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 16 << 20
+TILE = 256
 # Written by older versions of transformers, recomputed by the model itself.
 COMPUTED = (".position_ids", ".rotary_emb.inv_freq")
 
@@ -93,28 +97,65 @@ def data_size(traced: Traced) -> int:
 
 def write_graph(
     traced: Traced, path: Path, stored: Mapping[str, StoredTensor], progress: Progress = lambda count: None
-) -> None:
-    """Write `path` and its weights to `path` + "_data"; both are flushed to the disk.
+) -> dict[Path, FileSpec]:
+    """Write `path` and its weights to `path` + "_data"; returns the size and SHA-256 of what was written.
 
     `progress(count)` is called as `count` more bytes of weights are written. Raises `OSError` if the disk is full.
     """
     model = onnx.ModelProto()
     model.CopyFrom(traced.model)
+    written = {}
     if traced.weights:
         data = path.with_name(f"{path.name}_data")
-        with data.open("wb") as file:
+        with _HashedFile(data) as file:
             for tensor in _external(model):
                 weight = traced.weights[tensor.name]
-                begin = _aligned(file.tell(), _byte_count(tensor))
-                file.write(b"\0" * (begin - file.tell()))
+                begin = _aligned(file.size, _byte_count(tensor))
+                file.write(bytes(begin - file.size))
                 for chunk in _chunks(weight, stored[weight.parameter]):
-                    file.write(chunk.contiguous().view(torch.uint8).numpy().data)
+                    file.write(chunk.view(torch.uint8).numpy().data)
                     progress(chunk.nbytes)
-                _refer(tensor, data.name, begin, file.tell() - begin)
-            _flush(file)
-    with path.open("wb") as file:
+                _refer(tensor, data.name, begin, file.size - begin)
+        written[data] = file.spec
+    with _HashedFile(path) as file:
         file.write(model.SerializeToString())
-        _flush(file)
+    written[path] = file.spec
+    return written
+
+
+class _HashedFile:
+    """A new file that is written and hashed by a thread of its own, while the next bytes are being prepared."""
+
+    def __init__(self, path: Path) -> None:
+        self.size = 0
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: deque[Future[None]] = deque()
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Take over `content`, which must not change any more; an `OSError` may be that of an earlier write."""
+        self.size += len(content)
+        self._pending.append(self._thread.submit(self._put, content))
+        while len(self._pending) > 2:  # no more than that is kept in memory
+            self._pending.popleft().result()
+
+    def _put(self, content: bytes | memoryview) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+
+    def __enter__(self) -> _HashedFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        with self._file, self._thread:
+            while self._pending and kind is None:
+                self._pending.popleft().result()
+
+    @property
+    def spec(self) -> FileSpec:
+        """What was written, once the file is closed."""
+        return FileSpec(self.size, self._digest.hexdigest())
 
 
 def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
@@ -128,13 +169,26 @@ def _chunks(weight: Weight, stored: StoredTensor) -> Iterator[Tensor]:
         yield from quantized_chunks(weight.part, tensor)
         return
     if weight.transposed:
-        tensor = tensor.t()
-    if tensor.dim() < 2:
-        yield tensor.to(weight.dtype).reshape(-1)
+        columns = max(1, CHUNK_BYTES // max(1, tensor.shape[0] * weight.dtype.itemsize))
+        for start in range(0, tensor.shape[1], columns):
+            yield _transpose(tensor[:, start : start + columns], weight.dtype).reshape(-1)
         return
-    rows = max(1, CHUNK_BYTES // max(1, tensor[0].numel() * weight.dtype.itemsize))
-    for start in range(0, tensor.shape[0], rows):
-        yield tensor[start : start + rows].to(weight.dtype).reshape(-1)
+    flat = tensor.reshape(-1)
+    count = max(1, CHUNK_BYTES // weight.dtype.itemsize)
+    for start in range(0, flat.numel(), count):
+        yield flat[start : start + count].to(weight.dtype)
+
+
+def _transpose(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrix [M, N] → [N, M] in `dtype`, tile by tile: a tile fits the cache, where a row of either side does not."""
+    numbers = {2: torch.int16, 4: torch.int32}[dtype.itemsize]  # which NumPy has, and moves like any others
+    transposed = torch.empty(matrix.shape[::-1], dtype=dtype)
+    target = transposed.view(numbers).numpy()
+    for row in range(0, matrix.shape[0], TILE):
+        band = matrix[row : row + TILE].to(dtype).view(numbers).numpy()
+        for column in range(0, matrix.shape[1], TILE):
+            target[column : column + TILE, row : row + TILE] = band[:, column : column + TILE].T
+    return transposed
 
 
 def _layout(model: onnx.ModelProto) -> Iterator[tuple[int, int]]:
@@ -160,8 +214,3 @@ def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) ->
     del tensor.external_data[:]
     for key, value in (("location", location), ("offset", offset), ("length", length)):
         tensor.external_data.add(key=key, value=str(value))
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -283,11 +283,16 @@ def write_manifest(root: str | Path, manifest: Manifest) -> None:
     new.replace(Path(root) / MANIFEST_NAME)
 
 
-def describe_files(root: str | Path) -> dict[str, FileSpec]:
-    """Size and SHA-256 of every file under `root` but the manifest, by its relative posix name, sorted."""
-    root = Path(root)
+def describe_files(root: str | Path, known: Mapping[Path, FileSpec] | None = None) -> dict[str, FileSpec]:
+    """Size and SHA-256 of every file under `root` but the manifest, by its relative posix name, sorted.
+
+    `known` has those that need not be read, because they were hashed when they were written.
+    """
+    root, known = Path(root), known or {}
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir())
-    return {name: describe_file(root, name) for name in names if name != MANIFEST_NAME}
+    return {
+        name: known.get(root / name) or describe_file(root, name) for name in names if name != MANIFEST_NAME
+    }
 
 
 def describe_file(root: Path, name: str) -> FileSpec:

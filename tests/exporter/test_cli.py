@@ -47,8 +47,8 @@ def test_a_parity_miss_is_status_1_with_a_table_and_no_bundle(tiny_checkpoint, t
     write_graph = export_module.write_graph
     first, second = (f"model.multi_modal_projector.linear_{layer}.bias" for layer in (1, 2))
 
-    def wrong(traced: Any, path: Path, stored: dict[str, Any], progress: Any) -> None:
-        write_graph(
+    def wrong(traced: Any, path: Path, stored: dict[str, Any], progress: Any) -> Any:
+        return write_graph(
             traced, path, stored | {first: stored[second], second: stored[first]} if stored else {}, progress
         )
 

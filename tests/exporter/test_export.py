@@ -75,18 +75,20 @@ def test_half_precision_has_its_suffix_and_its_loss(tiny_bundle):
 
 
 def test_stage_lines(tiny_checkpoint, tmp_path, monkeypatch):
-    """And what cannot be held in memory is said not to have been compared."""
+    """And of a decoder that cannot be held in memory it is said which layers were compared."""
     monkeypatch.setattr("resprune.exporter.verify.available_memory", lambda: 0)
     lines: list[str] = []
     options = Options(k=5, body="unrolled", form="linear", positions="original")
     export(str(tiny_checkpoint("clip-llama")), tmp_path / "out", options, lines.append)
-    assert [line[:5] for line in lines] == [f"[{stage}/6]" for stage in range(1, 7)]
-    stage = r"\[3/6\] vision_select\.onnx +[\d.]+ s +[\d.]+ MB +max diff \S+ \(atol \S+\) +picks 15/15"
+    assert [line[:5] for line in lines] == [f"[{stage}/7]" for stage in range(1, 8)]
+    stage = r"\[3/7\] vision_select\.onnx +[\d.]+ s +[\d.]+ MB +max diff \S+ \(atol \S+\) +picks 15/15"
     assert re.fullmatch(stage, lines[2])
+    assert "layers 0 and 1, the others like them" in lines[3]
+    assert re.fullmatch(r"\[5/7\] weights +[\d.]+ s +[\d.]+ MB +equal (\d+)/\1", lines[4])
     manifest = read_bundle(tmp_path / "out").manifest
     selection = manifest.selection
     assert (manifest.positions, selection.body, selection.form) == ("original", "unrolled", "linear")
-    assert manifest.parity["level"] != "end to end"
+    assert manifest.parity["level"] == "layers"
     assert "greedy_tokens" not in manifest.parity
 
 
@@ -175,7 +177,7 @@ def test_a_killed_export_leaves_the_old_bundle_and_the_next_cleans_up(tiny_check
         [*command, checkpoint, str(tmp_path / "out"), "-k", "3", "--force"], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    while not process.stdout.readline().startswith("[2/6]"):
+    while not process.stdout.readline().startswith("[2/7]"):
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -38,7 +38,6 @@ PIECES = [
     ("Qwen2 with windows in every other layer", "decoder", 4, 2),
     ("a tower of which three layers are used", "vision", 3, 1),
     ("Qwen2.5-VL", "vision", 5, 2),
-    ("Qwen2.5-VL", "decoder", 2, 1),
 ]
 
 

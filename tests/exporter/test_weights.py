@@ -17,9 +17,10 @@ from resprune.exporter.families import family_of
 from resprune.exporter.pieces import Piece
 from resprune.exporter.shards import StoredTensor
 from resprune.exporter.trace import Traced, trace
+from resprune.exporter.verify_weights import compare_weights
 from resprune.exporter.weightless import fake_mode, fake_parameter
 from resprune.exporter.weights import PAGE, SMALL, data_size, find_weights, write_graph
-from resprune.runtime.bundle import TensorSpec
+from resprune.runtime.bundle import TensorSpec, describe_files
 from resprune.runtime.errors import ResPruneError
 
 WIDE = 160  # 160 × 160 float32 is above the size from which weights lie on pages
@@ -85,12 +86,17 @@ def test_a_graph_without_weights(traced):
 
 def test_weights_are_cast_transposed_aligned_and_complete(traced, stored, tmp_path, monkeypatch):
     monkeypatch.setattr("resprune.exporter.weights.CHUNK_BYTES", 1000)  # many chunks
-    path = tmp_path / "graph.onnx"
+    folder = tmp_path / "out"
+    folder.mkdir()
+    path = folder / "graph.onnx"
+    monkeypatch.setattr("resprune.exporter.weights.TILE", 48)  # which the sides are no multiple of
     written = []
-    write_graph(traced, path, stored, written.append)
+    hashed = write_graph(traced, path, stored, written.append)
+    assert {file.name: spec for file, spec in hashed.items()} == describe_files(folder)
+    assert compare_weights(path, stored) == ([], 3)
     onnx.checker.check_model(str(path), full_check=True)
     assert sum(written) == sum(4 * stored[use.parameter].nbytes // 2 for use in traced.weights.values())
-    assert (tmp_path / "graph.onnx_data").stat().st_size == data_size(traced)
+    assert (folder / "graph.onnx_data").stat().st_size == data_size(traced)
     for tensor in onnx.load(path, load_external_data=False).graph.initializer:
         where = {entry.key: entry.value for entry in tensor.external_data}
         if where:

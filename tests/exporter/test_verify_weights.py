@@ -1,0 +1,52 @@
+"""What the comparison of weights lets pass and what not; test_verify_layers.py has it within an export."""
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from resprune.exporter.quantize import int4_blocks, int8_scales
+from resprune.exporter.shards import StoredTensor
+from resprune.exporter.verify_weights import ROUNDED, compare_weights
+
+
+def test_bits_are_compared_after_the_cast_whatever_they_are(tmp_path):
+    """A NaN equals itself, a zero not its negative; a weight that the checkpoint lacks or that is cut off differs."""
+    source = torch.randn(600, 530, generator=torch.Generator().manual_seed(0))  # no multiple of a tile
+    source[3, 5], source[599, 529] = float("nan"), 0.0
+    (tmp_path / "source").write_bytes(source.numpy().tobytes())
+    stored = {"weight": StoredTensor(tmp_path / "source", torch.float32, (600, 530), 0, source.nbytes)}
+    written = source.half().t().contiguous()
+
+    def differing(name: str) -> list[str]:
+        (tmp_path / "data").write_bytes(written.numpy().tobytes())
+        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT16, dims=(530, 600))
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", "data"), ("offset", 0), ("length", written.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        graph = helper.make_graph([], "graph", [], [], [tensor])
+        onnx.save(helper.make_model(graph), tmp_path / "graph.onnx")
+        return compare_weights(tmp_path / "graph.onnx", stored)[0]
+
+    assert differing("weight.T") == []
+    assert differing("unknown.T") == ["unknown.T"]
+    assert differing("weight") == ["weight"], "of another shape"
+    written[529, 599] = -0.0
+    assert differing("weight.T") == ["weight.T"]
+    written = written[:-1]
+    assert differing("weight.T") == ["weight.T"]
+
+
+@pytest.mark.parametrize("form", ["int8", "q4"])
+def test_a_quantized_number_that_is_off_by_one_shows(form):
+    weight = torch.randn(40, 70, generator=torch.Generator().manual_seed(1))
+    if form == "int8":
+        scales = int8_scales(weight)
+        numbers = (weight.t() / scales).round().to(torch.int8)
+        place, one = (11, 7), 1
+    else:
+        numbers, scales = int4_blocks(weight)
+        place, one = (7, 1, 3), 0x10
+    assert ROUNDED[form](numbers, scales, weight)
+    numbers[place] += one if numbers[place] < 100 else -one
+    assert not ROUNDED[form](numbers, scales, weight)
