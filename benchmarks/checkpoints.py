@@ -84,12 +84,12 @@ def _values(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def llava_config(vision: dict[str, int], text: dict[str, int]) -> LlavaConfig:
-    """A LLaVA-1.5 configuration over the demo's vocabulary."""
+    """A LLaVA-1.5 configuration over the demo's vocabulary, or a larger one whose first tokens are the demo's."""
     demo = LlavaConfig.from_pretrained(DEMO)
     ids = {key: getattr(demo.text_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return LlavaConfig(
         vision_config=CLIPVisionConfig(**vision),
-        text_config=LlamaConfig(vocab_size=demo.text_config.vocab_size, **text, **ids),
+        text_config=LlamaConfig(**{"vocab_size": demo.text_config.vocab_size, **text, **ids}),
         image_token_id=demo.image_token_id,
         image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
         vision_feature_layer=-2,
@@ -176,23 +176,64 @@ QWEN25VL_PERIOD = {
 
 def write_qwen25vl_vision(folder: Path) -> None:
     """A quarter of the depth of Qwen2.5-VL-3B's tower, and its merger, at real widths, on one layer of language."""
-    demo = LlavaConfig.from_pretrained(DEMO)
-    text = ONE_LAYER_4096 | {"hidden_size": 2048, "num_attention_heads": 16, "max_position_embeddings": 32768}
+    text: dict[str, Any] = ONE_LAYER_4096 | {
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 32768,
+    }
     del text["head_dim"]
+    _write_qwen25vl(folder, QWEN25VL_PERIOD, text, torch.float16)
+
+
+def _write_qwen25vl(
+    folder: Path, vision: dict[str, Any], text: dict[str, Any], dtype: torch.dtype, tied: bool = False
+) -> None:
+    demo = LlavaConfig.from_pretrained(DEMO)
     config = Qwen2_5_VLConfig(
-        vision_config=QWEN25VL_PERIOD,
-        text_config=text
-        | {
+        vision_config=vision,
+        text_config={
             "vocab_size": demo.text_config.vocab_size,
             "bos_token_id": demo.text_config.bos_token_id,
             "eos_token_id": demo.text_config.eos_token_id,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            **text,
         },
         image_token_id=demo.image_token_id,
+        tie_word_embeddings=tied,
     )
-    write_checkpoint(
-        folder, Qwen2_5_VLForConditionalGeneration, config, dtype=torch.float16, image_side=336, seed=0
-    )
+    write_checkpoint(folder, Qwen2_5_VLForConditionalGeneration, config, dtype=dtype, image_side=336, seed=0)
     processor = {"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 4096 * 28 * 28}
     (folder / "processor_config.json").unlink()
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
+
+
+def write_llava15_7b(folder: Path) -> None:
+    """All of LLaVA-1.5-7B's shapes in fp16, 14 GB: the vocabulary has more rows than the tokenizer has tokens."""
+    text = {
+        "vocab_size": 32064,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+    }
+    config = llava_config(CLIP_L_336, text)
+    write_checkpoint(
+        folder, LlavaForConditionalGeneration, config, dtype=torch.float16, image_side=336, seed=0
+    )
+
+
+def write_qwen25vl_3b(folder: Path) -> None:
+    """All of Qwen2.5-VL-3B's shapes in bf16, 7.5 GB; embeddings and head are one, as in the real one."""
+    vision: dict[str, Any] = QWEN25VL_PERIOD | {"depth": 32, "fullatt_block_indexes": [7, 15, 23, 31]}
+    text = {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128000,
+    }
+    _write_qwen25vl(folder, vision, text, torch.bfloat16, tied=True)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -11,7 +12,9 @@ from huggingface_hub.utils import httpx
 
 from resprune.exporter import checkpoint
 from resprune.exporter.checkpoint import ALIASES, resolve
+from resprune.exporter.export import Options, export
 from resprune.exporter.families import family_of
+from resprune.runtime.bundle import read_bundle
 from resprune.runtime.errors import ResPruneError
 
 
@@ -97,6 +100,30 @@ def test_an_alias_is_downloaded_and_its_commit_recorded(tmp_path, monkeypatch):
     assert not any(pattern.endswith((".bin", ".pt", "*")) for pattern in asked[0][2]), (
         "no pickles are fetched"
     )
+
+
+def test_a_snapshot_in_the_cache_is_used_without_the_hub(tiny_checkpoint, tmp_path, monkeypatch):
+    """As the hub's cache lays it out: files are links into blobs/, and the branch is a file with the commit's name."""
+    commit, cache = "0123abcd" * 5, tmp_path / "models--owner--name"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    snapshot = cache / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(tiny_checkpoint("siglip-mistral").iterdir())):
+        shutil.copy(path, cache / "blobs" / f"{number:064x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:064x}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for revision in (None, "main", commit):
+        found = resolve("owner/name", revision=revision)
+        assert (found.name, found.revision) == ("owner/name", commit)
+    assert len({tensor.file.name for tensor in found.weights.values()}) == 3, (
+        "shards, by the names of the links"
+    )
+    bundle = export("owner/name", tmp_path / "out", Options(k=4))
+    assert read_bundle(bundle).manifest.revision == commit
+    assert not [path for path in bundle.rglob("*") if path.is_symlink()], "nothing points into the cache"
 
 
 def hub_error(kind: type[Exception]) -> Exception:

@@ -17,12 +17,13 @@ def test_bits_are_compared_after_the_cast_whatever_they_are(tmp_path):
     (tmp_path / "source").write_bytes(source.numpy().tobytes())
     stored = {"weight": StoredTensor(tmp_path / "source", torch.float32, (600, 530), 0, source.nbytes)}
     written = source.half().t().contiguous()
+    length = written.nbytes
 
     def differing(name: str) -> list[str]:
         (tmp_path / "data").write_bytes(written.numpy().tobytes())
         tensor = TensorProto(name=name, data_type=TensorProto.FLOAT16, dims=(530, 600))
         tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", "data"), ("offset", 0), ("length", written.nbytes)):
+        for key, value in (("location", "data"), ("offset", 0), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
         graph = helper.make_graph([], "graph", [], [], [tensor])
         onnx.save(helper.make_model(graph), tmp_path / "graph.onnx")

@@ -1,0 +1,163 @@
+"""Exports of checkpoints of real size, and their peak memory, beside copying the same bytes on the same disk."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import Any
+
+from benchmarks.checkpoints import write_llava15_7b, write_qwen25vl_3b
+from resprune.exporter.verify import available_memory
+
+Writer = Callable[[Path], None]
+CHECKPOINTS: dict[str, tuple[Writer, str, float]] = {
+    "llava15-7b": (write_llava15_7b, "64", 14.2e9),
+    "qwen25vl-3b": (write_qwen25vl_3b, "11%", 7.6e9),
+}
+DTYPE = "fp16"
+QUESTION = "What is on the table?"
+PICTURE = Path(__file__).parent.parent / "demo" / "pictures" / "shapes.png"
+TOKENS = 4
+SPARED = 2 << 30
+"""Memory that is left to the rest of the machine when an exported model is run."""
+
+
+def run(work: Path) -> dict[str, Any]:
+    """Write, copy, export and ask each; everything is removed again. Left out where the disk is too small."""
+    return {name: _measure(name, work) for name in CHECKPOINTS}
+
+
+def _measure(name: str, work: Path) -> dict[str, Any]:
+    write, k, size = CHECKPOINTS[name]
+    needed, free = 2.2 * size, shutil.disk_usage(work).free
+    if free < needed:
+        return {"skipped": f"needs {needed / 1e9:.0f} GB of disk, and {free / 1e9:.0f} GB are free"}
+    checkpoint, copy, bundle = (work / f"{name}{suffix}" for suffix in ("", "-copy", f"-{DTYPE}"))
+    try:
+        if not checkpoint.exists():
+            write(checkpoint)
+        weights = sorted(checkpoint.glob("*.safetensors"))
+        copying = _copy(weights, copy)
+        shutil.rmtree(copy)
+        resprune = [sys.executable, "-c", "from resprune.runtime.cli import main; raise SystemExit(main())"]
+        options = [str(checkpoint), str(bundle), "-k", k, "--dtype", DTYPE, "--verify", "layers", "--force"]
+        exporting = _watch([*resprune, "export", *options])
+        ask = [
+            *resprune,
+            "ask",
+            str(bundle),
+            str(PICTURE),
+            QUESTION,
+            "--max-new-tokens",
+            str(TOKENS),
+            "--json",
+        ]
+        return {
+            "bytes": sum(path.stat().st_size for path in weights),
+            "copy_seconds": copying,
+            "export": exporting,
+            "ratio": exporting["seconds"] / copying,
+            "ask": _watch(ask, limit=available_memory() - SPARED),
+        }
+    finally:
+        for folder in (checkpoint, copy, bundle):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _copy(files: Sequence[Path], target: Path) -> float:
+    """Seconds for `cp` of the files, flushed to the disk as an export is."""
+    target.mkdir()
+    started = perf_counter()
+    subprocess.run(["cp", *map(str, files), str(target)], check=True)
+    for path in target.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return perf_counter() - started
+
+
+def _watch(command: Sequence[str], limit: float = float("inf")) -> dict[str, Any]:
+    """Run a command: its seconds, its stages' seconds, and the peak of its processes' resident memory together.
+
+    Past `limit` bytes it is killed, and its `status` is negative.
+    """
+    started, peak, before = perf_counter(), 0, os.times()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        while process.poll() is None:
+            peak = max(peak, _resident(process.pid))
+            if peak > limit:
+                os.killpg(process.pid, signal.SIGKILL)
+            sleep(0.05)
+        assert process.stdout is not None
+        told = process.stdout.read()
+    stages = re.findall(r"^\[\d+/\d+\] (\S+) +([\d.]+) s(.*)$", told, re.MULTILINE)
+    return {
+        "seconds": perf_counter() - started,
+        "cpu_seconds": sum(os.times()[2:4]) - sum(before[2:4]),
+        "peak_bytes": peak,
+        "status": process.returncode,
+        "stages": {Path(stage).name: float(seconds) for stage, seconds, _ in stages},
+        "told": told.splitlines()[-12:],
+    }
+
+
+def _resident(root: int) -> int:
+    """Bytes of resident memory of a process and its descendants, shared pages counted for each."""
+    parents, resident = {}, {}
+    for entry in Path("/proc").iterdir():
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split() if entry.name.isdigit() else []
+        except OSError:  # it has ended
+            continue
+        if fields:
+            parents[int(entry.name)] = int(fields[1])
+            resident[int(entry.name)] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+    family = {root}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(resident.get(process, 0) for process in family)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    rows = [
+        "| checkpoint | copied | exported | of copying | peak memory | then asked |",
+        "|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for name, figures in result.items():
+        if "skipped" in figures:
+            notes.append(f"{name} was left out: it {figures['skipped']}.")
+            continue
+        export, ask = figures["export"], figures["ask"]
+        exported = f"{export['seconds']:.0f} s" if export["status"] == 0 else f"status {export['status']}"
+        answered = f"{TOKENS} tokens in {ask['seconds']:.0f} s, {ask['peak_bytes'] / 1e9:.1f} GB"
+        if ask["status"] != 0:
+            answered = f"stopped at {ask['peak_bytes'] / 1e9:.1f} GB (status {ask['status']})"
+        cells = (
+            f"{name}, {figures['bytes'] / 1e9:.1f} GB",
+            f"{figures['copy_seconds']:.0f} s",
+            exported,
+            f"{figures['ratio']:.2f} ×",
+            f"{export['cpu_seconds']:.0f} s",
+            f"{export['peak_bytes'] / 1e9:.1f} GB",
+            answered,
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+        stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in export["stages"].items())
+        notes.append(f"{name}: {stages}.")
+    return (
+        f"`--dtype {DTYPE} --verify layers`, random weights at the real shapes; copied is `cp` and fsync of the same "
+        "bytes on the same disk. Peak memory is that of all processes of the export together, with mapped files.\n\n"
+        + "\n".join(rows)
+        + "\n\n"
+        + "\n\n".join(notes)
+    )
