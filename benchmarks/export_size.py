@@ -129,8 +129,8 @@ def _resident(root: int) -> int:
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     rows = [
-        "| checkpoint | copied | exported | of copying | peak memory | then asked |",
-        "|---|---|---|---|---|---|",
+        "| checkpoint | copied | exported | of copying | processor time | peak memory | then asked |",
+        "|---|---|---|---|---|---|---|",
     ]
     notes = []
     for name, figures in result.items():
