@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
@@ -183,3 +184,12 @@ def test_no_answer_is_a_good_guess(type_: str) -> None:
     most = max(answers.count(a) for a in set(answers)) / len(answers)
     assert len(answers) >= 80
     assert most <= {"existence": 0.6, "relation": 0.5, "count": 0.4}.get(type_, 0.35)
+
+
+def test_a_crowd_is_eight_small_objects_apart() -> None:
+    for seed in range(20):
+        scene = scenes.sample_crowd(seed)
+        assert scene == scenes.sample_crowd(seed)
+        assert [(item.size, item.kind in scenes.SHAPES) for item in scene.objects] == [("small", True)] * 8
+        for a, b in itertools.combinations(scene.objects, 2):
+            assert max(abs(a.cx - b.cx), abs(a.cy - b.cy)) >= (a.extent + b.extent) / 2
