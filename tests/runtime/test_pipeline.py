@@ -132,7 +132,8 @@ def test_a_view_encodes_once_and_selects_anew_for_each_question(
     view = vlm.look(picture(1))
     for question in (QUESTION, "is there a cat?", QUESTION):
         check(hugging_face, view.ask(question, max_new_tokens=STEPS), [picture(1)])
-    assert graphs == ["vision_encoder"] + ["token_select"] * 3
+    looked = [graph for graph in graphs if graph != "embed_tokens"]
+    assert looked == ["vision_encoder"] + ["token_select"] * 3
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
