@@ -19,6 +19,9 @@ EXHAUSTED = 1e-6
 ROUNDING = 1e-5
 """What float32 leaves in doubt of a score, as a part of the best score before any pick."""
 
+STRAYS = 8
+"""How many tokens float32 may still pick by noise, before it notices that the span is exhausted."""
+
 SCALES = ("minmax", "clamp", "shifted")
 
 
@@ -126,7 +129,8 @@ def picks_within_rounding(
     """Which picks are the best that float32 can tell, given those before them.
 
     Two scores closer than ROUNDING of the best score before any pick, which happens where few directions are left,
-    can come in either order. Computed in float64.
+    can come in either order. Once nothing but rounding is left, tokens go by their scores before any pick, but for
+    the few that float32 picks by noise. Computed in float64.
 
     Args:
         visual: [B, N, D] visual tokens.
@@ -143,13 +147,22 @@ def picks_within_rounding(
     available = _mask(token_mask, (B, N), V).clone()
     gain = gain.double()
     residual = V.clone()
-    slack = ROUNDING * (gain * V.square().sum(dim=2)).masked_fill(~available, 0).amax(dim=1)  # [B]
+    initial = gain * V.square().sum(dim=2)  # [B, N]
+    best_initial = initial.masked_fill(~available, 0).amax(dim=1)  # [B]
+    slack = ROUNDING * best_initial
+    strays = torch.zeros(B, dtype=torch.int64, device=V.device)
     within = torch.zeros_like(picks, dtype=torch.bool)
     rows = torch.arange(B, device=V.device)
     for t, pick in enumerate(picks.clamp(min=0).unbind(dim=1)):
         score = (gain * residual.square().sum(dim=2)).masked_fill(~available, -1)
         best = score.amax(dim=1)
         chosen = available[rows, pick] & (score[rows, pick] + slack >= best * (1 - TIE))
+        fill = initial.masked_fill(~available, -1)
+        stray = (best <= 0.1 * EXHAUSTED * best_initial) & (
+            fill[rows, pick] + slack < fill.amax(dim=1) * (1 - TIE)
+        )
+        strays += stray
+        chosen &= ~stray | (strays <= STRAYS)
         within[:, t] = torch.where(picks[:, t] < 0, ~available.any(dim=1), chosen)
         available[rows, pick] = False
         direction = residual[rows, pick]  # [B, D]

@@ -130,6 +130,18 @@ def test_picks_within_rounding_takes_the_references_and_no_other():
     assert picks_within_rounding(nearly, gain, torch.tensor([[0, 1, 2]]))[0].all(), "float32 cannot tell"
 
 
+def test_picks_within_rounding_knows_the_order_of_fills():
+    """Beyond the span: the order by score before any pick, entered a few picks late, and no other order."""
+    visual = _features(1, 60, 12)
+    gain = torch.rand(1, 60, generator=torch.Generator().manual_seed(1))
+    picks = residual_select(visual, gain, 50)
+    assert picks_within_rounding(visual, gain, picks).all()
+    late = torch.cat([picks[:, :12], picks[:, 40:43], picks[:, 12:40], picks[:, 43:]], dim=1)
+    assert picks_within_rounding(visual, gain, late).all(), "three picks by noise"
+    backwards = torch.cat([picks[:, :12], picks[:, 12:].flip(1)], dim=1)
+    assert not picks_within_rounding(visual, gain, backwards)[0, 30:-1].any()
+
+
 def test_keep_is_ascending_and_marks_what_is_missing():
     visual = _features(0, 4, 3)
     rows, indices = keep(visual, torch.tensor([[2, 0, -1]]))
