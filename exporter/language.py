@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from resprune.exporter.pieces import Piece, Sizes
 from resprune.runtime.bundle import TensorSpec, axis_size
@@ -31,14 +33,22 @@ class _Embed(nn.Module):
 
 
 class _Cache(DynamicCache):
-    """A cache that is handed its past and keeps new entries in the past's dtype."""
+    """A cache that is handed its past, `past` in pairs, and keeps new entries in the past's dtype."""
+
+    def __init__(self, past: Sequence[Tensor]) -> None:
+        super().__init__()
+        new_layer: Any = DynamicLayer
+        for keys, values in zip(past[::2], past[1::2], strict=True):
+            layer = new_layer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            self.layers.append(layer)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if layer_idx < len(self.layers):
-            past: Any = self.layers[layer_idx]
-            key_states, value_states = key_states.to(past.keys.dtype), value_states.to(past.values.dtype)
+        past: Any = self.layers[layer_idx]
+        key_states, value_states = key_states.to(past.keys.dtype), value_states.to(past.values.dtype)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
@@ -58,9 +68,7 @@ class _Decoder(nn.Module):
     def forward(
         self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
-        cache = _Cache()
-        for layer in range(len(past) // 2):
-            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        cache = _Cache(past)
         hidden = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=self._masks(inputs_embeds, attention_mask, past[0].shape[2]),

@@ -42,21 +42,22 @@ def traced_once(layers: Sequence[nn.Module]) -> Iterator[None]:
     index]` of what it is given as one of CACHES, if it is.
     """
     signatures = [_signature(layer) for layer in layers]
-    kinds: dict[Hashable, tuple[int, object]] = {}
+    kinds: dict[Hashable, int] = {}
+    handed_on: dict[int, list[torch.Size]] = {}
+    arguments: list[object] = []  # kept alive, so that their ids stay theirs
 
     def call(index: int, forward: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        others = {name: value for name, value in kwargs.items() if name not in CACHES}
-        kind = (signatures[index], _identity((args, others)))
-        first, _ = kinds.setdefault(
-            kind, (index, (args, others))
-        )  # kept alive, so that their ids stay theirs
+        others = (args, {name: value for name, value in kwargs.items() if name not in CACHES})
+        arguments.append(others)
+        first = kinds.setdefault((signatures[index], _identity(others)), index)
         caches = [kwargs[name] for name in CACHES if kwargs.get(name) is not None]
         cache = caches[0].layers[index] if caches else None
-        if first == index:
-            hidden = _mark("Begin", index, index, hidden, cache)
-            hidden = forward(hidden, *args, **kwargs)
-            return _mark("End", index, index, hidden, cache)
-        return _mark("Copy", index, first, hidden, cache, grown=hidden.shape[1])
+        if first != index:
+            return _mark("Copy", index, first, hidden, cache, handed_on[first])
+        hidden = _mark("Begin", index, index, hidden, cache, _shapes(hidden, cache))
+        hidden = forward(hidden, *args, **kwargs)
+        handed_on[index] = _shapes(hidden, cache)
+        return _mark("End", index, index, hidden, cache, handed_on[index])
 
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
@@ -64,15 +65,19 @@ def traced_once(layers: Sequence[nn.Module]) -> Iterator[None]:
         yield
 
 
+def _shapes(hidden: Tensor, cache: Any) -> list[torch.Size]:
+    return [state.shape for state in _of(hidden, cache)]
+
+
+def _of(hidden: Tensor, cache: Any) -> list[Tensor]:
+    return [hidden] if cache is None else [hidden, cache.keys, cache.values]
+
+
 def _mark(
-    op: str, index: int, first: int, hidden: Tensor, cache: Any, grown: int | torch.SymInt = 0
+    op: str, index: int, first: int, hidden: Tensor, cache: Any, shapes: Sequence[torch.Size]
 ) -> Tensor:
-    """One node that takes the states and gives them back, keys and values longer by `grown`."""
-    states = [hidden] if cache is None else [hidden, cache.keys, cache.values]
-    shapes = [
-        hidden.shape,
-        *((*state.shape[:2], state.shape[2] + grown, state.shape[3]) for state in states[1:]),
-    ]
+    """One node that takes the states and gives them back, in `shapes`."""
+    states = _of(hidden, cache)
     hidden, *past = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{op}",
         states,

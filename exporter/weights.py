@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ PAGE = 4096
 SMALL = 256
 LARGE_BYTES = 64 << 10
 CHUNK_BYTES = 16 << 20
-TILE = 256
+TILE = 128
 # Written by older versions of transformers, recomputed by the model itself.
 COMPUTED = (".position_ids", ".rotary_emb.inv_freq")
 
@@ -187,7 +188,9 @@ def _transpose(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     for row in range(0, matrix.shape[0], TILE):
         band = matrix[row : row + TILE].to(dtype).view(numbers).numpy()
         for column in range(0, matrix.shape[1], TILE):
-            target[column : column + TILE, row : row + TILE] = band[:, column : column + TILE].T
+            # Copied first: rows a power of two apart would share a few lines of the cache, at a quarter of the speed.
+            tile = np.ascontiguousarray(band[:, column : column + TILE])
+            target[column : column + TILE, row : row + TILE] = tile.T
     return transposed
 
 
