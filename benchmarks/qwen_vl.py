@@ -18,7 +18,8 @@ from benchmarks.measure import run as run_command
 from benchmarks.selection import cpu_session, selector
 from resprune.exporter.export import Options, export
 from resprune.graphs import choose_form
-from resprune.runtime.bundle import read_bundle, share_of
+from resprune.runtime.bundle import read_bundle
+from resprune.runtime.manifest import share_of
 from resprune.runtime.picture import Arrays
 from resprune.runtime.qwen_vision import DynamicResolution
 

@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from resprune.evaluation.model import Encoded, Model, Stages
-from resprune.runtime.bundle import FORMAT_VERSION, Bundle, GraphSpec, Manifest, Selection, describe_files
+from resprune.runtime.bundle import Bundle, describe_files
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import FORMAT_VERSION, GraphSpec, Manifest, Selection
 from resprune.runtime.picture import Picture
 from resprune.runtime.splice import Floats, Ints
 

@@ -7,8 +7,8 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from resprune.runtime.bundle import POSITIONS
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import POSITIONS
 
 if TYPE_CHECKING:
     from resprune.evaluation.model import Model

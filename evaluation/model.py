@@ -12,12 +12,13 @@ import numpy as np
 from PIL import Image
 
 from resprune.evaluation.budget import Budget
-from resprune.runtime.bundle import MANIFEST_NAME, POSITIONS, Bundle, Manifest, read_bundle
+from resprune.runtime.bundle import Bundle, read_bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families import family_of
 from resprune.runtime.generate import Sampling, TextStream, eos_token_ids, generate
 from resprune.runtime.image import ImageSource, load_image
 from resprune.runtime.language_model import Embedding, LanguageModel, OrtLanguageModel
+from resprune.runtime.manifest import MANIFEST_NAME, POSITIONS, Manifest
 from resprune.runtime.picture import Picture
 from resprune.runtime.prompt import Prompt, Prompter
 from resprune.runtime.session import OrtGraphs, SessionOptions

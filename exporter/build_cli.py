@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from resprune.runtime.bundle import FLAVOURS, Range
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import FLAVOURS, Range
 
 
 def register_build(subparsers: Any) -> None:

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from resprune.runtime.bundle import BODIES, FORMS, OPTIMIZE, POSITIONS, SCALES
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import BODIES, FORMS, OPTIMIZE, POSITIONS, SCALES
 
 NEEDED = ("torch", "transformers", "onnx", "onnxscript", "huggingface_hub", "tqdm")
 

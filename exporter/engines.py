@@ -23,17 +23,7 @@ from tqdm import tqdm
 
 from resprune.exporter.profiles import Limits, profiles
 from resprune.exporter.transaction import NO_SPACE, lock
-from resprune.runtime.bundle import (
-    Bundle,
-    EngineSet,
-    EngineSpec,
-    FileSpec,
-    Profile,
-    axis_size,
-    describe_file,
-    read_bundle,
-    write_manifest,
-)
+from resprune.runtime.bundle import Bundle, describe_file, read_bundle, write_manifest
 from resprune.runtime.cuda import gpu_at_hand
 from resprune.runtime.engines import (
     INSTALL,
@@ -46,6 +36,7 @@ from resprune.runtime.engines import (
     tensorrt_module,
 )
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import EngineSet, EngineSpec, FileSpec, Profile, axis_size
 
 FOLDER = "engines"
 TIMING_CACHE = "timing.cache"

@@ -31,18 +31,17 @@ from resprune.exporter.verify_weights import compare_weights
 from resprune.exporter.weightless import fake_mode
 from resprune.exporter.weights import data_size, find_weights, write_graph
 from resprune.graphs import attach_selection, choose_form, token_select_model
-from resprune.runtime.bundle import (
+from resprune.runtime.bundle import describe_files, write_manifest
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import (
     FORMAT_VERSION,
     FileSpec,
     GraphSpec,
     Manifest,
     Selection,
     TensorSpec,
-    describe_files,
     share_of,
-    write_manifest,
 )
-from resprune.runtime.errors import ResPruneError
 
 # Graph structure, tokenizer and manifest, which the count of weights leaves out.
 OVERHEAD_BYTES = 32 << 20

@@ -19,8 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from resprune.exporter.language import decode
 from resprune.exporter.pieces import Piece, Pieces
-from resprune.runtime.bundle import TensorSpec
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import TensorSpec
 
 HEAD_MULTIPLE = 8
 

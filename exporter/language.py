@@ -11,8 +11,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from resprune.exporter.pieces import Piece, Sizes
-from resprune.runtime.bundle import TensorSpec, axis_size
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import TensorSpec, axis_size
 
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
 # The others rescale their angles by the length seen so far, which no static graph can do.

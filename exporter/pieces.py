@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resprune.runtime.bundle import TensorSpec
+from resprune.runtime.manifest import TensorSpec
 
 Sizes = Mapping[str, int]
 Samples = Callable[[Sizes, torch.Generator], tuple[Tensor, ...]]

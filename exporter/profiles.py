@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from resprune.runtime.bundle import Bundle, GraphSpec, Profile, Range
+from resprune.runtime.bundle import Bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families import family_of
+from resprune.runtime.manifest import GraphSpec, Profile, Range
 
 MOST_CONTEXT = (
     4096  # unless asked for: the cache and the logits of a whole context are what fills a small GPU

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from resprune.exporter.pieces import Piece
 from resprune.exporter.repeat import expand, traced_once
 from resprune.exporter.weightless import is_fake
-from resprune.runtime.bundle import TensorSpec
+from resprune.runtime.manifest import TensorSpec
 
 OPSET = 20
 """LayerNormalization (17), Gelu (20); ONNX Runtime since 1.17 and TensorRT since 10 take all of it."""

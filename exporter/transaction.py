@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from resprune.runtime.bundle import MANIFEST_NAME
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import MANIFEST_NAME
 
 try:
     import fcntl

@@ -28,7 +28,7 @@ from resprune.exporter.verify_layers import (
     unlike_layers,
 )
 from resprune.exporter.weightless import blank, fill
-from resprune.runtime.bundle import Selection
+from resprune.runtime.manifest import Selection
 
 SIZES = {"batch_size": 3, "sequence_length": 4, "past_sequence_length": 6}
 """Other than while tracing, so that an axis that was taken for a constant shows."""

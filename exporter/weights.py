@@ -20,8 +20,8 @@ from resprune.exporter.checkpoint import Checkpoint
 from resprune.exporter.quantize import quantized_chunks
 from resprune.exporter.shards import StoredTensor
 from resprune.exporter.trace import Traced, Weight
-from resprune.runtime.bundle import FileSpec
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import FileSpec
 
 PAGE = 4096
 """Alignment of large weights, so that they can be mapped; small ones get SMALL, which is what CUDA wants."""

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from resprune.runtime.bundle import Bundle, Range
+from resprune.runtime.bundle import Bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.image import Box, ImageProcessor
+from resprune.runtime.manifest import Range
 from resprune.runtime.picture import Arrays, Picture, image_processor_config, tower_size
 
 PROCESSOR = "LlavaNextImageProcessor"

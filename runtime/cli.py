@@ -10,8 +10,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resprune.runtime.bundle import FLAVOURS
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import FLAVOURS
 
 if TYPE_CHECKING:
     from resprune.runtime.answer import Answer

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from resprune.runtime.bundle import Bundle, EngineSet, EngineSpec, Profile
+from resprune.runtime.bundle import Bundle
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import EngineSet, EngineSpec, Profile
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 INSTALL = {

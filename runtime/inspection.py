@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from resprune.runtime.bundle import Bundle, EngineSet, GraphSpec, Manifest, Range, TensorSpec
+from resprune.runtime.bundle import Bundle
+from resprune.runtime.manifest import EngineSet, GraphSpec, Manifest, Range, TensorSpec
 
 RUNTIMES = {"ort": "ONNX Runtime"}
 

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from resprune.runtime.bundle import Bundle, GraphSpec
+from resprune.runtime.bundle import Bundle
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import GraphSpec
 from resprune.runtime.providers import cache_device
 from resprune.runtime.session import GraphRunner, SessionOptions, graph_faults, open_session
 from resprune.runtime.splice import Floats, Ints

@@ -13,13 +13,14 @@ from typing import TypedDict, Unpack
 import numpy as np
 
 from resprune.runtime.answer import Answer, Row, Run
-from resprune.runtime.bundle import FLAVOURS, Bundle, Manifest, read_bundle
+from resprune.runtime.bundle import Bundle, read_bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families import family_of
 from resprune.runtime.generate import Sampling, TextStream
 from resprune.runtime.generator import GeneratorFactory, Request, onnxruntime_generator
 from resprune.runtime.image import MAX_PIXELS, Box, ImageSource, load_image
 from resprune.runtime.language_model import Embedding
+from resprune.runtime.manifest import FLAVOURS, Manifest
 from resprune.runtime.picture import Picture
 from resprune.runtime.prompt import Prompt, Prompter, Turn
 from resprune.runtime.providers import CPU

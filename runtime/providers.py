@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from resprune.runtime.bundle import Manifest
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import Manifest
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from resprune.runtime.bundle import Bundle, EngineSpec, GraphSpec, TensorSpec, axis_names, axis_size
+from resprune.runtime.bundle import Bundle
 from resprune.runtime.cuda import Buffer, Stream, download, gpu_at_hand, upload
 from resprune.runtime.engines import choose_engines, choose_profile, tensorrt_module
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.generate import eos_token_ids
 from resprune.runtime.generator import Generator, LocalGenerator
 from resprune.runtime.language_model import Embedding
+from resprune.runtime.manifest import EngineSpec, GraphSpec, TensorSpec, axis_names, axis_size
 from resprune.runtime.session import Array, SessionOptions
 from resprune.runtime.splice import Floats, Ints
 

@@ -16,8 +16,8 @@ from resprune.exporter.pieces import Piece, Pieces, Sizes
 from resprune.exporter.precision import lower
 from resprune.exporter.sidefiles import image_processor_config
 from resprune.exporter.weightless import build
-from resprune.runtime.bundle import TensorSpec
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import TensorSpec
 
 TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2")
 

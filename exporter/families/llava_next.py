@@ -23,8 +23,8 @@ from resprune.exporter.precision import lower
 from resprune.exporter.sidefiles import image_processor_config
 from resprune.exporter.weightless import build
 from resprune.runtime.anyres import AnyResolution
-from resprune.runtime.bundle import TensorSpec
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import TensorSpec
 
 
 class _PackedVision(nn.Module):

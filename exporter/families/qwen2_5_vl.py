@@ -28,8 +28,8 @@ from resprune.exporter.pieces import Piece, Pieces, Sizes
 from resprune.exporter.precision import lower, scale_outliers
 from resprune.exporter.sidefiles import image_processor_config
 from resprune.exporter.weightless import build
-from resprune.runtime.bundle import TensorSpec
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import TensorSpec
 from resprune.runtime.qwen_vision import DynamicResolution, Grid, patch_positions, token_positions, windows
 
 MODELS: dict[str, tuple[Any, Any]] = {

@@ -19,17 +19,11 @@ from resprune.exporter import engines
 from resprune.exporter.engines import build
 from resprune.exporter.profiles import Limits, profiles
 from resprune.graphs import token_select_model
-from resprune.runtime.bundle import (
-    MANIFEST_NAME,
-    Bundle,
-    Manifest,
-    describe_file,
-    read_bundle,
-    write_manifest,
-)
+from resprune.runtime.bundle import Bundle, describe_file, read_bundle, write_manifest
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families import family_of
+from resprune.runtime.manifest import MANIFEST_NAME, Manifest
 from resprune.runtime.qwen_vision import Grid, windows
 
 pytest.importorskip("tensorrt_rtx")

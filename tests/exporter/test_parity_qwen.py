@@ -15,9 +15,10 @@ from resprune.exporter import precision
 from resprune.exporter.export import Options, export
 from resprune.exporter.families import qwen2_5_vl
 from resprune.exporter.weightless import fake_mode
-from resprune.runtime.bundle import read_bundle, share_of
+from resprune.runtime.bundle import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import share_of
 from resprune.runtime.pipeline import Pipeline
 from tests.exporter.hugging_face import Picture
 from tests.exporter.hugging_face_qwen import HuggingFaceQwen

@@ -14,7 +14,7 @@ from resprune.exporter.families import family_of
 from resprune.exporter.verify import SEEDS, Difference, ParityError, Verifier, require
 from resprune.exporter.weightless import fake_mode
 from resprune.exporter.weights import find_weights
-from resprune.runtime.bundle import Selection
+from resprune.runtime.manifest import Selection
 
 
 def test_nan_is_a_miss():

@@ -20,8 +20,9 @@ from resprune.exporter.trace import Traced, trace
 from resprune.exporter.verify_weights import compare_weights
 from resprune.exporter.weightless import fake_mode, fake_parameter
 from resprune.exporter.weights import PAGE, SMALL, data_size, find_weights, write_graph
-from resprune.runtime.bundle import TensorSpec, describe_files
+from resprune.runtime.bundle import describe_files
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import TensorSpec
 
 WIDE = 160  # 160 × 160 float32 is above the size from which weights lie on pages
 

@@ -16,15 +16,9 @@ from typing import Any
 import numpy as np
 
 from resprune.exporter.profiles import Limits, profiles
-from resprune.runtime.bundle import (
-    Bundle,
-    EngineSet,
-    EngineSpec,
-    describe_file,
-    read_bundle,
-    write_manifest,
-)
+from resprune.runtime.bundle import Bundle, describe_file, read_bundle, write_manifest
 from resprune.runtime.engines import graph_sources, set_name, target_name
+from resprune.runtime.manifest import EngineSet, EngineSpec
 from resprune.runtime.session import SessionOptions, open_session
 
 FLAVOUR, VERSION = "tensorrt-rtx", "0.0.stand-in"

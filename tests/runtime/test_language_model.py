@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resprune.runtime.bundle import Bundle, TensorSpec, read_bundle
+from resprune.runtime.bundle import Bundle, read_bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.language_model import Embedding, OrtLanguageModel
+from resprune.runtime.manifest import TensorSpec
 from resprune.runtime.session import OrtGraphs, SessionOptions
 
 OPTIONS = SessionOptions(threads=1)

@@ -15,11 +15,12 @@ import pytest
 from resprune.exporter.engines import build
 from resprune.exporter.profiles import Limits
 from resprune.runtime import Pipeline, ResPruneError
-from resprune.runtime.bundle import TensorSpec, read_bundle
+from resprune.runtime.bundle import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.cuda import Buffer, gpu_at_hand
 from resprune.runtime.engines import choose_engines, installed_flavours
 from resprune.runtime.language_model import Embedding, OrtLanguageModel
+from resprune.runtime.manifest import TensorSpec
 from resprune.runtime.session import OrtGraphs, SessionOptions
 from resprune.runtime.tensorrt import Engines, TensorRTLanguageModel, num_bytes
 from tests.runtime import gpu_stand_in

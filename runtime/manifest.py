@@ -1,0 +1,417 @@
+"""The manifest of a bundle, `resprune.json`: this file is the only definition of it, for writer and reader.
+
+Everything in a manifest is checked before it is used, for it may come from anywhere: each fault is one
+`ResPruneError`.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+from resprune.runtime.errors import ResPruneError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "resprune.json"
+MAX_RANK = 8
+
+DTYPES = ("float32", "float16", "bfloat16", "int64", "bool")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "q4", "q4f16")
+SCALES = ("minmax", "clamp", "shifted")
+BODIES = ("loop", "unrolled")
+FORMS = ("quadratic", "linear")
+POSITIONS = ("contiguous", "original")
+OPTIMIZE = ("ort",)
+FLAVOURS = ("tensorrt", "tensorrt-rtx")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One graph input or output; a string in `shape` names a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX graph: its file relative to the bundle, precision of its weights, inputs and outputs."""
+
+    file: str
+    precision: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def axes(self) -> set[str]:
+        """The names of the inputs' dynamic axes; those of a sum singly."""
+        return {name for tensor in self.inputs for axis in tensor.shape for name in axis_names(axis)}
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """Size in bytes and lower-case hexadecimal SHA-256 of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the selection inside the graph was built for.
+
+    `num_tokens` is N, None where it varies by image; `max_tokens` is then the largest there is. `share` is the part
+    of a picture's tokens that was asked for in place of a number, and K what it comes to for the largest picture.
+    A manifest without `form` is of a time when there was the quadratic one only.
+    """
+
+    k: int
+    num_tokens: int | None
+    alpha: float
+    scale: str
+    body: str
+    max_tokens: int | None = None
+    share: float | None = None
+    form: str = "quadratic"
+
+    def budget(self, num_tokens: int) -> int:
+        """How many tokens of a picture with `num_tokens` are kept: K, or fewer if a share of them is fewer."""
+        return self.k if self.share is None else min(self.k, share_of(self.share, num_tokens))
+
+
+Range = tuple[int, int, int]
+"""Least, usual, most."""
+Profile = dict[str, Range]
+"""Of each named axis of an engine's inputs, the sizes that one optimisation profile takes; sums follow from these."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """A TensorRT engine of one graph: its file, and all that it was built from.
+
+    `sources` are the graph's files and their SHA-256 at the time, `versions` those of the packages that built it.
+    """
+
+    file: str
+    sources: dict[str, str]
+    versions: dict[str, str]
+    profiles: tuple[Profile, ...]
+
+
+@dataclass(frozen=True)
+class EngineSet:
+    """The engines of one flavour of TensorRT for one `target`, such as `sm_86`, by the name of their graph."""
+
+    flavour: str
+    target: str
+    graphs: dict[str, EngineSpec]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of `resprune.json`; `files` has every file of the bundle but the manifest itself.
+
+    `optimize` "ort" means a decoder for ONNX Runtime alone.
+    """
+
+    format_version: int
+    family: str
+    model: str
+    revision: str | None
+    selection: Selection
+    positions: str
+    image_token_id: int
+    context_length: int
+    graphs: dict[str, GraphSpec]
+    files: dict[str, FileSpec]
+    versions: dict[str, str]
+    command: str
+    parity: dict[str, Any]
+    created: str
+    optimize: str | None = None
+    engines: dict[str, EngineSet] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Text of `resprune.json`; raises `ValueError` for a number JSON has no way to write (NaN)."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str | bytes) -> "Manifest":
+        """Parse and check the text of a `resprune.json`; every fault is a `ResPruneError` that names it."""
+        top = _parse(text)
+        version = _field(top, "format_version", int)
+        if version > FORMAT_VERSION:
+            raise ResPruneError(
+                f"the bundle has format version {_show(version)} and this resprune reads up to "
+                f"{FORMAT_VERSION}; upgrade resprune"
+            )
+        if version < 1:
+            raise _fault("format_version", "1 or more", version)
+        files = {name: _file_spec(name, spec) for name, spec in _table(top, "files")}
+        graphs = {name: _graph_spec(name, spec) for name, spec in _table(top, "graphs")}
+        for name, graph in graphs.items():
+            if graph.file not in files:
+                raise _fault(f"graphs.{name}.file", "one of the names in files", graph.file)
+        engines = {name: _engine_set(name, value) for name, value in _optional_table(top, "engines")}
+        for name, engine_set in engines.items():
+            for graph_name, engine in engine_set.graphs.items():
+                where = f"engines.{name}.graphs.{graph_name}"
+                if graph_name not in graphs:
+                    raise _fault(where, "named after one of the graphs", graph_name)
+                if engine.file not in files:
+                    raise _fault(f"{where}.file", "one of the names in files", engine.file)
+                if any(profile.keys() != graphs[graph_name].axes() for profile in engine.profiles):
+                    raise _fault(
+                        f"{where}.profiles", "sizes of the axes of its graph's inputs", engine.profiles
+                    )
+        revision = top.get("revision")
+        return Manifest(
+            format_version=version,
+            family=_field(top, "family", str),
+            model=_field(top, "model", str),
+            revision=None if revision is None else _field(top, "revision", str),
+            selection=_selection(_field(top, "selection", dict)),
+            positions=_choice(top, "positions", POSITIONS),
+            image_token_id=_whole(top, "image_token_id", least=0),
+            context_length=_whole(top, "context_length", least=1),
+            graphs=graphs,
+            files=files,
+            versions={
+                name: _expect(f"versions.{name}", value, str) for name, value in _table(top, "versions")
+            },
+            command=_field(top, "command", str),
+            parity=_field(top, "parity", dict),
+            created=_field(top, "created", str),
+            optimize=None if top.get("optimize") is None else _choice(top, "optimize", OPTIMIZE),
+            engines=engines,
+        )
+
+
+def axis_size(axis: int | str, sizes: Mapping[str, int]) -> int:
+    """The size of one axis of a TensorSpec: a number, the size of a name, or of a sum of names."""
+    return axis if isinstance(axis, int) else sum(sizes[name] for name in axis_names(axis))
+
+
+def axis_names(axis: int | str) -> list[str]:
+    """The names an axis is made of: none of a number, several of a sum."""
+    return [] if isinstance(axis, int) else [name.strip() for name in axis.split("+")]
+
+
+def share_of(share: float, num_tokens: int) -> int:
+    """A share of a picture's tokens, rounded up; not by the rounding errors of a decimal fraction, though."""
+    return math.ceil(round(share * num_tokens, 6))
+
+
+def safe_name(name: str) -> str:
+    """`name` if it is a relative posix path that stays inside and means one file on every system."""
+    parts = name.split("/")
+    bad = (
+        PurePosixPath(name).is_absolute()
+        or any(part in ("", ".", "..") for part in parts)
+        or any(character in '\\:*?"<>|' or not character.isprintable() for character in name)
+        or name == MANIFEST_NAME
+        or len(os.fsencode(name)) > 1024
+    )
+    if bad:
+        raise _fault("a name in files", "a relative path that stays inside the bundle", name)
+    return name
+
+
+def _parse(text: str | bytes) -> dict[str, Any]:
+    """A JSON object without repeated keys and without NaN, infinite or overflowing numbers."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in table:
+                raise ValueError(f"the key {_show(key)} stands twice")
+            table[key] = value
+        return table
+
+    def finite(literal: str) -> float:
+        value = float(literal)
+        if not math.isfinite(value):
+            raise ValueError(f"{_show(literal)} is no finite number")
+        return value
+
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+    except RecursionError:
+        raise ResPruneError(f"{MANIFEST_NAME} is nested too deeply; export the bundle again") from None
+    except ValueError as error:
+        raise ResPruneError(f"{MANIFEST_NAME} is not valid JSON ({error}); export the bundle again") from None
+    return _expect("its content", value, dict)
+
+
+def _selection(table: dict[str, Any]) -> Selection:
+    where = "selection."
+    num_tokens = None if table.get("num_tokens") is None else _whole(table, "num_tokens", where, least=1)
+    k = _whole(table, "k", where, least=1)
+    max_tokens = None if table.get("max_tokens") is None else _whole(table, "max_tokens", where, least=1)
+    for name, most in (("num_tokens", num_tokens), ("max_tokens", max_tokens)):
+        if most is not None and k > most:
+            raise _fault("selection.k", f"at most {name} = {most}", k)
+    share = None if table.get("share") is None else _field(table, "share", float, where)
+    if share is not None and not 0 < share <= 1:
+        raise _fault("selection.share", "above 0 and at most 1", share)
+    alpha = _field(table, "alpha", float, where)
+    if alpha < 0:
+        raise _fault("selection.alpha", "0 or more", alpha)
+    return Selection(
+        k=k,
+        num_tokens=num_tokens,
+        alpha=alpha,
+        scale=_choice(table, "scale", SCALES, where),
+        body=_choice(table, "body", BODIES, where),
+        max_tokens=max_tokens,
+        share=share,
+        form=_choice(table, "form", FORMS, where) if "form" in table else "quadratic",
+    )
+
+
+def _graph_spec(name: str, value: object) -> GraphSpec:
+    table, where = _expect(f"graphs.{name}", value, dict), f"graphs.{name}."
+    return GraphSpec(
+        file=_field(table, "file", str, where),
+        precision=_choice(table, "precision", PRECISIONS, where),
+        inputs=tuple(_tensor_specs(table, "inputs", where)),
+        outputs=tuple(_tensor_specs(table, "outputs", where)),
+    )
+
+
+def _engine_set(name: str, value: object) -> EngineSet:
+    where = f"engines.{name}."
+    table = _expect(where[:-1], value, dict)
+    target = _field(table, "target", str, where)
+    if not re.fullmatch(r"sm_[0-9]{2,3}", target):
+        raise _fault(f"{where}target", "like sm_86", target)
+    return EngineSet(
+        flavour=_choice(table, "flavour", FLAVOURS, where),
+        target=target,
+        graphs={
+            graph: _engine_spec(f"{where}graphs.{graph}.", spec)
+            for graph, spec in _field(table, "graphs", dict, where).items()
+        },
+    )
+
+
+def _engine_spec(where: str, value: object) -> EngineSpec:
+    table = _expect(where[:-1], value, dict)
+    sources, versions = (_field(table, key, dict, where) for key in ("sources", "versions"))
+    return EngineSpec(
+        file=_field(table, "file", str, where),
+        sources={name: _digest(f"{where}sources.{name}", digest) for name, digest in sources.items()},
+        versions={name: _expect(f"{where}versions.{name}", text, str) for name, text in versions.items()},
+        profiles=tuple(
+            _profile(f"{where}profiles[{index}]", profile)
+            for index, profile in enumerate(_field(table, "profiles", list, where))
+        ),
+    )
+
+
+def _profile(where: str, value: object) -> Profile:
+    profile: Profile = {}
+    for axis, sizes in _expect(where, value, dict).items():
+        ordered = isinstance(sizes, list) and len(sizes) == 3 and all(type(size) is int for size in sizes)
+        if not ordered or not 0 <= sizes[0] <= sizes[1] <= sizes[2] < 1 << 63:
+            raise _fault(f"{where}.{axis}", "three ascending sizes", sizes)
+        profile[axis] = (sizes[0], sizes[1], sizes[2])
+    return profile
+
+
+def _tensor_specs(table: dict[str, Any], key: str, where: str) -> Iterator[TensorSpec]:
+    seen = set()
+    for index, value in enumerate(_field(table, key, list, where)):
+        here = f"{where}{key}[{index}]"
+        tensor = _expect(here, value, dict)
+        name = _field(tensor, "name", str, f"{here}.")
+        if name in seen:
+            raise _fault(f"{here}.name", "a name not yet used", name)
+        seen.add(name)
+        shape = _field(tensor, "shape", list, f"{here}.")
+        if len(shape) > MAX_RANK:
+            raise _fault(f"{here}.shape", f"at most {MAX_RANK} axes", len(shape))
+        for axis in shape:
+            named = isinstance(axis, str) and axis != ""
+            fixed = isinstance(axis, int) and not isinstance(axis, bool) and 0 <= axis < 1 << 63
+            if not (named or fixed):
+                raise _fault(f"{here}.shape", "a list of sizes and axis names", axis)
+        yield TensorSpec(name, _choice(tensor, "dtype", DTYPES, f"{here}."), tuple(shape))
+
+
+def _file_spec(name: str, value: object) -> FileSpec:
+    safe_name(name)
+    table, where = _expect(f"files.{name}", value, dict), f"files.{name}."
+    digest = _digest(f"{where}sha256", _field(table, "sha256", str, where))
+    return FileSpec(_whole(table, "size", where, least=0), digest)
+
+
+def _digest(where: str, value: object) -> str:
+    digest = _expect(where, value, str)
+    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise _fault(where, "64 lower-case hexadecimal digits", digest)
+    return digest
+
+
+def _table(top: dict[str, Any], key: str) -> list[tuple[str, Any]]:
+    return list(_field(top, key, dict).items())
+
+
+def _optional_table(top: dict[str, Any], key: str) -> list[tuple[str, Any]]:
+    return _table(top, key) if key in top else []
+
+
+def _choice(table: dict[str, Any], key: str, choices: tuple[str, ...], where: str = "") -> str:
+    value = _field(table, key, str, where)
+    if value not in choices:
+        raise _fault(f"{where}{key}", f"one of {', '.join(choices)}", value)
+    return value
+
+
+def _whole(table: dict[str, Any], key: str, where: str = "", *, least: int) -> int:
+    value = _field(table, key, int, where)
+    if not least <= value < 1 << 63:
+        raise _fault(f"{where}{key}", f"a whole number from {least}", value)
+    return value
+
+
+def _field(table: dict[str, Any], key: str, kind: type[T], where: str = "") -> T:
+    if key not in table:
+        raise ResPruneError(f"{MANIFEST_NAME} has no {where}{key}; export the bundle again")
+    return _expect(f"{where}{key}", table[key], kind)
+
+
+def _expect(what: str, value: object, kind: type[T]) -> T:
+    """`value` if it is of `kind`; a whole number serves as a float, a bool never serves as a number."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63:
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        words = {dict: "an object", list: "a list", str: "a string", int: "a whole number", float: "a number"}
+        raise _fault(what, words[kind], value)
+    return value
+
+
+def _fault(what: str, wanted: str, got: object) -> ResPruneError:
+    return ResPruneError(
+        f"{MANIFEST_NAME}: {_clip(what)} should be {wanted}, not {_show(got)}; export the bundle again"
+    )
+
+
+def _show(value: object) -> str:
+    """A short printable form of anything: `ascii` because a name may hold characters no terminal prints."""
+    try:
+        return _clip(ascii(value))
+    except (ValueError, RecursionError):  # an integer of more than 4,300 digits
+        return f"a huge {type(value).__name__}"
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
