@@ -1,10 +1,9 @@
 """The decoder for ONNX Runtime alone: com.microsoft's GroupQueryAttention in place of portable attention.
 
 What pays there: keys and values are appended to the cache in place where the caller binds one buffer as past and
-present (the portable graph's Concat copies the cache at each step), no key head is repeated, and the vocabulary's
-product is taken of the last position only. Inputs and outputs are those of the portable decoder but for `logits`,
-which has one position. The rotary angles are applied before the operator, which knows neither M-RoPE nor the gaps
-that pruning leaves; padding on the left is a bias, for the operator itself knows padding on the right only.
+present (the portable graph's Concat copies the cache at each step), and no key head is repeated. Inputs and outputs
+are those of the portable decoder. The rotary angles are applied before the operator, which knows neither M-RoPE nor
+the gaps that pruning leaves; padding on the left is a bias, for the operator itself knows padding on the right only.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from resprune.exporter.language import decode
-from resprune.exporter.pieces import Piece, Pieces
+from resprune.exporter.pieces import Pieces
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.manifest import TensorSpec
 
 HEAD_MULTIPLE = 8
 
@@ -49,7 +46,7 @@ class _Step:
 
 
 class _Decoder(nn.Module):
-    """As `language._Decoder`, with logits [B, 1, vocabulary] of the last position."""
+    """As `language._Decoder`."""
 
     def __init__(self, language_model: Any, lm_head: nn.Module, cache_dtype: torch.dtype) -> None:
         super().__init__()
@@ -95,27 +92,8 @@ def optimize_decoder(pieces: Pieces, cache_dtype: torch.dtype) -> Pieces:
             f"{width}; leave it out"
         )
     model.config.get_text_config()._attn_implementation = _register()
-    portable = pieces.decoder
-    logits = portable.outputs[0]
-    last = TensorSpec(logits.name, logits.dtype, (logits.shape[0], 1, logits.shape[2]))
-
-    def reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        logits, *present = decode(model, inputs)
-        return (logits[:, -1:], *present)
-
     module = _Decoder(model.model.language_model, model.lm_head, cache_dtype)
-    return replace(
-        pieces,
-        decoder=Piece(
-            portable.name,
-            module,
-            portable.inputs,
-            (last, *portable.outputs[1:]),
-            portable.samples,
-            reference,
-            portable.layers,
-        ),
-    )
+    return replace(pieces, decoder=replace(pieces.decoder, module=module))
 
 
 def _register() -> str:

@@ -56,8 +56,8 @@ class _Decoder(nn.Module):
     """One step of the language model over any past, prefill being the step with an empty one.
 
     inputs_embeds [B, S, D], attention_mask [B, P + S] int64 (0 at padding), position_ids [B, S] int64 or, for M-RoPE,
-    [3, B, S], then each layer's past key and value [B, kv_heads, P, head_dim] → logits [B, S, vocabulary], then each
-    layer's present.
+    [3, B, S], then each layer's past key and value [B, kv_heads, P, head_dim] → logits [B, 1, vocabulary] of the last
+    position, then each layer's present.
     """
 
     def __init__(self, language_model: Any, lm_head: nn.Module) -> None:
@@ -76,7 +76,7 @@ class _Decoder(nn.Module):
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        return (self.lm_head(hidden), *_present(cache))
+        return (self.lm_head(hidden[:, -1:]), *_present(cache))
 
     def _masks(self, inputs_embeds: Tensor, attention_mask: Tensor, past_length: int) -> Any:
         """Additive masks [B, 1, S, P + S], in the form that the language model takes when given them ready-made."""
@@ -162,7 +162,9 @@ def decoder_piece(
         TensorSpec("position_ids", "int64", (*position_axes, *step)),
         *kept("past_key_values", "past_sequence_length"),
     )
-    outputs = (TensorSpec("logits", "float32", (*step, config.vocab_size)), *kept("present", KEPT_LENGTH))
+    # A prefill spares the vocabulary's product for all positions but the one that is read.
+    logits = TensorSpec("logits", "float32", ("batch_size", 1, config.vocab_size))
+    outputs = (logits, *kept("present", KEPT_LENGTH))
 
     def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
         shapes = [tuple(axis_size(axis, sizes) for axis in spec.shape) for spec in inputs]
@@ -196,4 +198,4 @@ def decode(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-    return (model.lm_head(hidden), *_present(cache))
+    return (model.lm_head(hidden[:, -1:]), *_present(cache))

@@ -9,9 +9,7 @@ from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families import family_of
 from resprune.runtime.manifest import GraphSpec, Profile, Range
 
-MOST_CONTEXT = (
-    4096  # unless asked for: the cache and the logits of a whole context are what fills a small GPU
-)
+MOST_CONTEXT = 4096  # unless asked for: the cache of a whole context is what fills a small GPU
 
 
 @dataclass(frozen=True)

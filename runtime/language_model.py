@@ -128,7 +128,7 @@ class OrtLanguageModel:
         self._past = (
             past if self._in_place else present
         )  # the former own their memory, the latter only look at it
-        last: Floats = logits.numpy()[:, -1]  # [B, S or 1, V] → [B, V]
+        last: Floats = logits.numpy()[:, -1]  # [B, 1, V], of older bundles [B, S, V] → [B, V]
         return last
 
     def _enlarged(self, past: "onnxruntime.OrtValue") -> "onnxruntime.OrtValue":

@@ -223,7 +223,7 @@ class TensorRTLanguageModel:
         return self._last(made["logits"])
 
     def _last(self, logits: OnDevice) -> Floats:
-        """The last position's row of each sequence: [B, S, V] on the GPU → [B, V]."""
+        """The last position's row of each sequence: [B, 1, V] on the GPU, of older bundles [B, S, V] → [B, V]."""
         batch, length, vocabulary = logits.shape
         last = np.empty((batch, vocabulary), np.float32)
         for row in range(batch):
