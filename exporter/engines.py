@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
 from tqdm import tqdm
 
+from resprune.exporter.plugin import plugin_versions, with_plugin
 from resprune.exporter.profiles import Limits, profiles
 from resprune.exporter.transaction import NO_SPACE, lock
 from resprune.runtime.bundle import Bundle, describe_file, read_bundle, write_manifest
@@ -40,6 +42,7 @@ from resprune.runtime.manifest import EngineSet, EngineSpec, FileSpec, Profile, 
 
 FOLDER = "engines"
 TIMING_CACHE = "timing.cache"
+NEW = ".new-"
 # The quantised graphs' operators are those of ONNX Runtime, or quantise activations as they come.
 PRECISIONS = ("fp32", "fp16", "bf16")
 Report = Callable[[str], None]
@@ -85,22 +88,33 @@ class _Builder:
         started = perf_counter()
         name = set_name(self.flavour, target)
         file = f"{FOLDER}/{name}/{graph}.engine"
-        spec = EngineSpec(file, graph_sources(self.bundle, graph), self.versions, ranges)
+        path, selection = self.bundle.graph_path(graph), self.bundle.manifest.selection
+        most = selection.num_tokens or selection.max_tokens or 0
+        plugin, note = plugin_versions(path, self.flavour, most)
+        spec = EngineSpec(file, graph_sources(self.bundle, graph), self.versions | plugin, ranges)
         engines = self.bundle.manifest.engines.get(name, EngineSet(self.flavour, target, {}))
         if engines.graphs.get(graph) == spec:
-            self._line(file, "reused", None)
+            self._line(file, "reused", None, note)
             return
         cache = self.bundle.root / FOLDER / name / TIMING_CACHE
         if cache.exists():
             shutil.copy(cache, self.work / TIMING_CACHE)
-        engine, layers = _engine_bytes(
-            self.bundle, graph, self.flavour, capability_of(target), ranges, self.work / TIMING_CACHE
-        )
+        with TemporaryDirectory(dir=self.bundle.root / FOLDER, prefix=NEW) as folder:
+            path = with_plugin(path, Path(folder)) if plugin else path
+            engine, layers = _engine_bytes(
+                self.bundle,
+                graph,
+                path,
+                self.flavour,
+                capability_of(target),
+                ranges,
+                self.work / TIMING_CACHE,
+            )
         with (self.work / f"{graph}.engine").open("wb") as stream:
             stream.write(engine)
         (self.work / f"{graph}.layers.txt").write_text(layers, encoding="utf-8")
         self._commit(name, replace(engines, graphs=engines.graphs | {graph: spec}))
-        self._line(file, f"{perf_counter() - started:.1f} s", engine.nbytes)
+        self._line(file, f"{perf_counter() - started:.1f} s", engine.nbytes, note)
 
     def _commit(self, name: str, engines: EngineSet) -> None:
         """Move what `work` holds into the set's folder.
@@ -132,9 +146,9 @@ class _Builder:
         write_manifest(self.bundle.root, manifest)
         self.bundle = Bundle(self.bundle.root, manifest)
 
-    def _line(self, file: str, what: str, size: int | None) -> None:
+    def _line(self, file: str, what: str, size: int | None, note: str) -> None:
         megabytes = "" if size is None else f"{size / 1e6:,.1f} MB"
-        self.report(f"{file:64} {what:>8} {megabytes:>12}")
+        self.report(f"{file:64} {what:>8} {megabytes:>12}   {note}".rstrip())
 
 
 def _check_operators(bundle: Bundle) -> None:
@@ -203,9 +217,9 @@ def _folder(bundle: Bundle) -> Iterator[Path]:
         with (engines / ".lock").open("w") as held:
             if not lock(held):
                 raise ResPruneError(f"another resprune build is at work on {bundle.root}; wait for it to end")
-            for left in engines.glob(".new-*"):  # of a build that was killed
+            for left in engines.glob(f"{NEW}*"):  # of a build that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            work = engines / f".new-{uuid.uuid4().hex[:12]}"
+            work = engines / f"{NEW}{uuid.uuid4().hex[:12]}"
             work.mkdir()
             try:
                 yield work
@@ -222,12 +236,13 @@ def _folder(bundle: Bundle) -> Iterator[Path]:
 def _engine_bytes(
     bundle: Bundle,
     graph: str,
+    path: Path,
     flavour: str,
     capability: Capability,
     ranges: tuple[Profile, ...],
     timing_cache: Path,
 ) -> tuple[memoryview, str]:
-    """The serialised engine of a graph, and its network's layers with their types and shapes, before fusion."""
+    """The serialised engine of a graph, read from `path`, and its layers with types and shapes, before fusion."""
     trt = tensorrt_module(flavour)
     backend = _polygraphy(flavour)
     with (
@@ -251,7 +266,7 @@ def _engine_bytes(
         without_tf32 = backend.PostprocessConfig(
             config, lambda _builder, _network, made: made.clear_flag(trt.BuilderFlag.TF32)
         )
-        network = backend.network_from_onnx_path(str(bundle.graph_path(graph)), strongly_typed=True)
+        network = backend.network_from_onnx_path(str(path), strongly_typed=True)
         # Not `str_from_network`: with TensorRT-RTX polygraphy 0.53.6 looks there for the other flavour.
         layers = "\n".join(
             backend.util.str_from_layer(layer, index) for index, layer in enumerate(network[1])

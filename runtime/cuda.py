@@ -12,11 +12,12 @@ ALIGNMENT = 512  # cudaMalloc's own, more than the 256 bytes that TensorRT asks 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's name, its compute capability, and the CUDA version of its driver, as in (13, 0)."""
+    """A GPU's name, its compute capability, the CUDA version of its driver, as in (13, 0), and its multiprocessors."""
 
     name: str
     capability: tuple[int, int]
     driver: tuple[int, int]
+    processors: int
 
 
 def gpu_at_hand() -> Gpu:
@@ -31,7 +32,12 @@ def gpu_at_hand() -> Gpu:
     (properties,) = _checked(cuda.cudaGetDeviceProperties(0))
     (driver,) = _checked(cuda.cudaDriverGetVersion())
     name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
-    return Gpu(name, (properties.major, properties.minor), (driver // 1000, driver % 1000 // 10))
+    return Gpu(
+        name,
+        (properties.major, properties.minor),
+        (driver // 1000, driver % 1000 // 10),
+        int(properties.multiProcessorCount),
+    )
 
 
 class Stream:

@@ -17,7 +17,7 @@ from resprune.runtime.cuda import Gpu
 from tests.runtime.gpu_stand_in import FLAVOUR, Cuda, TensorRT, with_engines
 
 ROOT = Path(__file__).parent.parent.parent
-GPU = Gpu("Stand-in 4090 (Ti)", (8, 6), (13, 0))
+GPU = Gpu("Stand-in 4090 (Ti)", (8, 6), (13, 0), 128)
 
 
 def test_without_a_gpu_it_is_skipped() -> None:
@@ -51,7 +51,12 @@ def test_every_part_is_recorded(
     monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
     assert gpu_check.main() == status
     record = json.loads((tmp_path / "gpu-stand-in-4090-ti.json").read_text())
-    assert record["gpu"] == {"name": GPU.name, "capability": [8, 6], "driver": [13, 0]}
+    assert record["gpu"] == {
+        "name": GPU.name,
+        "capability": [8, 6],
+        "driver": [13, 0],
+        "processors": 128,
+    }
     assert record["machine"]["versions"]["onnxruntime"]
     assert {name: part["status"] for name, part in record["parts"].items()} == {
         name: {fail: "failed", skip: "skipped", dict: "passed"}[part] for name, part in wanted.items()
