@@ -35,7 +35,7 @@ EXHAUSTED = 1e-6
 FILL = 1e-7
 """Scores before any pick, times FILL, stand in for tokens without residual energy: below EXHAUSTED, so that a
 token outside the span always comes first, and one maximum serves both rules."""
-CACHED_SHARE, STREAMED_SHARE = 1 / 8, 1 / 16
+CACHED_SHARE, STREAMED_SHARE = 1 / 4, 1 / 10
 """Shares k / N up to which the linear form is the faster one, with V in the cache and without."""
 CACHE_BYTES = 16 << 20
 GRAM_BYTES = 256 << 20
