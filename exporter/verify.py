@@ -77,16 +77,31 @@ class Verifier:
         config: Any = copy.deepcopy(pieces.model.config)
         config._attn_implementation = "sdpa"
         self._config: Any = config
-        self._model: Any = blank(type(pieces.model), config)
+        self._model: Any = None
+        self._held: set[str] = set()
         parts = (pieces.vision, pieces.embed, pieces.decoder)
-        names = {piece.name: _parameter_names(piece, pieces) for piece in parts}
+        self._names = names = {piece.name: _parameter_names(piece, pieces) for piece in parts}
         # The decoder is held twice, here in float32 and by ONNX Runtime.
         needed = 2 * sum(
             4 * stored[name].nbytes // stored[name].dtype.itemsize for name in set().union(*names.values())
         )
         self.has_decoder = needed < available_memory() if level == "auto" else level == "full"
-        for piece in parts if self.has_decoder else parts[:2]:
-            fill(self._model, stored, names[piece.name])
+        # Where memory is short a picture at a time is enough: the graphs were traced with two.
+        self._pictures = SIZES["batch_size"] if self.has_decoder else 1
+
+    def _holding(self, piece: Piece) -> Any:
+        """The Hugging Face model, with the weights of `piece` at least."""
+        if self._model is None:
+            self._model, self._held = blank(type(self._pieces.model), self._config), set()
+        if piece.name not in self._held:
+            fill(self._model, self._stored, self._names[piece.name])
+            self._held.add(piece.name)
+        return self._model
+
+    def _make_room(self) -> None:
+        """Drop the weights before ONNX Runtime takes its own, where there is no room for both."""
+        if not self.has_decoder:
+            self._model = None
 
     @property
     def level(self) -> str:
@@ -95,9 +110,11 @@ class Verifier:
 
     def compare(self, worker: OrtWorker, piece: Piece, graph: Path) -> list[Difference]:
         """One graph against PyTorch on seeded inputs."""
-        inputs = piece.samples(SIZES, torch.Generator().manual_seed(SEEDS[0]))
+        sizes = {**SIZES, "batch_size": self._pictures} if piece is self._pieces.vision else SIZES
+        inputs = piece.samples(sizes, torch.Generator().manual_seed(SEEDS[0]))
         with torch.no_grad():
-            wanted = piece.reference(self._model, inputs)
+            wanted = piece.reference(self._holding(piece), inputs)
+        self._make_room()
         names = [spec.name for spec in piece.inputs]
         got = worker.run(graph, dict(zip(names, map(_numpy, inputs), strict=True)))
         return [
@@ -108,9 +125,8 @@ class Verifier:
     def compare_layers(self, worker: OrtWorker, graph: Path) -> tuple[list[Difference], list[int]]:
         """The decoder's first and last layers against PyTorch, and the others against those; and which were run.
 
-        Raises `ParityError` for a layer that is wired otherwise. The rest of the model is dropped to make room.
+        Raises `ParityError` for a layer that is wired otherwise.
         """
-        self._model = None
         piece, config = self._pieces.decoder, self._config.text_config
         chosen = chosen_layers(config)
         unlike = unlike_layers(graph, chosen, config.num_hidden_layers)
@@ -140,8 +156,9 @@ class Verifier:
         """
         differences: list[Difference] = []
         for seed in SEEDS:
-            images, text, mask = self._question(SIZES["batch_size"], seed)
+            images, text, mask = self._question(self._pictures, seed)
             features, gain, picks = self._select(images, text, mask, selection)
+            self._make_room()
             got = worker.run(graph, self._select_inputs(images, text, mask))
             # Against the reference's rows of the graph's own picks, so that one pick that differs hides nothing.
             order = torch.from_numpy(got["pick_order"])
@@ -159,7 +176,7 @@ class Verifier:
         self, worker: OrtWorker, vision_select: Path, encoder: Path, token_select: Path
     ) -> tuple[int, int]:
         """Picks of the split pair against those of the fused graph: how many are equal, and how many there are."""
-        images, text, mask = self._question(SIZES["batch_size"], SEEDS[0])
+        images, text, mask = self._question(self._pictures, SEEDS[0])
         inputs = self._select_inputs(images, text, mask)
         fused = worker.run(vision_select, inputs)["pick_order"]
         pixels = [spec.name for spec in self._pieces.vision.inputs]
@@ -222,11 +239,11 @@ class Verifier:
 
     @property
     def _vocab_size(self) -> int:
-        return int(self._model.config.text_config.vocab_size)
+        return int(self._config.text_config.vocab_size)
 
     def _embeds(self, ids: Tensor) -> Tensor:
         with torch.no_grad():
-            embeds: Tensor = self._model.get_input_embeddings()(ids)
+            embeds: Tensor = self._holding(self._pieces.embed).get_input_embeddings()(ids)
         return embeds
 
     def _question(self, batch_size: int, seed: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
@@ -253,7 +270,7 @@ class Verifier:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The reference's candidates [B, N, D], their gain [B, N], and its pick order [B, K]."""
         with torch.no_grad():
-            (features,) = self._pieces.vision.reference(self._model, images)
+            (features,) = self._pieces.vision.reference(self._holding(self._pieces.vision), images)
         candidates = self._candidates(images)
         gain = text_gain(features, text, mask, candidates, alpha=selection.alpha, scale=selection.scale)
         picks = residual_select(features, gain, selection.k, candidates)
@@ -284,7 +301,7 @@ class Verifier:
         return whole, torch.cat([before, half + offsets[..., kept], after], dim=-1)[..., None, :]
 
     def _generate(self, embeds: Tensor, positions: Tensor) -> NDArray[np.int64]:
-        config = self._model.config.text_config
+        config = self._config.text_config
         shape = (1, config.num_key_value_heads, 0, self._pieces.decoder.inputs[3].shape[3])
         past = tuple(torch.zeros(*map(int, shape)) for _ in range(2 * config.num_hidden_layers))
         tokens: list[int] = []
@@ -292,7 +309,7 @@ class Verifier:
         while len(tokens) < GREEDY_TOKENS:
             length += embeds.shape[1]
             mask = torch.ones(1, length, dtype=torch.int64)
-            logits, *past_list = decode(self._model, (embeds, mask, positions, *past))
+            logits, *past_list = decode(self._holding(self._pieces.decoder), (embeds, mask, positions, *past))
             past = tuple(past_list)
             tokens.append(int(logits[0, -1].argmax()))
             embeds = self._embeds(torch.tensor([tokens[-1:]]))
