@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resprune.exporter.shards import StoredTensor
+from resprune.exporter.weights import one_thread
 
 TRANSPOSED = ".T"
 SCALES = "_scales"
@@ -56,7 +57,7 @@ def compare_weights(
         return equal
 
     # Comparing releases the interpreter's lock; each thread holds one weight mapped.
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with one_thread(), ThreadPoolExecutor(os.cpu_count()) as threads:
         equal = list(threads.map(compare, written))
     return [name for name, same in zip(written, equal, strict=True) if not same], len(written)
 

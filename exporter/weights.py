@@ -6,6 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ PAGE = 4096
 """Alignment of large weights, so that they can be mapped; small ones get SMALL, which is what CUDA wants."""
 SMALL = 256
 LARGE_BYTES = 64 << 10
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 64 << 20
 TILE = 128
 # Written by older versions of transformers, recomputed by the model itself.
 COMPUTED = (".position_ids", ".rotary_emb.inv_freq")
@@ -108,7 +109,7 @@ def write_graph(
     written = {}
     if traced.weights:
         data = path.with_name(f"{path.name}_data")
-        with _HashedFile(data) as file:
+        with one_thread(), _HashedFile(data) as file:
             for tensor in _external(model):
                 weight = traced.weights[tensor.name]
                 begin = _aligned(file.size, _byte_count(tensor))
@@ -122,6 +123,17 @@ def write_graph(
         file.write(model.SerializeToString())
     written[path] = file.spec
     return written
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch without threads of its own: tiles are too small for them, and they would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _HashedFile:
