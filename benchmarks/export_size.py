@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -25,8 +24,8 @@ DTYPE = "fp16"
 QUESTION = "What is on the table?"
 PICTURE = Path(__file__).parent.parent / "demo" / "pictures" / "shapes.png"
 TOKENS = 4
-SPARED = 2 << 30
-"""Memory that is left to the rest of the machine when an exported model is run."""
+HELD = 3.2
+"""Times the bytes of half precision weights that ONNX Runtime takes on a CPU: as they are, and widened."""
 
 
 def run(work: Path) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def _measure(name: str, work: Path) -> dict[str, Any]:
             "copy_seconds": copying,
             "export": exporting,
             "ratio": exporting["seconds"] / copying,
-            "ask": _watch(ask, limit=available_memory() - SPARED),
+            "ask": _watch(ask) if (room := available_memory()) > HELD * size else {"available_bytes": room},
         }
     finally:
         for folder in (checkpoint, copy, bundle):
@@ -82,19 +81,12 @@ def _copy(files: Sequence[Path], target: Path) -> float:
     return perf_counter() - started
 
 
-def _watch(command: Sequence[str], limit: float = float("inf")) -> dict[str, Any]:
-    """Run a command: its seconds, its stages' seconds, and the peak of its processes' resident memory together.
-
-    Past `limit` bytes it is killed, and its `status` is negative.
-    """
+def _watch(command: Sequence[str]) -> dict[str, Any]:
+    """Run a command: its seconds, its stages' seconds, and the peak of its processes' resident memory together."""
     started, peak, before = perf_counter(), 0, os.times()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         while process.poll() is None:
             peak = max(peak, _resident(process.pid))
-            if peak > limit:
-                os.killpg(process.pid, signal.SIGKILL)
             sleep(0.05)
         assert process.stdout is not None
         told = process.stdout.read()
@@ -139,9 +131,12 @@ def table(result: dict[str, Any]) -> str:
             continue
         export, ask = figures["export"], figures["ask"]
         exported = f"{export['seconds']:.0f} s" if export["status"] == 0 else f"status {export['status']}"
-        answered = f"{TOKENS} tokens in {ask['seconds']:.0f} s, {ask['peak_bytes'] / 1e9:.1f} GB"
-        if ask["status"] != 0:
-            answered = f"stopped at {ask['peak_bytes'] / 1e9:.1f} GB (status {ask['status']})"
+        if "available_bytes" in ask:
+            answered = f"no: {ask['available_bytes'] / 1e9:.0f} GB free of {HELD} × the weights"
+        elif ask["status"] != 0:
+            answered = f"status {ask['status']} at {ask['peak_bytes'] / 1e9:.1f} GB"
+        else:
+            answered = f"{TOKENS} tokens in {ask['seconds']:.0f} s, {ask['peak_bytes'] / 1e9:.1f} GB"
         cells = (
             f"{name}, {figures['bytes'] / 1e9:.1f} GB",
             f"{figures['copy_seconds']:.0f} s",
