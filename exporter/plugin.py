@@ -21,8 +21,10 @@ def plugin_versions(graph: Path, flavour: str, num_tokens: int) -> tuple[dict[st
 
     `num_tokens` is the most visual tokens of a picture. The plugin is registered with this process, for its GPU.
     """
+    if flavour != "tensorrt":
+        return {}, ""
     nodes = onnx.load(graph, load_external_data=False).graph.node
-    if flavour != "tensorrt" or not any(node.op_type == RESIDUAL_SELECT for node in nodes):
+    if not any(node.op_type == RESIDUAL_SELECT for node in nodes):
         return {}, ""
     reason = _registered()
     if not reason:

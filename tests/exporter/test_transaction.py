@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -72,20 +73,21 @@ def test_an_error_leaves_the_old_bundle(tmp_path):
     assert hidden(tmp_path) == []
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file may grow beyond 10,000 bytes: what a full disk does, without filling one."""
+    """No file may grow beyond 10,000 bytes: what a full disk does, without filling one. pytest's own output neither."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
-    with pytest.raises(ResPruneError, match="is full; nothing was left behind"):
+    with small_files(), pytest.raises(ResPruneError, match="is full; nothing was left behind"):
         make(tmp_path / "out", "x" * 1_000_000)
     assert list(tmp_path.iterdir()) == []
 

@@ -41,6 +41,7 @@ class Properties:
     name: bytes = b"Stand-in"
     major: int = 8
     minor: int = 6
+    multiProcessorCount: int = 84  # noqa: N815 - CUDA names it so
 
 
 @dataclass
