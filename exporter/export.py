@@ -225,7 +225,7 @@ class _Export:
         wrong: list[str] = []
         total = 0
         with self._progress("weights", size) as bar:
-            for path in paths:
+            for path in reversed(paths):
                 names, count = compare_weights(path, stored, bar.update)
                 wrong += [f"{name} in {path.name}" for name in names]
                 total += count

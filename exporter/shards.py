@@ -10,7 +10,9 @@ import json
 import math
 import mmap
 import struct
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,10 @@ DTYPES = {
 }
 
 
+MADV_POPULATE_READ = 22
+"""madvise(2), which Python has no name for: read all of it now, at twice the speed of a page when it is touched."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where one weight lies: bytes `offset` to `offset + nbytes` of `file`."""
@@ -58,8 +64,10 @@ class StoredTensor:
         with self.file.open("rb") as file:
             # ACCESS_COPY because torch wants writable memory; nothing writes to it.
             mapped = mmap.mmap(file.fileno(), skipped + self.nbytes, access=mmap.ACCESS_COPY, offset=page)
-        if hasattr(mapped, "madvise"):
-            mapped.madvise(mmap.MADV_WILLNEED)  # read ahead: all of it is wanted, whatever the order
+        if sys.platform == "linux":
+            mapped.madvise(mmap.MADV_SEQUENTIAL)
+            with suppress(OSError):  # before Linux 5.14
+                mapped.madvise(MADV_POPULATE_READ)
         flat = torch.frombuffer(mapped, dtype=torch.uint8, count=self.nbytes, offset=skipped)
         if self.offset % self.dtype.itemsize:  # a header of odd length: legal, but not viewable in place
             flat = flat.clone()

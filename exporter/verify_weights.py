@@ -10,12 +10,9 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from resprune.exporter.shards import StoredTensor
@@ -30,8 +27,7 @@ DTYPES: dict[int, torch.dtype] = {
     onnx.TensorProto.INT8: torch.int8,
     onnx.TensorProto.UINT8: torch.uint8,
 }
-TILE = 512
-ROWS = 1024
+ROWS = 512
 SLACK = 1e-3
 """Of a quantization step: what float32 may make of a number that lies between two steps."""
 
@@ -56,10 +52,12 @@ def compare_weights(
         progress(place.nbytes)
         return equal
 
-    # Comparing releases the interpreter's lock; each thread holds one weight mapped.
+    # The last written first, for the system may still have them in memory. Comparing releases the interpreter's lock;
+    # each thread holds one weight mapped.
+    names = list(reversed(written))
     with one_thread(), ThreadPoolExecutor(os.cpu_count()) as threads:
-        equal = list(threads.map(compare, written))
-    return [name for name, same in zip(written, equal, strict=True) if not same], len(written)
+        equal = list(threads.map(compare, names))
+    return [name for name, same in zip(names, equal, strict=True) if not same], len(names)
 
 
 def _place(tensor: onnx.TensorProto, folder: Path) -> StoredTensor:
@@ -87,26 +85,26 @@ def _same(name: str, written: Mapping[str, StoredTensor], stored: Mapping[str, S
 
 
 def _equal(written: StoredTensor, source: StoredTensor, transposed: bool) -> bool:
-    """Bit for bit, tile by tile: a tile fits the cache whichever side is transposed."""
+    """Bit for bit, a few rows of the checkpoint's at a time."""
     ours, theirs = written.read(), source.read()
-    if transposed:
-        ours, rows, columns = ours.t(), TILE, TILE
-    else:
-        ours, theirs, rows, columns = ours.reshape(1, -1), theirs.reshape(1, -1), 1, TILE**2
-    places = (
-        (slice(row, row + rows), slice(column, column + columns))
-        for row in range(0, theirs.shape[0], rows)
-        for column in range(0, theirs.shape[1], columns)
-    )
-    return ours.shape == theirs.shape and all(
-        np.array_equal(_bits(ours[place]), _bits(theirs[place].to(written.dtype))) for place in places
+    if ours.shape != (theirs.shape[::-1] if transposed else theirs.shape):
+        return False
+    if not transposed:
+        ours = ours.reshape(*theirs.shape[:1], -1)
+    theirs = theirs.reshape(*theirs.shape[:1], -1)
+    return all(
+        torch.equal(
+            # PyTorch is quick to transpose a matrix, and slow with a part of one.
+            _bits(ours[:, rows].contiguous().t().contiguous() if transposed else ours[rows]),
+            _bits(theirs[rows].to(written.dtype)),
+        )
+        for rows in _rows(len(theirs))
     )
 
 
-def _bits(tensor: Tensor) -> NDArray[Any]:
-    """As integers, so that a NaN equals itself; NumPy has no bfloat16."""
-    bits: NDArray[Any] = tensor.view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize]).numpy()
-    return bits
+def _bits(tensor: Tensor) -> Tensor:
+    """As integers, so that a NaN equals itself, and a zero not its negative."""
+    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
 
 
 def _int8_rounded(numbers: Tensor, scales: Tensor, weight: Tensor) -> bool:

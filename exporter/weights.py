@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,9 @@ PAGE = 4096
 """Alignment of large weights, so that they can be mapped; small ones get SMALL, which is what CUDA wants."""
 SMALL = 256
 LARGE_BYTES = 64 << 10
-CHUNK_BYTES = 64 << 20
-TILE = 128
+CHUNK_BYTES = 16 << 20
+PENDING = 2
+"""Chunks that may wait to be written, while one more is being made."""
 # Written by older versions of transformers, recomputed by the model itself.
 COMPUTED = (".position_ids", ".rotary_emb.inv_freq")
 
@@ -109,12 +110,17 @@ def write_graph(
     written = {}
     if traced.weights:
         data = path.with_name(f"{path.name}_data")
+        tensors = _external(model)
+        weights = [traced.weights[tensor.name] for tensor in tensors]
+        columns = [4 * stored[weight.parameter].shape[0] for weight in weights if weight.transposed]
+        size = max([CHUNK_BYTES, *columns])  # at least one column of each
+        buffers = cycle([torch.empty(size, dtype=torch.uint8) for _ in range(PENDING + 1)])
         with one_thread(), _HashedFile(data) as file:
-            for tensor in _external(model):
-                weight = traced.weights[tensor.name]
+            sources = _read_ahead([stored[weight.parameter] for weight in weights])
+            for tensor, weight, source in zip(tensors, weights, sources, strict=True):
                 begin = _aligned(file.size, _byte_count(tensor))
                 file.write(bytes(begin - file.size))
-                for chunk in _chunks(weight, stored[weight.parameter]):
+                for chunk in _chunks(weight, source, buffers):
                     file.write(chunk.view(torch.uint8).numpy().data)
                     progress(chunk.nbytes)
                 _refer(tensor, data.name, begin, file.size - begin)
@@ -123,6 +129,17 @@ def write_graph(
         file.write(model.SerializeToString())
     written[path] = file.spec
     return written
+
+
+def _read_ahead(places: Sequence[StoredTensor]) -> Iterator[Tensor]:
+    """Each weight, while a thread already reads the next one."""
+    with ThreadPoolExecutor(1) as thread:
+        following: deque[Future[Tensor]] = deque()
+        for place in places:
+            following.append(thread.submit(place.read))
+            if len(following) > 1:
+                yield following.popleft().result()
+        yield from (future.result() for future in following)
 
 
 @contextmanager
@@ -137,33 +154,34 @@ def one_thread() -> Iterator[None]:
 
 
 class _HashedFile:
-    """A new file that is written and hashed by a thread of its own, while the next bytes are being prepared."""
+    """A new file that one thread writes and another hashes, while the next bytes are being prepared."""
 
     def __init__(self, path: Path) -> None:
         self.size = 0
         self._file = path.open("wb")
         self._digest = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1)
-        self._pending: deque[Future[None]] = deque()
+        self._threads = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._pending: deque[list[Future[Any]]] = deque()
 
     def write(self, content: bytes | memoryview) -> None:
         """Take over `content`, which must not change any more; an `OSError` may be that of an earlier write."""
         self.size += len(content)
-        self._pending.append(self._thread.submit(self._put, content))
-        while len(self._pending) > 2:  # no more than that is kept in memory
-            self._pending.popleft().result()
+        tasks = zip(self._threads, (self._file.write, self._digest.update), strict=True)
+        self._pending.append([thread.submit(task, content) for thread, task in tasks])
+        while len(self._pending) > PENDING:
+            self._finish()
 
-    def _put(self, content: bytes | memoryview) -> None:
-        self._file.write(content)
-        self._digest.update(content)
+    def _finish(self) -> None:
+        for future in self._pending.popleft():
+            future.result()
 
     def __enter__(self) -> _HashedFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        with self._file, self._thread:
+        with self._file, self._threads[0], self._threads[1]:
             while self._pending and kind is None:
-                self._pending.popleft().result()
+                self._finish()
 
     @property
     def spec(self) -> FileSpec:
@@ -175,35 +193,26 @@ def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
     return [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
 
 
-def _chunks(weight: Weight, stored: StoredTensor) -> Iterator[Tensor]:
-    """The weight in its final dtype and layout, flat, a few megabytes at a time."""
-    tensor = stored.read()
+def _chunks(weight: Weight, tensor: Tensor, buffers: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The weight in its final dtype and layout, flat, a few megabytes at a time.
+
+    Each chunk may lie in the next of `buffers`: memory that is taken anew for each costs as much as filling it.
+    """
     if weight.part:
         yield from quantized_chunks(weight.part, tensor)
         return
-    if weight.transposed:
-        columns = max(1, CHUNK_BYTES // max(1, tensor.shape[0] * weight.dtype.itemsize))
-        for start in range(0, tensor.shape[1], columns):
-            yield _transpose(tensor[:, start : start + columns], weight.dtype).reshape(-1)
-        return
-    flat = tensor.reshape(-1)
-    count = max(1, CHUNK_BYTES // weight.dtype.itemsize)
-    for start in range(0, flat.numel(), count):
-        yield flat[start : start + count].to(weight.dtype)
-
-
-def _transpose(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Matrix [M, N] → [N, M] in `dtype`, tile by tile: a tile fits the cache, where a row of either side does not."""
-    numbers = {2: torch.int16, 4: torch.int32}[dtype.itemsize]  # which NumPy has, and moves like any others
-    transposed = torch.empty(matrix.shape[::-1], dtype=dtype)
-    target = transposed.view(numbers).numpy()
-    for row in range(0, matrix.shape[0], TILE):
-        band = matrix[row : row + TILE].to(dtype).view(numbers).numpy()
-        for column in range(0, matrix.shape[1], TILE):
-            # Copied first: rows a power of two apart would share a few lines of the cache, at a quarter of the speed.
-            tile = np.ascontiguousarray(band[:, column : column + TILE])
-            target[column : column + TILE, row : row + TILE] = tile.T
-    return transposed
+    rows, columns = tensor.shape if weight.transposed else (1, tensor.numel())
+    matrix = tensor.reshape(rows, columns)
+    step = max(1, CHUNK_BYTES // max(1, rows * weight.dtype.itemsize))
+    for start in range(0, columns, step):
+        part = matrix[:, start : start + step].to(weight.dtype)
+        if weight.transposed:
+            buffer = next(buffers)
+            part = (
+                part.contiguous()
+            )  # for PyTorch is quick to transpose a matrix, and slow with a part of one
+            part = buffer[: part.nbytes].view(weight.dtype).view(part.shape[::-1]).copy_(part.t())
+        yield part.reshape(-1)
 
 
 def _layout(model: onnx.ModelProto) -> Iterator[tuple[int, int]]:

@@ -90,7 +90,6 @@ def test_weights_are_cast_transposed_aligned_and_complete(traced, stored, tmp_pa
     folder = tmp_path / "out"
     folder.mkdir()
     path = folder / "graph.onnx"
-    monkeypatch.setattr("resprune.exporter.weights.TILE", 48)  # which the sides are no multiple of
     written = []
     hashed = write_graph(traced, path, stored, written.append)
     assert {file.name: spec for file, spec in hashed.items()} == describe_files(folder)
