@@ -49,7 +49,18 @@ def prepare(shape: Shape, work: Path, bundles: Path, *options: str) -> Subject:
     bundle = bundles / "-".join([shape.name, *(option.lstrip("-") for option in options)])
     if not bundle.exists():
         largest = str(shape.budgets[-1])
-        command = [*RESPRUNE, "export", str(checkpoint), str(bundle), "-k", largest, "--split", *options]
+        command = [
+            *RESPRUNE,
+            "export",
+            str(checkpoint),
+            str(bundle),
+            "-k",
+            largest,
+            "--split",
+            "--verify",
+            "layers",
+        ]
+        command += options
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode == 2:  # what the user can put right
             raise UnavailableError(done.stderr.strip().splitlines()[-1])
