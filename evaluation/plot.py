@@ -73,9 +73,9 @@ def draw(path: Path, panels: Sequence[Panel], ylabel: str, *, dense: bool = Fals
         axes.xaxis.set_major_locator(FixedLocator(ticks if len(ticks) <= 8 else [2**n for n in range(12)]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.set(
-            title=panel.title, xlabel="K, visual tokens kept", xlim=(min(ticks) / 1.15, max(ticks) * 1.15)
-        )
+        axes.set(title=panel.title, xlabel="K, visual tokens kept")
+        if ticks:  # none, if only all tokens were asked for
+            axes.set_xlim(min(ticks) / 1.15, max(ticks) * 1.15)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel(ylabel)

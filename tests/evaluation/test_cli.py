@@ -71,3 +71,10 @@ def test_packages_that_are_missing(bundle, questions, tmp_path, capsys, monkeypa
     monkeypatch.setattr("resprune.evaluation.cli.NEEDED", ("no_such_package",))
     err = fails(capsys, bundle, "--data", questions, "-k", "4", "--out", tmp_path)
     assert 'pip install "resprune[eval]"' in err
+
+
+def test_all_tokens_alone(bundle, questions, tmp_path, capsys):
+    """A plot without a curve is one line."""
+    words = ["--data", str(questions), "-k", "all", "--out", str(tmp_path), "--max-new-tokens", "2"]
+    assert main(["eval", str(bundle), *words]) == 0
+    assert (tmp_path / "accuracy.png").stat().st_size > 0
