@@ -8,20 +8,29 @@ TORCH ?= torch==2.13.0
 
 MODEL ?= demo
 K ?= 64
-TASKS ?= gqa
+TASKS ?= resprune_scenes
 DEVICE ?= cpu
 OUT ?= build/$(notdir $(MODEL))-k$(K)
 ROOMS := evaluation exporter graphs runtime
 
 .PHONY: setup demo test lint export eval bench gpu-check clean
 
+# $(1): an extra of pyproject.toml, which also says why lmms-eval comes without its dependencies.
+define install
+test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(PIP) $(TORCH)
+$(PIP) --editable '.[$(1)]'
+$(PIP) --no-deps lmms-eval
+touch $@
+endef
+
 setup: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH)
-	$(PIP) --editable '.[test]'
-	touch $@
+	$(call install,test)
+
+$(VENV)/lmms: pyproject.toml constraints.txt
+	$(call install,lmms)
 
 test: setup
 	$(BIN)/python -m pytest
@@ -45,12 +54,8 @@ gpu-check: setup
 	$(BIN)/python -m benchmarks.gpu_check
 
 eval: $(VENV)/lmms
-	$(BIN)/python -m lmms_eval --model resprune --model_args model=$(MODEL),k=$(K),device=$(DEVICE) \
-		--tasks $(TASKS) --batch_size 1 --output_path build/lmms
-
-$(VENV)/lmms: $(VENV)/installed
-	$(PIP) $(TORCH) --editable '.[lmms]'
-	touch $@
+	$(BIN)/resprune lmms $(MODEL) --tasks $(TASKS) -k $(K) --device $(DEVICE) --out build/lmms/$(notdir $(MODEL))-k$(K) \
+		$(if $(LIMIT),--limit $(LIMIT))
 
 export: setup
 	$(BIN)/resprune export $(MODEL) $(OUT) -k $(K)

@@ -32,7 +32,7 @@ def register_eval(subparsers: Any) -> None:
         "--data",
         required=True,
         metavar="NAMES",
-        help="easyvqa, scenes, or files of JSON Lines with image, question and answer (or answers), by commas",
+        help="easyvqa, scenes, crowd, or files of JSON Lines with image, question and answer (or answers), by commas",
     )
     parser.add_argument(
         "-k", required=True, metavar="LIST", help="budgets by commas: numbers, shares like 11%%, and all"

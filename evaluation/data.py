@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -38,8 +38,8 @@ class Question:
     type: str = ""
 
     def right(self, answer: str) -> bool:
-        """Exact match with one of the answers, whatever the case, white space, and a full stop at the end."""
-        return _plain(answer) in map(_plain, self.answers)
+        """Whether `answer` is one of the answers."""
+        return matches(answer, self.answers)
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,11 @@ def _from_checkout(module: str, data: str) -> Any:
     raise ResPruneError(
         f"--data {data} is drawn by the repository's demo/; run this inside a checkout of the repository"
     )
+
+
+def matches(answer: str, right: Sequence[str]) -> bool:
+    """Exact match with one of them, whatever the case, white space, and a full stop at the end."""
+    return _plain(answer) in map(_plain, right)
 
 
 def _plain(text: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lmms_eval.api.model import lmms
+from PIL import Image
 from tqdm import tqdm
 
 from resprune.evaluation.budget import Budget
@@ -63,7 +64,9 @@ class ResPrune(lmms):  # type: ignore[misc]
             raise ResPruneError(
                 f"question {document} of {task} has no picture; choose tasks whose questions all have"
             )
-        encoded = self._model.look([picture.convert("RGB") for picture in pictures])
+        if not all(isinstance(picture, Image.Image | str) for picture in pictures):
+            raise ResPruneError(f"question {document} of {task} has more than pictures; choose another task")
+        encoded = self._model.look(pictures)
         question = INSTRUCTION.sub("", context)
         about = [question[start:end] for start, end in question_terms(question)]
         asked = self._model.read(context, len(pictures), about=about)
@@ -82,10 +85,8 @@ class ResPrune(lmms):  # type: ignore[misc]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Not offered: a later round's questions depend on the answers before."""
-        raise NotImplementedError("tasks of several rounds are not supported")
+        raise ResPruneError("tasks of several rounds are not supported; choose tasks of one question each")
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Not offered: the runtime's language model gives the logits of the last position alone."""
-        raise NotImplementedError(
-            "tasks that score given answers are not supported; choose their generative form"
-        )
+        raise ResPruneError("tasks that score given answers are not supported; choose their generative form")

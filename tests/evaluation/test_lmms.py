@@ -1,101 +1,75 @@
-"""lmms-eval, with a local task over the demo's questions: its figures are those of `resprune eval`.
+"""The model plugin, as lmms-eval finds and calls it; how its command behaves is in `test_lmms_cli.py`.
 
-It runs where lmms-eval is installed (`pip install "resprune[lmms]"`); that brings some hundred packages, so `make test`
-goes without.
+It runs where lmms-eval is installed (`make setup` does), which no extra can do: see pyproject.toml.
 """
 
-import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from resprune.evaluation.answers import Answers
-from resprune.evaluation.budget import Budget
-from resprune.evaluation.data import load_data, read_jsonl
-from resprune.evaluation.evaluate import Plan, evaluate
 from resprune.evaluation.model import open_bundle
-from resprune.evaluation.report import score
+from resprune.runtime.errors import ResPruneError
 
-pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install 'resprune[lmms]'")
+pytest.importorskip("lmms_eval", reason="needs lmms-eval: make setup")
 
-QUESTIONS = 24
-INSTRUCTION = "\\nAnswer the question using a single word or phrase."
-TASK = """
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-task: demo_scenes
-test_split: test
-output_type: generate_until
-doc_to_visual: !function utils.doc_to_visual
-doc_to_text: question
-doc_to_target: answer
-generation_kwargs:
-  max_new_tokens: 16
-  do_sample: false
-metric_list:
-  - metric: exact_match
-    aggregation: mean
-    higher_is_better: true
-    ignore_case: true
-"""
-UTILS = """
-from PIL import Image
+from lmms_eval.models import get_model
+
+from resprune.evaluation.lmms import INSTRUCTION
+
+ASKED = "\nAnswer the question using a single word or phrase."
+QUESTION = "What color is the large square?"
 
 
-def doc_to_visual(doc):
-    return [Image.open(doc["image"])]
-"""
+def picture():
+    return Image.open("demo/pictures/shapes.png")
+
+
+def requests(visuals, text=QUESTION, **options):
+    """One request about a document that `visuals` makes pictures of."""
+    return [SimpleNamespace(args=(text, options, lambda document: visuals, 0, "task", "test"))]
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    """A folder with the task, its pictures, and its questions as JSON Lines."""
-    folder = tmp_path_factory.mktemp("task")
-    rows = []
-    for question in load_data("scenes").spread(QUESTIONS):
-        path = folder / f"{question.number}.png"
-        Image.fromarray(np.asarray(question.load())).save(path)
-        rows.append({"image": str(path), "question": question.text, "answer": question.answers[0]})
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "demo_scenes.yaml").write_text(TASK.format(data=folder / "questions.jsonl"))
-    (folder / "utils.py").write_text(UTILS)
-    return folder
+def plugin(demo_bundle):
+    model = get_model("resprune")(model=str(demo_bundle), k="16")
+    model.task_dict = {"task": {"test": [None]}}
+    return model
 
 
-@pytest.mark.parametrize("k", ["8", "all"])
-def test_lmms_eval_finds_the_same_exact_match(k, task, demo_bundle, tmp_path):
-    from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
+def test_it_answers(plugin):
+    assert plugin.generate_until(requests([picture()])) == ["black"]
 
-    found = simple_evaluate(
-        model="resprune",
-        model_args=f"model={demo_bundle},k={k}",
-        tasks=["demo_scenes"],
-        batch_size=1,
-        task_manager=TaskManager(include_path=str(task), include_defaults=False),
-        bootstrap_iters=0,
-        log_samples=True,
-    )
-    model = open_bundle(demo_bundle)
-    plan = Plan([read_jsonl(task / "questions.jsonl")], ("resprune",), [Budget.parse(k)])
-    answers = Answers(tmp_path, plan.settings(model))
-    evaluate(model, plan, answers)
-    (sheet,) = score(plan, answers)
-    (run,) = plan.runs(plan.data[0])
-    said = [sample["filtered_resps"][0] for sample in found["samples"]["demo_scenes"]]
-    assert said == answers.of(run, [question.number for question in plan.data[0].questions])
-    assert found["results"]["demo_scenes"]["exact_match,none"] == pytest.approx(sheet.scores[0].exact_match)
-    assert sheet.scores[0].exact_match > 0.5
+
+def test_an_answer_ends_where_the_task_says(plugin):
+    assert plugin.generate_until(requests([picture()], until=["a"])) == ["bl"]
+    assert plugin.generate_until(requests([picture()], until="ck", max_new_tokens=8)) == ["bla"]
+
+
+@pytest.mark.parametrize(
+    ("visuals", "named"), [([], "has no picture"), ([np.zeros(9)], "has more than pictures")]
+)
+def test_what_is_no_picture(plugin, visuals, named):
+    with pytest.raises(ResPruneError, match=named):
+        plugin.generate_until(requests(visuals))
+
+
+def test_a_video_is_refused(plugin, tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"\0\0\0\x18ftypmp42")
+    with pytest.raises(ResPruneError, match="video"):
+        plugin.generate_until(requests([str(path)]))
+
+
+def test_kinds_of_tasks_that_are_not_offered(plugin):
+    for kind in (plugin.loglikelihood, plugin.generate_until_multi_round):
+        with pytest.raises(ResPruneError, match="not supported; choose"):
+            kind([])
 
 
 def test_a_tasks_instruction_does_not_steer(demo_bundle):
-    from resprune.evaluation.lmms import INSTRUCTION as PATTERN
-
-    text = "What color is the large square?" + INSTRUCTION.encode().decode("unicode_escape")
-    assert PATTERN.sub("", text) == "What color is the large square?"
+    assert INSTRUCTION.sub("", QUESTION + ASKED) == QUESTION
     model = open_bundle(demo_bundle)
-    steered = model.read(text, about=["square"]).prompt
+    steered = model.read(QUESTION + ASKED, about=["square"]).prompt
     assert steered.nouns == ["square"]

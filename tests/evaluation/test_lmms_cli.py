@@ -1,0 +1,96 @@
+"""`resprune lmms`: figures equal to those of `resprune eval`, and one sentence for what the user can put right."""
+
+import json
+import re
+
+import pytest
+
+from resprune.runtime.cli import main
+
+pytest.importorskip("lmms_eval", reason="needs lmms-eval: make setup")
+
+QUESTIONS = 24
+
+
+def fails(capsys, *words):
+    assert main(["lmms", *map(str, words)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    sentence = err.splitlines()[-1]  # lmms-eval and datasets draw their bars above it
+    assert sentence.startswith("resprune: ")
+    return sentence
+
+
+@pytest.mark.parametrize("k", ["8", "all"])
+def test_its_figures_are_those_of_resprune_eval(k, demo_bundle, tmp_path, capsys):
+    rest = ["-k", k, "--limit", str(QUESTIONS), "--out"]
+    assert main(["lmms", str(demo_bundle), "--tasks", "resprune_scenes", *rest, str(tmp_path / "lmms")]) == 0
+    (printed,) = re.findall(r"\| resprune_scenes \| 24 \| exact_match \| (\S+) \|", capsys.readouterr().out)
+    assert main(["eval", str(demo_bundle), "--data", "scenes", *rest, str(tmp_path / "eval")]) == 0
+    report = json.loads((tmp_path / "eval" / "report.json").read_text())
+    wanted = report["data"][0]["scores"][0]["exact_match"]
+    assert wanted > 0.5
+    found = json.loads((tmp_path / "lmms" / "results.json").read_text())
+    assert found["results"]["resprune_scenes"]["exact_match,none"] == pytest.approx(wanted)
+    assert float(printed) == pytest.approx(wanted, abs=1e-4)
+    assert found["settings"]["k"] == k
+    assert answers(tmp_path / "lmms", "resprune_scenes") == asked(tmp_path / "eval")
+
+
+def answers(folder, task):
+    return [
+        json.loads(line)["answer"] for line in (folder / f"samples-{task}.jsonl").read_text().splitlines()
+    ]
+
+
+def asked(folder):
+    """Answers of `resprune eval` in the order of the questions."""
+    said = {}
+    for line in (folder / "answers-scenes.jsonl").read_text().splitlines()[1:]:
+        said |= {int(number): text for number, text in json.loads(line)["answers"].items()}
+    return [said[number] for number in sorted(said)]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--tasks", "resprune_scenes,gqaa"], "there is no task gqaa; did you mean gqa or "),
+        (["--tasks", ","], "--tasks names none"),
+        (["--tasks", "mine.yaml"], "there is no file mine.yaml"),
+        (["--tasks", "gqa", "-k", "0"], "-k 0 is no budget"),
+        (["--tasks", "gqa", "--limit", "0"], "--limit should be 1 or more"),
+        (["--tasks", "resprune_crowd", "--limit", "1", "-k", "145"], "more than the 144 visual tokens"),
+    ],
+)
+def test_wrong_words(demo_bundle, tmp_path, capsys, words, named):
+    assert named in fails(capsys, demo_bundle, "-k", "4", "--out", tmp_path / "out", *words)
+
+
+def test_a_model_that_is_none(tmp_path, capsys):
+    words = ["--tasks", "resprune_scenes", "--limit", 1, "-k", 4, "--out", tmp_path / "out"]
+    assert "is not a directory" in fails(capsys, "nothing here", *words)
+
+
+def test_data_that_cannot_be_had(demo_bundle, tmp_path, capsys, monkeypatch):
+    """Without a token lmms-eval's download fails five times before it says so."""
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    sentence = fails(capsys, demo_bundle, "--tasks", "gqa", "-k", 4, "--out", tmp_path / "out")
+    assert "cannot be loaded (Token is required" in sentence
+    assert "resprune_scenes needs no network" in sentence
+
+
+def test_packages_that_are_missing(demo_bundle, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("resprune.evaluation.lmms_cli.NEEDED", ("no_such_package",))
+    sentence = fails(capsys, demo_bundle, "--tasks", "gqa", "-k", 4, "--out", tmp_path / "out")
+    assert "needs no_such_package" in sentence
+    assert "--no-deps lmms-eval" in sentence
+
+
+def test_a_package_that_one_task_needs(demo_bundle, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("task: mine\ndoc_to_text: !function utils.text\n")
+    (tmp_path / "utils.py").write_text("import no_such_package\n")
+    words = ["--tasks", tmp_path / "mine.yaml", "-k", 4, "--out", tmp_path / "out"]
+    assert "needs the package no_such_package" in fails(capsys, demo_bundle, *words)
