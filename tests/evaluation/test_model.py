@@ -47,6 +47,27 @@ def test_a_bundle_answers_as_its_pipeline(bundle, positions, tmp_path):
                 assert order.tolist() == whole.images[0].pick_order.tolist()
 
 
+@pytest.mark.parametrize(
+    ("variant", "options", "size"), [("next-llama", {"k": 88}, (12, 3)), ("qwen25", {"share": 1.0}, (4, 14))]
+)
+def test_a_bundle_of_pictures_of_any_size_answers_as_its_pipeline(variant, options, size, tiny_bundle):
+    """Of different numbers of tokens, in one batch, and a share of each."""
+    path = tiny_bundle(variant, split=True, **options)
+    pictures = [picture(0, 5, 7), picture(1, *size)]
+    model, budget = open_bundle(path), Budget.parse("20%")
+    encoded = [model.look([shown])[0] for shown in pictures]
+    asked = [model.read(question) for question in ASKED]
+    counts = [budget.of(len(one.features)) for one in encoded]
+    assert counts[0] != counts[1]
+    kept = [model.select(*each) for each in zip(encoded, asked, counts, strict=True)]
+    texts = model.answer(asked, [[one] for one in encoded], [[order] for order in kept], STEPS)
+    with Pipeline.load(path) as vlm:
+        for question, shown, text, order, k in zip(ASKED, pictures, texts, kept, counts, strict=True):
+            whole = vlm.ask(shown, question, tokens=k, max_new_tokens=STEPS)
+            assert text == whole.text
+            assert order.tolist() == whole.images[0].pick_order.tolist()
+
+
 def expected(model, hugging_face, pictures, **options):
     made = []
     for question, shown in zip(ASKED, pictures, strict=True):
