@@ -54,8 +54,8 @@ gpu-check: setup
 	$(BIN)/python -m benchmarks.gpu_check
 
 eval: $(VENV)/lmms
-	$(BIN)/resprune lmms $(MODEL) --tasks $(TASKS) -k $(K) --device $(DEVICE) --out build/lmms/$(notdir $(MODEL))-k$(K) \
-		$(if $(LIMIT),--limit $(LIMIT))
+	$(BIN)/resprune lmms $(MODEL) --tasks $(TASKS) -k $(K) --device $(DEVICE) \
+		--out build/lmms/$(notdir $(MODEL))-k$(K)$(if $(LIMIT),-limit$(LIMIT) --limit $(LIMIT))
 
 export: setup
 	$(BIN)/resprune export $(MODEL) $(OUT) -k $(K)

@@ -5,8 +5,11 @@ lmms-eval finds it by the entry point `lmms_eval.models` and calls it by `--mode
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +17,10 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
+from resprune.evaluation.answers import Answers, Run
 from resprune.evaluation.budget import Budget
 from resprune.evaluation.cli import open_model
+from resprune.evaluation.evaluate import OWN
 from resprune.evaluation.model import Asked, Encoded
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.nouns import question_terms
@@ -36,7 +41,10 @@ def manifest() -> ModelManifest:
 
 
 class ResPrune(lmms):  # type: ignore[misc]
-    """`model`: a split bundle, or what `resprune export` takes; `k`: a number, a share like 11%, or all."""
+    """`model`: a split bundle, or what `resprune export` takes; `k`: a number, a share like 11%, or all.
+
+    `answers` is a directory that keeps them as they come, so that a run that was interrupted goes on where it ended.
+    """
 
     def __init__(
         self,
@@ -44,6 +52,7 @@ class ResPrune(lmms):  # type: ignore[misc]
         k: str | int = "all",
         positions: str | None = None,
         device: str = "cpu",
+        answers: str | None = None,
         batch_size: int | str = 1,
         **ignored: Any,
     ) -> None:
@@ -51,10 +60,39 @@ class ResPrune(lmms):  # type: ignore[misc]
         self._model = open_model(model, positions=positions, device=device)
         self._budget = Budget.parse(str(k))
         self._model.check([self._budget], own=True)
+        self._directory = None if answers is None else Path(answers)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Greedy answers, in the order of the requests."""
-        return [self._answer(*request.args) for request in tqdm(requests, desc="answers", disable=None)]
+        asked = [request.args for request in requests]
+        bar = tqdm(asked, desc="answers", disable=None)
+        if self._directory is None:
+            return [self._answer(*arguments) for arguments in bar]
+        answers = Answers(self._directory, self._settings(asked))
+        try:
+            return [self._recall(answers, *arguments) for arguments in bar]
+        finally:
+            answers.close()
+
+    def _settings(self, asked: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+        """What answers depend on beside the question's number and K, as `Answers` compares it."""
+        digests: dict[str, Any] = {}
+        for context, options, _, document, task, split in asked:
+            row = json.dumps([document, split, context, options], default=str)
+            digests.setdefault(task, hashlib.sha256()).update(row.encode())
+        return {
+            "model": self._model.fingerprint,
+            "positions": self._model.manifest.positions,
+            "data": {task: digest.hexdigest() for task, digest in digests.items()},
+        }
+
+    def _recall(self, answers: Answers, *arguments: Any) -> str:
+        _, _, _, document, task, _ = arguments
+        run = Run(task, OWN, str(self._budget), 0)
+        if answers.missing(run, [document]):
+            answers.add(run, {document: self._answer(*arguments)})
+        (text,) = answers.of(run, [document])
+        return text
 
     def _answer(
         self, context: str, options: dict[str, Any], visuals: Any, document: int, task: str, split: str

@@ -96,7 +96,11 @@ def _evaluate(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]
     with tempfile.TemporaryDirectory(prefix="resprune-") as work:
         tasks = find_tasks(names, manager, arguments.limit, Path(work))
         model = get_model("resprune")(
-            model=arguments.model, k=arguments.k, positions=arguments.positions, device=arguments.device
+            model=arguments.model,
+            k=arguments.k,
+            positions=arguments.positions,
+            device=arguments.device,
+            answers=str(arguments.out),
         )
         results: dict[str, Any] = simple_evaluate(
             model=model,

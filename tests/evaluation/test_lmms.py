@@ -26,9 +26,9 @@ def picture():
     return Image.open("demo/pictures/shapes.png")
 
 
-def requests(visuals, text=QUESTION, **options):
-    """One request about a document that `visuals` makes pictures of."""
-    return [SimpleNamespace(args=(text, options, lambda document: visuals, 0, "task", "test"))]
+def request(visuals, text=QUESTION, number=0, **options):
+    """One about a document whose pictures are `visuals`."""
+    return SimpleNamespace(args=(text, options, lambda document: visuals, number, "task", "test"))
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +39,42 @@ def plugin(demo_bundle):
 
 
 def test_it_answers(plugin):
-    assert plugin.generate_until(requests([picture()])) == ["black"]
+    assert plugin.generate_until([request([picture()])]) == ["black"]
 
 
 def test_an_answer_ends_where_the_task_says(plugin):
-    assert plugin.generate_until(requests([picture()], until=["a"])) == ["bl"]
-    assert plugin.generate_until(requests([picture()], until="ck", max_new_tokens=8)) == ["bla"]
+    assert plugin.generate_until([request([picture()], until=["a"])]) == ["bl"]
+    assert plugin.generate_until([request([picture()], until="ck", max_new_tokens=8)]) == ["bla"]
+
+
+def test_an_interrupted_run_goes_on(demo_bundle, tmp_path, monkeypatch):
+    def made(k="16"):
+        model = get_model("resprune")(model=str(demo_bundle), k=k, answers=str(tmp_path))
+        model.task_dict = {"task": {"test": [None] * 3}}
+        return model
+
+    def three(last=QUESTION):
+        return [request([picture()], text, number) for number, text in enumerate((QUESTION, QUESTION, last))]
+
+    model, count = made(), 0
+    answer = type(model)._answer
+
+    def stopped(self, *arguments):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return answer(self, *arguments)
+
+    monkeypatch.setattr(type(model), "_answer", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate_until(three())
+    assert made().generate_until(three()) == ["black"] * 3
+    assert count == 4, "one question was left"
+    made("4").generate_until(three())
+    assert count == 7, "another K is another answer"
+    with pytest.raises(ResPruneError, match="holds answers of another data"):
+        made().generate_until(three("Is there a circle?"))
 
 
 @pytest.mark.parametrize(
@@ -52,14 +82,14 @@ def test_an_answer_ends_where_the_task_says(plugin):
 )
 def test_what_is_no_picture(plugin, visuals, named):
     with pytest.raises(ResPruneError, match=named):
-        plugin.generate_until(requests(visuals))
+        plugin.generate_until([request(visuals)])
 
 
 def test_a_video_is_refused(plugin, tmp_path):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"\0\0\0\x18ftypmp42")
     with pytest.raises(ResPruneError, match="video"):
-        plugin.generate_until(requests([str(path)]))
+        plugin.generate_until([request([str(path)])])
 
 
 def test_kinds_of_tasks_that_are_not_offered(plugin):
