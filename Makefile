@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Of conflicts pip would name what lmms-eval declares and does not need here: see its extra in pyproject.toml.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-warn-conflicts --constraint constraints.txt
 # A plain `torch` can fetch gigabytes of CUDA; exporting traces on the CPU.
 TORCH ?= torch==2.13.0
 
@@ -15,7 +16,7 @@ ROOMS := evaluation exporter graphs runtime
 
 .PHONY: setup demo test lint export eval bench gpu-check clean
 
-# $(1): an extra of pyproject.toml, which also says why lmms-eval comes without its dependencies.
+# $(1): an extra of pyproject.toml.
 define install
 test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 $(PIP) $(TORCH)
