@@ -15,6 +15,7 @@ from benchmarks.checkpoints import write_llava15_vision
 from benchmarks.measure import THREADS, Timing, take_turns
 from resprune.graphs import choose_form, token_select_model
 from resprune.runtime.bundle import read_bundle
+from resprune.runtime.session import session_settings
 
 BUDGETS = (64, 128, 192)
 Floats = npt.NDArray[np.float32]
@@ -102,10 +103,5 @@ def selector(k: int, shape: tuple[int, ...], body: str = "loop") -> ort.Inferenc
 
 
 def cpu_session(model: str | bytes) -> ort.InferenceSession:
-    """A session with every thread there is."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    # As the runtime does it: the threads of the session before would spin on the cores this one needs. It matters
-    # here: with spinning the same selection took 35 ms after the encoder in place of 19.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    """A session as the runtime opens it, with every thread there is."""
+    return ort.InferenceSession(model, session_settings(THREADS), providers=["CPUExecutionProvider"])

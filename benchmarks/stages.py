@@ -22,7 +22,7 @@ from resprune.runtime.language_model import Embedding, OrtLanguageModel
 from resprune.runtime.picture import Picture
 from resprune.runtime.prompt import Prompt, Prompter
 from resprune.runtime.providers import CPU
-from resprune.runtime.session import OrtGraphs, SessionOptions
+from resprune.runtime.session import OrtGraphs, SessionOptions, session_settings
 from resprune.runtime.splice import Floats, KeptTokens, Picks, Spliced, cut_picks, splice
 from resprune.runtime.vision import Looked, Vision
 
@@ -100,10 +100,8 @@ class Selector:
     """A stand-alone selector, exported for one K: a graph for a larger one would run as many picks as that has."""
 
     def __init__(self, path: str) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = THREADS
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        settings = session_settings(THREADS)
+        self.session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
 
     def __call__(self, picture: Picture, features: Floats, text: Floats) -> KeptTokens:
         """The tokens it keeps of `features` [N, D] for `text` [M, D]."""
