@@ -93,7 +93,7 @@ class Stages:
 def every_token(picture: Picture, features: Floats) -> KeptTokens:
     """All tokens [N, D] of a picture at their own places."""
     every = np.arange(len(features), dtype=np.int64)
-    return KeptTokens(features, Picks(every, every), picture.offsets, picture.advance)
+    return KeptTokens(features, Picks(every, every, np.ones_like(every)), picture.offsets, picture.advance)
 
 
 class Selector:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 NEEDED = ("torch", "transformers", "onnxscript", "huggingface_hub", "safetensors")
 
 
-def open_checkpoint(name: str, *, positions: str | None = None, device: str = "cpu") -> Model:
+def open_checkpoint(
+    name: str, *, positions: str | None = None, attention: str | None = None, device: str = "cpu"
+) -> Model:
     """An alias, hub id or directory, run by Hugging Face's own code; its own selection is the reference.
 
     In float32 on the CPU, elsewhere in the checkpoint's dtype. The prompt, the pixels' geometry and the positions are
@@ -48,7 +50,7 @@ def open_checkpoint(name: str, *, positions: str | None = None, device: str = "c
     checkpoint = resolve(name)
     # Kept while the model is open: the runtime reads the side files from there.
     folder = tempfile.TemporaryDirectory(prefix="resprune-")
-    bundle = _without_graphs(checkpoint, Path(folder.name))
+    bundle = _without_graphs(checkpoint, Path(folder.name), attention or "plain")
     try:
         dtype = torch.float32 if device == "cpu" else "auto"
         model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.root, dtype=dtype)
@@ -72,12 +74,13 @@ def open_checkpoint(name: str, *, positions: str | None = None, device: str = "c
         ),
         fingerprint,
         positions,
+        attention,
     )
     folder.cleanup()  # the tokenizer and the processor have been read
     return opened
 
 
-def _without_graphs(checkpoint: Checkpoint, root: Path) -> Bundle:
+def _without_graphs(checkpoint: Checkpoint, root: Path, attention: str) -> Bundle:
     """What an export writes beside its graphs, and the facts its manifest would have, with K as large as N."""
     import torch
 
@@ -108,6 +111,7 @@ def _without_graphs(checkpoint: Checkpoint, root: Path) -> Bundle:
         command="",
         parity={},
         created="",
+        attention=attention,
     )
     return Bundle(root, manifest)
 
@@ -187,13 +191,18 @@ class _TorchLanguageModel:
     def _run(self, embeds: Any, position_ids: Ints) -> Floats:
         import torch
 
+        from resprune.exporter.language import position_bias
+
+        language_model = self._model.model.language_model
+        mask = torch.from_numpy(self._mask).to(embeds.device)
         with torch.inference_mode():
-            hidden = self._model.model.language_model(
+            hidden = language_model(
                 inputs_embeds=embeds,
-                attention_mask=torch.from_numpy(self._mask).to(embeds.device),
+                attention_mask=mask,
                 position_ids=torch.from_numpy(position_ids).to(embeds.device),
                 past_key_values=self._cache,
                 use_cache=True,
+                **position_bias(language_model, mask),
             ).last_hidden_state[:, -1]
             logits: Floats = self._model.lm_head(hidden).float().cpu().numpy()
         return logits

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.manifest import POSITIONS
+from resprune.runtime.manifest import ATTENTION, POSITIONS
 
 if TYPE_CHECKING:
     from resprune.evaluation.model import Model
@@ -46,6 +46,7 @@ def register_eval(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIRECTORY", help="where the report goes")
     parser.add_argument("--limit", type=int, metavar="N", help="questions of each data set, evenly spread")
     parser.add_argument("--positions", choices=POSITIONS, help="in place of the model's own policy")
+    parser.add_argument("--attention", choices=ATTENTION, help="in place of the model's own")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the first random draw (default: 0)"
     )
@@ -85,7 +86,11 @@ def run_eval(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens,
     )
     model = open_model(
-        arguments.model, positions=arguments.positions, device=arguments.device, threads=arguments.threads
+        arguments.model,
+        positions=arguments.positions,
+        attention=arguments.attention,
+        device=arguments.device,
+        threads=arguments.threads,
     )
     answers = Answers(arguments.out, plan.settings(model))
     try:
@@ -107,12 +112,19 @@ def _none(sentence: str) -> NoReturn:
     raise ResPruneError(sentence)
 
 
-def open_model(name: str, *, positions: str | None = None, device: str = "cpu", threads: int = 0) -> Model:
+def open_model(
+    name: str,
+    *,
+    positions: str | None = None,
+    attention: str | None = None,
+    device: str = "cpu",
+    threads: int = 0,
+) -> Model:
     """A bundle in ONNX Runtime, or a checkpoint in PyTorch on `device`."""
     from resprune.evaluation.model import is_bundle, open_bundle
 
     if is_bundle(name):
-        return open_bundle(name, positions=positions, threads=threads)
+        return open_bundle(name, positions=positions, attention=attention, threads=threads)
     from resprune.evaluation.checkpoint import open_checkpoint
 
-    return open_checkpoint(name, positions=positions, device=device)
+    return open_checkpoint(name, positions=positions, attention=attention, device=device)

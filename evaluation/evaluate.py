@@ -57,6 +57,7 @@ class Plan:
         return {
             "model": model.fingerprint,
             "positions": model.manifest.positions,
+            "attention": model.manifest.attention,
             "max_new_tokens": self.max_new_tokens,
             "data": {data.name: data.fingerprint for data in self.data},
         }

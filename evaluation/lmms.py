@@ -51,13 +51,14 @@ class ResPrune(lmms):  # type: ignore[misc]
         model: str,
         k: str | int = "all",
         positions: str | None = None,
+        attention: str | None = None,
         device: str = "cpu",
         answers: str | None = None,
         batch_size: int | str = 1,
         **ignored: Any,
     ) -> None:
         super().__init__()
-        self._model = open_model(model, positions=positions, device=device)
+        self._model = open_model(model, positions=positions, attention=attention, device=device)
         self._budget = Budget.parse(str(k))
         self._model.check([self._budget], own=True)
         self._directory = None if answers is None else Path(answers)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from resprune.evaluation.budget import Budget
+from resprune.evaluation.selectors import stands_for
 from resprune.runtime.bundle import Bundle, read_bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families import family_of
@@ -62,8 +63,15 @@ class Stages:
 class Model:
     """A bundle or a checkpoint, ready to answer with whatever tokens it is given."""
 
-    def __init__(self, bundle: Bundle, stages: Stages, fingerprint: str, positions: str | None) -> None:
-        self.manifest = _with_positions(bundle.manifest, positions)
+    def __init__(
+        self,
+        bundle: Bundle,
+        stages: Stages,
+        fingerprint: str,
+        positions: str | None,
+        attention: str | None,
+    ) -> None:
+        self.manifest = _with_attention(_with_positions(bundle.manifest, positions), attention)
         self.fingerprint = fingerprint
         self.most = stages.most
         self._stages = stages
@@ -110,7 +118,7 @@ class Model:
             [one.embeds for one in asked],
             [one.prompt.ids for one in asked],
             [
-                [keep(picture, order) for picture, order in zip(pictures, orders, strict=True)]
+                [self._keep(picture, order) for picture, order in zip(pictures, orders, strict=True)]
                 for pictures, orders in zip(encoded, kept, strict=True)
             ],
             image_token_id=self.manifest.image_token_id,
@@ -131,6 +139,15 @@ class Model:
                 if token is not None:
                     row.append(token)
         return [self.decode(row) for row in rows]
+
+    def _keep(self, encoded: Encoded, order: Ints) -> KeptTokens:
+        """The rows that stay of a picture, ascending by index whatever the order they were picked in."""
+        kept, picture = np.sort(order), encoded.picture
+        counts = np.ones_like(kept)
+        if self.manifest.attention == "proportional":
+            counts = np.bincount(stands_for(encoded.features, kept), minlength=len(kept))
+        picks = Picks(kept, order, counts)
+        return KeptTokens(encoded.features[kept], picks, picture.offsets[..., kept], picture.advance)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated ids, as an answer has it."""
@@ -158,23 +175,18 @@ class Model:
         self._stages.language_model.close()
 
 
-def keep(encoded: Encoded, order: Ints) -> KeptTokens:
-    """The rows that stay of a picture, ascending by index whatever the order they were picked in."""
-    kept = np.sort(order)
-    picture = encoded.picture
-    return KeptTokens(encoded.features[kept], Picks(kept, order), picture.offsets[..., kept], picture.advance)
-
-
 def is_bundle(path: str) -> bool:
     """Whether a word on the command line is a bundle rather than a checkpoint."""
     return (Path(path) / MANIFEST_NAME).is_file()
 
 
-def open_bundle(path: str | Path, *, positions: str | None = None, threads: int = 0) -> Model:
+def open_bundle(
+    path: str | Path, *, positions: str | None = None, attention: str | None = None, threads: int = 0
+) -> Model:
     """A split bundle in ONNX Runtime; its own selection is its graph `token_select`.
 
-    `positions` takes the place of the bundle's policy. Raises `ResPruneError` for a bundle that is incomplete, or
-    whose encoder cannot be run apart.
+    `positions` and `attention` take the place of the bundle's. Raises `ResPruneError` for a bundle that is incomplete,
+    or whose encoder cannot be run apart.
     """
     bundle = read_bundle(path)
     if not {"vision_encoder", "token_select"} <= bundle.manifest.graphs.keys():
@@ -202,7 +214,7 @@ def open_bundle(path: str | Path, *, positions: str | None = None, threads: int 
     )
     # Of the files alone: the same checkpoint exported again is the same model.
     digests = json.dumps({name: spec.sha256 for name, spec in sorted(bundle.manifest.files.items())})
-    return Model(bundle, stages, hashlib.sha256(digests.encode()).hexdigest(), positions)
+    return Model(bundle, stages, hashlib.sha256(digests.encode()).hexdigest(), positions, attention)
 
 
 def _with_positions(manifest: Manifest, positions: str | None) -> Manifest:
@@ -213,3 +225,15 @@ def _with_positions(manifest: Manifest, positions: str | None) -> Manifest:
     if positions == "contiguous" and manifest.family.startswith("qwen"):
         raise ResPruneError("Qwen-VL's tokens keep their original positions; leave out --positions")
     return replace(manifest, positions=positions)
+
+
+def _with_attention(manifest: Manifest, attention: str | None) -> Manifest:
+    """The manifest with another attention: every decoder that takes counts can have them all be 1."""
+    if attention is None or attention == manifest.attention:
+        return manifest
+    if attention != "plain":
+        raise ResPruneError(
+            f"the bundle was exported with --attention {manifest.attention}, and its decoder takes no counts; "
+            f"export it with --attention {attention}"
+        )
+    return replace(manifest, attention=attention)

@@ -156,7 +156,8 @@ def write(directory: Path, sheets: Sequence[Sheet], plan: Plan, model: Model) ->
         "seed": plan.seed,
         "versions": {name: version(name) for name in ("resprune", "onnxruntime", "numpy")},
     }
-    title = f"{model.manifest.model}: exact match against K, {model.manifest.positions} positions"
+    manifest = model.manifest
+    title = f"{manifest.model}: exact match against K, {manifest.positions} positions, {manifest.attention} attention"
     try:
         (directory / "report.json").write_text(to_json(sheets, settings), encoding="utf-8")
         (directory / "REPORT.md").write_text(

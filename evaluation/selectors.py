@@ -5,6 +5,7 @@ NumPy in float64, written for clarity; the graphs and kernels that a bundle runs
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -143,6 +144,18 @@ def greedy_map(kernel: Doubles, k: int) -> Ints:
             factor[:, t] = (kernel[:, pick] - factor[:, :t] @ factor[pick, :t]) / np.sqrt(left[pick])
             left = np.maximum(left - factor[:, t] ** 2, 0)
     return picks
+
+
+def stands_for(visual: npt.NDArray[np.floating[Any]], kept: Ints) -> Ints:
+    """Which kept token each of N counts with in proportional attention: its place in `kept` [K] ascending, [N].
+
+    A kept one with itself, any other with the one of the largest cosine; of those within TIE of it, the lowest.
+    """
+    rows = unit(visual.astype(np.float64))
+    cosine = rows @ rows[kept].T  # [N, K]
+    nearest: Ints = (cosine >= cosine.max(axis=1, keepdims=True) - TIE).argmax(axis=1)
+    nearest[kept] = np.arange(len(kept))
+    return nearest
 
 
 def gain(of: Candidates, relevance: Doubles) -> Doubles:

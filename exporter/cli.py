@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.manifest import BODIES, FORMS, OPTIMIZE, POSITIONS, SCALES
+from resprune.runtime.manifest import ATTENTION, BODIES, FORMS, OPTIMIZE, POSITIONS, SCALES
 
 NEEDED = ("torch", "transformers", "onnx", "onnxscript", "huggingface_hub", "tqdm")
 
@@ -59,6 +59,12 @@ def register_export(subparsers: Any) -> None:
         "--scale", choices=SCALES, default="minmax", help="how relevance is scaled (default minmax)"
     )
     parser.add_argument("--positions", choices=POSITIONS, help="position ids of the pruned prompt")
+    parser.add_argument(
+        "--attention",
+        choices=ATTENTION,
+        default="plain",
+        help="proportional: a kept token counts for those it stands for as well (default plain)",
+    )
     parser.add_argument("--body", choices=BODIES, default="loop", help="selection in Loops, or unrolled")
     parser.add_argument(
         "--form",
@@ -107,6 +113,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         alpha=arguments.alpha,
         scale=arguments.scale,
         positions=arguments.positions,
+        attention=arguments.attention,
         max_pixels=arguments.max_pixels,
         body=arguments.body,
         form=arguments.form,

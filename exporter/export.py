@@ -18,6 +18,7 @@ from resprune.exporter import precision, verify
 from resprune.exporter.checkpoint import Checkpoint, resolve
 from resprune.exporter.families import Family, family_of
 from resprune.exporter.grouped_query import optimize_decoder
+from resprune.exporter.language import proportional
 from resprune.exporter.language_checkpoint import CLASSES, LanguageCheckpoint, language_checkpoint
 from resprune.exporter.ort_worker import OrtWorker
 from resprune.exporter.pieces import Piece, Pieces
@@ -26,7 +27,7 @@ from resprune.exporter.shards import StoredTensor
 from resprune.exporter.sidefiles import check_side_files, copy_side_files
 from resprune.exporter.trace import Traced, trace
 from resprune.exporter.transaction import new_directory, require_space
-from resprune.exporter.verify import Difference, ParityError, Verifier
+from resprune.exporter.verify import Counted, Difference, ParityError, Verifier
 from resprune.exporter.verify_weights import compare_weights
 from resprune.exporter.weightless import fake_mode
 from resprune.exporter.weights import data_size, find_weights, write_graph
@@ -34,7 +35,7 @@ from resprune.graphs import attach_selection, choose_form, token_select_model
 from resprune.runtime.bundle import describe_files, write_manifest
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.manifest import (
-    FORMAT_VERSION,
+    ATTENTION,
     FileSpec,
     GraphSpec,
     Manifest,
@@ -66,6 +67,7 @@ class Options:
     alpha: float = 1.0
     scale: str = "minmax"
     positions: str | None = None
+    attention: str = "plain"
     body: str = "loop"
     form: str | None = None
     language_checkpoint: bool = False
@@ -98,6 +100,11 @@ def export(model: str, out: Path, options: Options, report: Report = print) -> P
             "--optimize ort makes a decoder of ONNX Runtime's operators, and its CPU kernels of them know no bf16; "
             "give --dtype fp16 or fp32, or leave it out"
         )
+    if options.attention == "proportional" and options.language_checkpoint:
+        raise ResPruneError(
+            "--for trtllm writes the language model for runtimes that weigh every row alike, which a bundle of "
+            "--attention proportional is not for; leave out one of the two"
+        )
     with new_directory(out, force=options.force) as work:
         _Export(model, out, options, report, work).run()
     return out
@@ -114,7 +121,7 @@ class _Export:
     work: Path
     graphs: dict[str, GraphSpec] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
-    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    counts: dict[str, Counted] = field(default_factory=dict)
     layers: list[int] = field(default_factory=list)
     hashed: dict[Path, FileSpec] = field(default_factory=dict)
     stage: int = 0
@@ -129,6 +136,8 @@ class _Export:
         mode = fake_mode()
         dtype = precision.DTYPES[self.options.dtype]
         pieces = family.take_apart(checkpoint, dtype, mode)
+        if self.options.attention == "proportional":
+            pieces = proportional(pieces)
         if self.options.optimize:
             pieces = optimize_decoder(pieces, dtype)
         selection = self._selection(pieces)
@@ -159,7 +168,7 @@ class _Export:
             if verifier.has_decoder:
                 paths = {name: self.work / spec.file for name, spec in self.graphs.items()}
                 equal = verifier.compare_greedy(worker, paths, selection, positions)
-                note = f"greedy tokens {self._count('greedy tokens', equal)}"
+                note = self._count({"greedy tokens": equal})
             self._line("generation", started, None, note)
             verify.require(self.differences, self.counts, exact=verifier.exact)
 
@@ -185,11 +194,12 @@ class _Export:
     ) -> None:
         """vision_select, the default; and with --split the encoder and the selector apart."""
         how: Any = {name: getattr(selection, name) for name in ("alpha", "scale", "body", "form")}
+        how["counts"] = pieces.proportional
         attached = attach_selection(traced.model, selection.k, **how, padding=pieces.padding)
         fused = Traced(attached, traced.weights)
         path = self._write("vision_select", fused, stored)
-        differences, equal, total = verifier.compare_selection(worker, path, selection)
-        self._compared(path, started, differences, f"picks {self._count('picks', (equal, total))}")
+        differences, counted = verifier.compare_selection(worker, path, selection)
+        self._compared(path, started, differences, self._count(counted))
         if not self.options.split:
             return
         started = perf_counter()
@@ -197,8 +207,9 @@ class _Export:
         self._compared(encoder, started, verifier.compare(worker, pieces.vision, encoder), "")
         started = perf_counter()
         selector = self._write("token_select", Traced(token_select_model(selection.k, **how), {}), {})
-        same = verifier.compare_split(worker, path, encoder, selector)
-        self._compared(selector, started, [], f"picks {self._count('split picks', same)}")
+        graphs = {"vision_select": path, "vision_encoder": encoder, "token_select": selector}
+        counted = verifier.compare_split(worker, graphs, selection)
+        self._compared(selector, started, [], self._count(counted))
 
     def _graph(
         self,
@@ -235,7 +246,8 @@ class _Export:
                 f"{len(wrong)} of {total} weights are not the checkpoint's, so no bundle was written: "
                 f"{', '.join(wrong[:3])}{more}"
             )
-        self._line("weights", started, size, f"equal {self._count('weights', (total, total))}")
+        self.counts["weights"] = (total, total)
+        self._line("weights", started, size, f"equal {total}/{total}")
 
     def _progress(self, what: str, size: int) -> tqdm[Any]:
         return tqdm(total=size, desc=what, unit="B", unit_scale=True, leave=False, disable=None)
@@ -270,9 +282,9 @@ class _Export:
         )
         self._line(path.name, started, size, "   ".join(part for part in (text, note) if part))
 
-    def _count(self, what: str, counted: tuple[int, int]) -> str:
-        self.counts[what] = counted
-        return f"{counted[0]}/{counted[1]}"
+    def _count(self, counted: Mapping[str, Counted]) -> str:
+        self.counts |= counted
+        return "   ".join(f"{what} {equal}/{total}" for what, (equal, total) in counted.items())
 
     def _line(self, what: str, started: float, size: int | None, note: str) -> None:
         self.stage += 1
@@ -343,7 +355,7 @@ class _Export:
         write_manifest(
             self.work,
             Manifest(
-                format_version=FORMAT_VERSION,
+                format_version=ATTENTION[self.options.attention],
                 family=family.name,
                 model=checkpoint.name,
                 revision=checkpoint.revision,
@@ -363,6 +375,7 @@ class _Export:
                 parity=parity,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 optimize=self.options.optimize,
+                attention=self.options.attention,
             ),
         )
 

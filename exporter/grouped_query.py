@@ -3,7 +3,8 @@
 What pays there: keys and values are appended to the cache in place where the caller binds one buffer as past and
 present (the portable graph's Concat copies the cache at each step), and no key head is repeated. Inputs and outputs
 are those of the portable decoder. The rotary angles are applied before the operator, which knows neither M-RoPE nor
-the gaps that pruning leaves; padding on the left is a bias, for the operator itself knows padding on the right only.
+the gaps that pruning leaves; padding on the left is a bias, for the operator itself knows padding on the right only,
+and so are counts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from resprune.exporter.language import log_counts
 from resprune.exporter.pieces import Pieces
 from resprune.runtime.errors import ResPruneError
 
@@ -42,17 +44,20 @@ class _Step:
     lengths: Tensor
     """[B] int32: S. With it the operator takes several positions of several rows over any past."""
     bias: Tensor
-    """[B, 1, S, P + S]: the lowest number at padding, else 0."""
+    """[B, 1, S, P + S]: the lowest number at padding, else 0, or the logarithm of a count."""
 
 
 class _Decoder(nn.Module):
     """As `language._Decoder`."""
 
-    def __init__(self, language_model: Any, lm_head: nn.Module, cache_dtype: torch.dtype) -> None:
+    def __init__(
+        self, language_model: Any, lm_head: nn.Module, cache_dtype: torch.dtype, proportional: bool
+    ) -> None:
         super().__init__()
         self.language_model = language_model
         self.lm_head = lm_head
         self.cache_dtype = cache_dtype
+        self.proportional = proportional
 
     def forward(
         self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
@@ -60,7 +65,8 @@ class _Decoder(nn.Module):
         B, S = inputs_embeds.shape[:2]
         total = attention_mask.shape[1]
         lowest = torch.finfo(self.cache_dtype).min
-        bias = torch.where(attention_mask.bool(), 0.0, lowest).to(self.cache_dtype)  # [B, P + S]
+        weight = log_counts(attention_mask) if self.proportional else 0.0
+        bias = torch.where(attention_mask.bool(), weight, lowest).to(self.cache_dtype)  # [B, P + S]
         step = _Step(
             layers=[_Layer(*pair) for pair in zip(past[::2], past[1::2], strict=True)],
             last_key=torch.full((B,), total - 1, dtype=torch.int32),
@@ -92,7 +98,7 @@ def optimize_decoder(pieces: Pieces, cache_dtype: torch.dtype) -> Pieces:
             f"{width}; leave it out"
         )
     model.config.get_text_config()._attn_implementation = _register()
-    module = _Decoder(model.model.language_model, model.lm_head, cache_dtype)
+    module = _Decoder(model.model.language_model, model.lm_head, cache_dtype, pieces.proportional)
     return replace(pieces, decoder=replace(pieces.decoder, module=module))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from resprune.exporter.pieces import Piece, Sizes
+from resprune.exporter.pieces import Piece, Pieces, Sizes
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.manifest import TensorSpec, axis_size
 
@@ -55,15 +56,17 @@ class _Cache(DynamicCache):
 class _Decoder(nn.Module):
     """One step of the language model over any past, prefill being the step with an empty one.
 
-    inputs_embeds [B, S, D], attention_mask [B, P + S] int64 (0 at padding), position_ids [B, S] int64 or, for M-RoPE,
+    inputs_embeds [B, S, D], attention_mask [B, P + S] int64 (0 at padding; if `proportional`, above 0 how many tokens
+    each stands for), position_ids [B, S] int64 or, for M-RoPE,
     [3, B, S], then each layer's past key and value [B, kv_heads, P, head_dim] → logits [B, 1, vocabulary] of the last
     position, then each layer's present.
     """
 
-    def __init__(self, language_model: Any, lm_head: nn.Module) -> None:
+    def __init__(self, language_model: Any, lm_head: nn.Module, proportional: bool = False) -> None:
         super().__init__()
         self.language_model = language_model
         self.lm_head = lm_head
+        self.proportional = proportional
 
     def forward(
         self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
@@ -86,9 +89,13 @@ class _Decoder(nn.Module):
         seen = (key <= query)[None, None] & attention_mask.bool()[:, None, None, :]
         window = config.sliding_window if _windowed(config) else None
         near = seen if window is None else seen & (key > query - window)[None, None]
+        weight = log_counts(attention_mask)[:, None, None, :] if self.proportional else 0.0
         if config.model_type.startswith("qwen2"):
-            return {"full_attention": _additive(seen), "sliding_attention": _additive(near)}
-        return _additive(near)
+            return {
+                "full_attention": _additive(seen, weight),
+                "sliding_attention": _additive(near, weight),
+            }
+        return _additive(near, weight)
 
 
 def _present(cache: Any) -> list[Tensor]:
@@ -99,9 +106,25 @@ def _windowed(config: Any) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
-def _additive(seen: Tensor) -> Tensor:
+def _additive(seen: Tensor, weight: Tensor | float) -> Tensor:
     # The lowest finite number, not −∞: a padded query sees no key at all, and its softmax must not be NaN.
-    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    return torch.where(seen, weight, torch.finfo(torch.float32).min)
+
+
+def position_bias(language_model: Any, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Proportional attention for a Hugging Face language model, as keywords: nothing where every count is 1.
+
+    Its own attention (sdpa) adds `position_bias` [B, 1, 1, P + S] to the scores; its others would ignore it.
+    """
+    if int(attention_mask.max()) <= 1:
+        return {}
+    assert language_model.config._attn_implementation == "sdpa"
+    return {"position_bias": log_counts(attention_mask)[:, None, None, :].to(language_model.dtype)}
+
+
+def log_counts(attention_mask: Tensor) -> Tensor:
+    """What proportional attention adds to a key's scores: float32 of the mask's shape; 0 for a count of 1, and of 0."""
+    return attention_mask.clamp(min=1).float().log()
 
 
 def check_language(config: Any) -> None:
@@ -185,8 +208,22 @@ def decoder_piece(
     return Piece("decoder_model_merged", module, inputs, outputs, samples, decode, layers)
 
 
+def proportional(pieces: Pieces) -> Pieces:
+    """The same pieces, whose decoder takes counts in its mask and whose selection is to give them."""
+    decoder = pieces.decoder
+    model: Any = pieces.model
+    plain_samples = decoder.samples
+
+    def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
+        embeds, mask, *rest = plain_samples(sizes, generator)
+        return (embeds, mask * torch.randint(1, 99, mask.shape, generator=generator), *rest)
+
+    module = _Decoder(model.model.language_model, model.lm_head, proportional=True)
+    return replace(pieces, decoder=replace(decoder, module=module, samples=samples), proportional=True)
+
+
 def decode(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What the decoder graph computes, by the Hugging Face model's own masks and attention, in float32."""
+    """What the decoder graph computes, by the Hugging Face model's own masks and attention (sdpa), in float32."""
     inputs_embeds, attention_mask, position_ids, *past = inputs
     cache = DynamicCache()
     for layer in range(len(past) // 2):
@@ -197,5 +234,6 @@ def decode(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         position_ids=position_ids,
         past_key_values=cache,
         use_cache=True,
+        **position_bias(model.model.language_model, attention_mask),
     ).last_hidden_state
     return (model.lm_head(hidden[:, -1:]), *_present(cache))

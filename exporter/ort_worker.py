@@ -38,13 +38,17 @@ class OrtWorker:
         return cast(Arrays, self._ask("run", str(graph), inputs))
 
     def greedy(
-        self, embed: Path, decoder: Path, inputs_embeds: NDArray[Any], position_ids: NDArray[Any], steps: int
+        self,
+        embed: Path,
+        decoder: Path,
+        inputs_embeds: NDArray[Any],
+        attention_mask: NDArray[Any],
+        position_ids: NDArray[Any],
+        steps: int,
     ) -> NDArray[np.int64]:
         """`steps` greedy tokens after the prompt `inputs_embeds` [1, S, D] at `position_ids` [1, S]."""
-        return cast(
-            NDArray[np.int64],
-            self._ask("greedy", str(embed), str(decoder), inputs_embeds, position_ids, steps),
-        )
+        prompt = (inputs_embeds, attention_mask, position_ids)
+        return cast(NDArray[np.int64], self._ask("greedy", str(embed), str(decoder), *prompt, steps))
 
     def _ask(self, *request: Any) -> Any:
         assert self._process.stdin is not None
@@ -90,7 +94,12 @@ def _run(path: str, inputs: Arrays) -> Arrays:
 
 
 def _greedy(
-    embed_path: str, decoder_path: str, embeds: NDArray[Any], positions: NDArray[Any], steps: int
+    embed_path: str,
+    decoder_path: str,
+    embeds: NDArray[Any],
+    mask: NDArray[Any],
+    positions: NDArray[Any],
+    steps: int,
 ) -> NDArray[np.int64]:
     embed, decoder = _session(embed_path), _session(decoder_path)
     past: Arrays = {}
@@ -100,10 +109,7 @@ def _greedy(
             past[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), dtype)
     names = [output.name for output in decoder.get_outputs()]
     tokens: list[int] = []
-    length = 0
     while len(tokens) < steps:
-        length += embeds.shape[1]
-        mask = np.ones((1, length), np.int64)
         feeds = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, **past}
         logits, *present = decoder.run(names, feeds)
         past = {
@@ -112,6 +118,7 @@ def _greedy(
         }
         tokens.append(int(logits[0, -1].argmax()))
         (embeds,) = embed.run(None, {"input_ids": np.array([[tokens[-1]]])})
+        mask = np.append(mask, [[1]], axis=1)
         positions = positions[..., -1:] + 1
     return np.array(tokens)
 

@@ -54,3 +54,5 @@ class Pieces:
     the text after them does."""
     padding: str | None = None
     """The vision graph's int64 input [batch_size, N] that is below 0 where a picture of the batch has no token."""
+    proportional: bool = False
+    """Whether the decoder's mask takes counts, and the selection is to give them (`language.proportional`)."""

@@ -1,23 +1,27 @@
-"""ResPrune in PyTorch: the ground truth that every graph and kernel must match, pick for pick.
+"""ResPrune in PyTorch: the ground truth that every graph and kernel must match, pick for pick and count for count.
 
 Source: arXiv 2603.21105. Relevance is its Eq. 13; the selection is its greedy subspace expansion by residual
-energy, written as pivoted Gram-Schmidt. Rules that the paper leaves open (ties, exhaustion, masks) are stated in
+energy, written as pivoted Gram-Schmidt. The counts are those of proportional attention (arXiv 2210.09461, section 3),
+which is no part of it. Rules that the paper leaves open (ties, exhaustion, masks) are stated in
 the README, section "The method".
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 TIE = 1e-5
-"""Scores within a factor (1 - TIE) of the largest are tied; the lowest index among them is picked."""
+"""Scores within a factor (1 - TIE) of the largest are tied; the lowest index among them is picked. Cosines within TIE
+of the largest are tied as well, and the lowest index has the token."""
 
 EXHAUSTED = 1e-6
 """The span is exhausted once the best score is at most EXHAUSTED times the best score before any pick."""
 
 ROUNDING = 1e-5
-"""What float32 leaves in doubt of a score, as a part of the best score before any pick."""
+"""What float32 leaves in doubt of a score, as a part of the best score before any pick; and of a cosine."""
 
 STRAYS = 8
 """How many tokens float32 may still pick by noise, before it notices that the span is exhausted."""
@@ -61,7 +65,7 @@ def text_gain(
     if text.shape[1] == 0:
         return valid.float()
 
-    cosine = _unit(visual) @ _unit(text).transpose(1, 2)  # [B, N, M]
+    cosine = _unit(visual.float()) @ _unit(text.float()).transpose(1, 2)  # [B, N, M]
     relevance = cosine.masked_fill(~text_valid[:, None, :], -torch.inf).amax(dim=2)  # [B, N]
     if scale == "minmax":
         low = relevance.masked_fill(~valid, torch.inf).amin(dim=1, keepdim=True)
@@ -180,14 +184,67 @@ def keep(visual: Tensor, pick_order: Tensor) -> tuple[Tensor, Tensor]:
     return rows.masked_fill((indices < 0)[:, :, None], 0), indices
 
 
-def _mask(mask: Tensor | None, shape: tuple[int, int], like: Tensor) -> Tensor:
-    return torch.ones(shape, dtype=torch.bool, device=like.device) if mask is None else mask.bool()
+def kept_counts(visual: Tensor, kept_indices: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """How many of a picture's tokens each kept one stands for: itself, and every dropped token most similar to it.
+
+    Similar is the cosine; of cosines within TIE of the largest the lowest index counts.
+
+    Args:
+        visual: [B, N, D] visual tokens, any float dtype.
+        kept_indices: [B, K] int64, ascending, −1 for none.
+        token_mask: [B, N] bool, False where a row is padding, which nobody stands for.
+
+    Returns:
+        [B, K] int64, 0 where there is no index. They add up to the picture's tokens.
+
+    """
+    cosine = _cosines(visual.float(), kept_indices)
+    nearest = (
+        (cosine >= cosine.amax(dim=2, keepdim=True) - TIE).int().argmax(dim=2)
+    )  # [B, N]: the lowest of the tied
+    return _counted(torch.nn.functional.one_hot(nearest, kept_indices.shape[1]), visual, token_mask)
+
+
+def counts_within_rounding(
+    visual: Tensor, kept_indices: Tensor, counts: Tensor, token_mask: Tensor | None = None
+) -> Tensor:
+    """Which of `counts` [B, K] float32 may come to, for it cannot tell cosines closer than ROUNDING: [B, K] bool.
+
+    A count lies between the tokens that are its own beyond doubt and those that may be; the other arguments are those
+    of `kept_counts`. False for all of a picture whose counts do not add up to its tokens. Computed in float64.
+    """
+    cosine = _cosines(visual.double(), kept_indices)
+    best = cosine.amax(dim=2, keepdim=True)
+    certain = cosine >= best - (TIE - ROUNDING)
+    maybe = (cosine >= best - (TIE + ROUNDING)) & (
+        certain.cumsum(dim=2) <= certain
+    )  # none before it is certain
+    only = maybe & (maybe.sum(dim=2, keepdim=True) == 1)
+    least, most = (_counted(pairs, visual, token_mask) for pairs in (only, maybe))
+    tokens = _mask(token_mask, visual.shape[:2], visual).sum(dim=1, keepdim=True)
+    return (least <= counts) & (counts <= most) & (counts.sum(dim=1, keepdim=True) == tokens)
+
+
+def _cosines(visual: Tensor, kept_indices: Tensor) -> Tensor:
+    """Cosines [B, N, K] with the kept tokens; 2 of one with itself, −2 where there is no index."""
+    _, N, D = visual.shape
+    rows = _unit(visual)
+    kept = rows.gather(1, kept_indices.clamp(min=0)[:, :, None].expand(-1, -1, D))  # [B, K, D]
+    itself = torch.arange(N, device=visual.device)[:, None] == kept_indices[:, None, :]
+    cosine = (rows @ kept.transpose(1, 2)).masked_fill(itself, 2)
+    return cosine.masked_fill((kept_indices < 0)[:, None, :], -2)
+
+
+def _counted(pairs: Tensor, visual: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Of `pairs` [B, N, K] those of a token that is there, by kept token: [B, K]."""
+    return (pairs * _mask(token_mask, visual.shape[:2], visual)[:, :, None]).sum(dim=1)
+
+
+def _mask(mask: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor:
+    return torch.ones(tuple(shape), dtype=torch.bool, device=like.device) if mask is None else mask.bool()
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Rows [..., D] in float32 scaled to length 1; a zero row stays zero, so its cosine with everything is 0."""
-    rows = rows.float()
+    """Rows [..., D] scaled to length 1; a zero row stays zero, so its cosine with everything is 0."""
     norm = rows.norm(dim=-1, keepdim=True)
-    return torch.where(
-        norm > 0, rows / norm.clamp(min=torch.finfo(torch.float32).tiny), torch.zeros_like(rows)
-    )
+    return torch.where(norm > 0, rows / norm.clamp(min=torch.finfo(rows.dtype).tiny), torch.zeros_like(rows))

@@ -18,7 +18,14 @@ from resprune.exporter.language import decode
 from resprune.exporter.ort_worker import OrtWorker
 from resprune.exporter.pieces import Piece, Pieces
 from resprune.exporter.precision import SUFFIXES, precision_of
-from resprune.exporter.reference import keep, picks_within_rounding, residual_select, text_gain
+from resprune.exporter.reference import (
+    counts_within_rounding,
+    keep,
+    kept_counts,
+    picks_within_rounding,
+    residual_select,
+    text_gain,
+)
 from resprune.exporter.shards import StoredTensor
 from resprune.exporter.verify_layers import (
     chosen_layers,
@@ -38,9 +45,14 @@ picture is tried. A graph that is wrong misses with all."""
 TEXT_TOKENS = 5
 PROMPT_TOKENS = 8
 GREEDY_TOKENS = 32
-COUNTS = ("picks", "split picks", "greedy tokens")
+SELECTED = ("picks", "kept counts", "split picks", "split counts")
+COUNTED = (*SELECTED, "greedy tokens")
 ATOL = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 1e-1, "int8": 1.0, "q4": 1.0}
 """Largest difference allowed, relative to the largest magnitude of the output where that is above 1."""
+
+
+Counted = tuple[int, int]
+"""How many are equal, and how many there are."""
 
 
 class ParityError(Exception):
@@ -73,7 +85,7 @@ class Verifier:
         self._precision = precision
         self.exact: Collection[str] = ()
         if precision_of("vision_select", precision) == "fp32":
-            self.exact = COUNTS if precision == "fp32" else COUNTS[:2]
+            self.exact = COUNTED if precision == "fp32" else SELECTED
         config: Any = copy.deepcopy(pieces.model.config)
         config._attn_implementation = "sdpa"
         self._config: Any = config
@@ -149,48 +161,63 @@ class Verifier:
 
     def compare_selection(
         self, worker: OrtWorker, graph: Path, selection: Selection
-    ) -> tuple[list[Difference], int, int]:
-        """`vision_select` against the reference: differences, equal picks, and all picks.
+    ) -> tuple[list[Difference], dict[str, Counted]]:
+        """`vision_select` against the reference: differences, and how many picks and counts are equal.
 
-        Equal is also a pick that float32 cannot tell from the reference's, see `picks_within_rounding`.
+        Equal is also what float32 cannot tell from the reference's, see `picks_within_rounding` and
+        `counts_within_rounding`.
         """
         differences: list[Difference] = []
         for seed in SEEDS:
             images, text, mask = self._question(self._pictures, seed)
             features, gain, picks = self._select(images, text, mask, selection)
             self._make_room()
-            got = worker.run(graph, self._select_inputs(images, text, mask))
+            candidates, num_kept = self._candidates(images), _shares(selection.k, len(features))
+            got = worker.run(graph, self._select_inputs(images, text, mask, num_kept))
             # Against the reference's rows of the graph's own picks, so that one pick that differs hides nothing.
             order = torch.from_numpy(got["pick_order"])
-            rows, _ = keep(features, order)
+            rows, indices = keep(features, order)
             differences.append(self._difference(graph.stem, "image_features", got["image_features"], rows))
             same = order == picks
             if not same.all():
-                same |= picks_within_rounding(features, gain, order, self._candidates(images))
-            equal = int(same.sum())
-            if equal == picks.numel() or "picks" not in self.exact:
+                same |= picks_within_rounding(features, gain, order, candidates)
+            counted = {"picks": _count(same)}
+            if self._pieces.proportional:
+                counts = torch.from_numpy(got["kept_counts"])
+                late = torch.arange(selection.k) >= num_kept[:, None]
+                first = order.masked_fill(late, -1)
+                indices = indices.masked_fill((indices[:, :, None] != first[:, None, :]).all(dim=2), -1)
+                same = counts == kept_counts(features, indices, candidates)
+                if not same.all():
+                    same |= counts_within_rounding(features, indices, counts, candidates)
+                counted["kept counts"] = _count(same)
+            if all(equal == total or what not in self.exact for what, (equal, total) in counted.items()):
                 break
-        return differences, equal, picks.numel()
+        return differences, counted
 
     def compare_split(
-        self, worker: OrtWorker, vision_select: Path, encoder: Path, token_select: Path
-    ) -> tuple[int, int]:
-        """Picks of the split pair against those of the fused graph: how many are equal, and how many there are."""
+        self, worker: OrtWorker, graphs: Mapping[str, Path], selection: Selection
+    ) -> dict[str, Counted]:
+        """What `vision_encoder` and `token_select` keep against `vision_select`: equal picks, and counts."""
         images, text, mask = self._question(self._pictures, SEEDS[0])
-        inputs = self._select_inputs(images, text, mask)
-        fused = worker.run(vision_select, inputs)["pick_order"]
-        pixels = [spec.name for spec in self._pieces.vision.inputs]
-        features = worker.run(encoder, {name: inputs[name] for name in pixels})["image_features"]
+        inputs = self._select_inputs(images, text, mask, _shares(selection.k, len(text)))
+        fused = worker.run(graphs["vision_select"], inputs)
+        pixels = {spec.name: inputs.pop(spec.name) for spec in self._pieces.vision.inputs}
+        features = worker.run(graphs["vision_encoder"], pixels)["image_features"]
         candidates = self._candidates(images)
         token_mask = np.ones(features.shape[:2], bool) if candidates is None else _numpy(candidates)
-        inputs = {name: inputs[name] for name in ("text_embeds", "text_mask")}
         inputs |= {"image_features": features, "token_mask": token_mask}
-        split = worker.run(token_select, inputs)["pick_order"]
-        return int((fused == split).sum()), fused.size
+        split = worker.run(graphs["token_select"], inputs)
+        outputs = {"split picks": "pick_order", "split counts": "kept_counts"}
+        return {
+            what: _count(torch.from_numpy(fused[name] == split[name]))
+            for what, name in outputs.items()
+            if name in fused
+        }
 
     def compare_greedy(
         self, worker: OrtWorker, graphs: Mapping[str, Path], selection: Selection, positions: str
-    ) -> tuple[int, int]:
+    ) -> Counted:
         """A whole answer: equal greedy tokens and all tokens, after a seeded prompt with one pruned picture."""
         for seed in SEEDS:
             equal = self._equal_tokens(worker, graphs, selection, positions, seed)
@@ -210,28 +237,28 @@ class Verifier:
         prompt = torch.randint(
             self._vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(seed)
         )
-        selected = worker.run(graphs["vision_select"], self._select_inputs(images, text, mask))
-        # The graph's own picks on both sides: they are judged in `compare_selection`.
+        num_kept = torch.tensor([selection.k])
+        selected = worker.run(graphs["vision_select"], self._select_inputs(images, text, mask, num_kept))
+        # The graph's own picks and counts on both sides: they are judged in `compare_selection`.
         picks = torch.from_numpy(selected["pick_order"])
+        counts = torch.from_numpy(selected.get("kept_counts", np.ones_like(selected["pick_order"])))
         features, _, _ = self._select(images, text, mask, selection)
         rows, _ = keep(features, picks)
         places = (torch.arange(features.shape[1]), features.shape[1])
         if self._pieces.places is not None:
             places = self._pieces.places(images)
+        where = (picks, counts, places, positions)
         with torch.no_grad():
-            wanted = self._generate(*self._splice(self._embeds(prompt), rows, picks, places, positions))
+            wanted = self._generate(*self._splice(self._embeds(prompt), rows, *where))
         embeds = worker.run(graphs["embed_tokens"], {"input_ids": _numpy(prompt)})["inputs_embeds"]
-        spliced, position_ids = self._splice(
-            torch.from_numpy(embeds),
-            torch.from_numpy(selected["image_features"]),
-            picks,
-            places,
-            positions,
+        whole, prompt_mask, position_ids = self._splice(
+            torch.from_numpy(embeds), torch.from_numpy(selected["image_features"]), *where
         )
         got = worker.greedy(
             graphs["embed_tokens"],
             graphs["decoder_model_merged"],
-            _numpy(spliced),
+            _numpy(whole),
+            _numpy(prompt_mask),
             _numpy(position_ids),
             GREEDY_TOKENS,
         )
@@ -260,10 +287,13 @@ class Verifier:
         mask[-1, 2:] = False
         return images, self._embeds(ids), mask
 
-    def _select_inputs(self, images: Sequence[Tensor], text: Tensor, mask: Tensor) -> dict[str, NDArray[Any]]:
+    def _select_inputs(
+        self, images: Sequence[Tensor], text: Tensor, mask: Tensor, num_kept: Tensor
+    ) -> dict[str, NDArray[Any]]:
         names = [spec.name for spec in self._pieces.vision.inputs]
         inputs = dict(zip(names, map(_numpy, images), strict=True))
-        return inputs | {"text_embeds": _numpy(text), "text_mask": _numpy(mask)}
+        inputs |= {"text_embeds": _numpy(text), "text_mask": _numpy(mask)}
+        return inputs | ({"num_kept": _numpy(num_kept)} if self._pieces.proportional else {})
 
     def _select(
         self, images: tuple[Tensor, ...], text: Tensor, mask: Tensor, selection: Selection
@@ -284,35 +314,41 @@ class Verifier:
         return images[names.index(self._pieces.padding)] >= 0
 
     def _splice(
-        self, embeds: Tensor, rows: Tensor, picks: Tensor, places: tuple[Tensor, int], positions: str
-    ) -> tuple[Tensor, Tensor]:
-        """The picture's rows in the middle of the prompt, and the position [1, S] or [3, 1, S] of every row.
+        self,
+        embeds: Tensor,
+        rows: Tensor,
+        picks: Tensor,
+        counts: Tensor,
+        places: tuple[Tensor, int],
+        positions: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The picture's rows in the middle of the prompt, the mask [1, S], and each row's position [1, S] or [3, 1, S].
 
         `places` is where its N tokens stand, counted from the first, and how far the text after them does.
         """
         half = embeds.shape[1] // 2
         kept = picks[0][picks[0] >= 0].sort().values
         whole = torch.cat([embeds[:, :half], rows[:, : len(kept)], embeds[:, half:]], dim=1)
+        mask = torch.ones(whole.shape[:2], dtype=torch.int64)
+        mask[:, half : half + len(kept)] = counts[:, : len(kept)]
         if positions == "contiguous":
-            return whole, torch.arange(whole.shape[1])[None]
+            return whole, mask, torch.arange(whole.shape[1])[None]
         offsets, advance = places
         before = torch.arange(half).expand(*offsets.shape[:-1], -1)
         after = (torch.arange(embeds.shape[1] - half) + half + advance).expand(*offsets.shape[:-1], -1)
-        return whole, torch.cat([before, half + offsets[..., kept], after], dim=-1)[..., None, :]
+        return whole, mask, torch.cat([before, half + offsets[..., kept], after], dim=-1)[..., None, :]
 
-    def _generate(self, embeds: Tensor, positions: Tensor) -> NDArray[np.int64]:
+    def _generate(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> NDArray[np.int64]:
         config = self._config.text_config
         shape = (1, config.num_key_value_heads, 0, self._pieces.decoder.inputs[3].shape[3])
         past = tuple(torch.zeros(*map(int, shape)) for _ in range(2 * config.num_hidden_layers))
         tokens: list[int] = []
-        length = 0
         while len(tokens) < GREEDY_TOKENS:
-            length += embeds.shape[1]
-            mask = torch.ones(1, length, dtype=torch.int64)
             logits, *past_list = decode(self._holding(self._pieces.decoder), (embeds, mask, positions, *past))
             past = tuple(past_list)
             tokens.append(int(logits[0, -1].argmax()))
             embeds = self._embeds(torch.tensor([tokens[-1:]]))
+            mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
             positions = positions[..., -1:] + 1
         return np.array(tokens)
 
@@ -326,7 +362,7 @@ class Verifier:
 
 
 def require(
-    differences: Iterable[Difference], counts: Mapping[str, tuple[int, int]], *, exact: Collection[str]
+    differences: Iterable[Difference], counts: Mapping[str, Counted], *, exact: Collection[str]
 ) -> None:
     """`ParityError` with a table if a difference is too large or, of a count in `exact`, fewer agree than there are."""
     rows = list(differences)
@@ -349,6 +385,15 @@ def available_memory() -> int:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE")) // 2
+
+
+def _shares(k: int, batch_size: int) -> Tensor:
+    """Three quarters of the picks of the first picture, half of the second's …: [B] int64, each at least one."""
+    return torch.tensor([max(1, k - (picture + 1) * k // 4) for picture in range(batch_size)])
+
+
+def _count(same: Tensor) -> Counted:
+    return int(same.sum()), same.numel()
 
 
 def _parameter_names(piece: Piece, pieces: Pieces) -> set[str]:

@@ -1,8 +1,8 @@
 """Selection as a graph of its own, or attached to the end of a vision encoder.
 
-Both put one node of each op in domain `resprune` into the main graph, with a model-local function of the same name
-as its body and the attribute `plugin_namespace`: ONNX Runtime runs the function, TensorRT a plugin if one is
-registered under that name and the function if not.
+Both put one node of each op that is wanted in domain `resprune` into the main graph, with a model-local function of
+the same name as its body and the attribute `plugin_namespace`: ONNX Runtime runs the function, TensorRT a plugin if
+one is registered under that name and the function if not.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import onnxscript
 from resprune.graphs.functions import (
     DOMAIN,
     VERSION,
+    kept_counts_function,
     residual_select_function,
     text_gain_function,
 )
@@ -34,7 +35,14 @@ DTYPES = {
 
 
 def token_select_model(
-    k: int, *, alpha: float, scale: str, body: str = "loop", form: str = "quadratic", dtype: str = "float32"
+    k: int,
+    *,
+    alpha: float,
+    scale: str,
+    body: str = "loop",
+    form: str = "quadratic",
+    counts: bool = False,
+    dtype: str = "float32",
 ) -> onnx.ModelProto:
     """The stand-alone selector, for any number of tokens and any hidden size.
 
@@ -44,7 +52,9 @@ def token_select_model(
     ascending by index; `pick_order` [batch_size, k] int64. −1, with a row of zeros, where fewer than k exist.
     Arithmetic is float32 whatever the dtype.
 
-    `form` is "quadratic" or "linear", see `choose_form`.
+    `form` is "quadratic" or "linear", see `choose_form`. With `counts` there is one more input, `num_kept`
+    [batch_size] int64, how many of the picks are kept, and one more output, `kept_counts` [batch_size, k] int64: how
+    many tokens each kept row stands for, see `kept_counts_function`.
 
     Raises:
         ValueError: k below 1, alpha below 0, or an unknown scale, body, form or dtype.
@@ -59,7 +69,16 @@ def token_select_model(
     )
     op = onnxscript.GraphBuilder(graph).op
     functions = _select(
-        op, features, token_mask, k, alpha=alpha, scale=scale, body=body, form=form, kept_name="kept_features"
+        op,
+        features,
+        token_mask,
+        k,
+        alpha=alpha,
+        scale=scale,
+        body=body,
+        form=form,
+        counts=counts,
+        kept_name="kept_features",
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="resprune", functions=functions)
     return ir.to_proto(model)
@@ -73,12 +92,14 @@ def attach_selection(
     scale: str,
     body: str = "loop",
     form: str = "quadratic",
+    counts: bool = False,
     padding: str | None = None,
 ) -> onnx.ModelProto:
     """`vision_select` from `vision_encoder`: the encoder's N rows go through the selection inside the graph.
 
     The encoder's output `image_features` [batch_size, N, D] is replaced by the K kept rows under the same name, with
-    `kept_indices` and `pick_order` as in `token_select_model`; the inputs `text_embeds` and `text_mask` are added.
+    `kept_indices`, `pick_order` and, with `counts`, `kept_counts` as in `token_select_model`; its inputs `text_embeds`,
+    `text_mask` and, with `counts`, `num_kept` are added.
     Tensors in external files stay there: only their references are copied. `padding` names an int64 input
     [batch_size, N] of the encoder that is below 0 where a picture with fewer tokens than the others has none; without
     it every token is a candidate.
@@ -106,7 +127,16 @@ def attach_selection(
             raise ValueError(f"the encoder has no input {padding}")
         candidates = op.GreaterOrEqual(source, 0)
     functions = _select(
-        op, output, candidates, k, alpha=alpha, scale=scale, body=body, form=form, kept_name="image_features"
+        op,
+        output,
+        candidates,
+        k,
+        alpha=alpha,
+        scale=scale,
+        body=body,
+        form=form,
+        counts=counts,
+        kept_name="image_features",
     )
     graph.opset_imports[DOMAIN] = VERSION
     for function in functions:
@@ -124,9 +154,10 @@ def _select(
     scale: str,
     body: str,
     form: str,
+    counts: bool,
     kept_name: str,
 ) -> list[ir.Function]:
-    """Append both ops, the gathering of the kept rows, and the graph's outputs; return the ops' functions."""
+    """Append the ops, the gathering of the kept rows, and the graph's outputs; return the ops' functions."""
     graph = op.builder.graph
     op.builder.push_module("select")  # names of its own, whatever the encoder's are
     opset = graph.opset_imports[""]
@@ -149,7 +180,7 @@ def _select(
     # does not take int64.
     missing_last = op.Where(op.Less(pick_order, 0), 2**24, pick_order)
     order = op.Cast(missing_last, to=ir.DataType.FLOAT)
-    ascending, _ = op.TopK(order, [k], axis=1, largest=0, sorted=1, _outputs=2)
+    ascending, places = op.TopK(order, [k], axis=1, largest=0, sorted=1, _outputs=2)
     indices = op.Cast(ascending, to=ir.DataType.INT64)
     missing = op.Equal(indices, 2**24)
     kept_indices = op.Where(missing, -1, indices)
@@ -157,11 +188,19 @@ def _select(
     present = op.Cast(op.Unsqueeze(op.Not(missing), [2]), to=ir.DataType.FLOAT)
     kept = op.Mul(op.Cast(rows, to=ir.DataType.FLOAT), present)
 
-    for value, name, dtype, shape in (
+    outputs = [
         (kept, kept_name, ir.DataType.FLOAT, [batch, k, hidden]),
         (kept_indices, "kept_indices", ir.DataType.INT64, [batch, k]),
         (pick_order, "pick_order", ir.DataType.INT64, [batch, k]),
-    ):
+    ]
+    if counts:
+        num_kept = ir.val("num_kept", ir.DataType.INT64, ir.Shape([batch]))
+        graph.inputs.append(num_kept)
+        functions.append(kept_counts_function(opset=opset))
+        counted = op.Where(op.Less(places, op.Unsqueeze(num_kept, [1])), kept_indices, -1)
+        kept_counts = op.KeptCounts(features, token_mask, counted, **ours)
+        outputs.append((kept_counts, "kept_counts", ir.DataType.INT64, [batch, k]))
+    for value, name, dtype, shape in outputs:
         value.name = name
         value.dtype = dtype
         value.shape = ir.Shape(shape)

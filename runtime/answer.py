@@ -121,7 +121,11 @@ class Answer:
             "text_token_ids": self.prompt.text_token_ids,
             "nouns": self.prompt.nouns,
             "images": [
-                {"kept_indices": picks.kept_indices.tolist(), "pick_order": picks.pick_order.tolist()}
+                {
+                    "kept_indices": picks.kept_indices.tolist(),
+                    "pick_order": picks.pick_order.tolist(),
+                    "kept_counts": picks.kept_counts.tolist(),
+                }
                 for picks in self.images
             ],
             "timings": self.timings,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from resprune.runtime.bundle import Bundle
+from resprune.runtime.errors import ResPruneError
 from resprune.runtime.generate import Sampling, eos_token_ids, generate
 from resprune.runtime.language_model import Embedding, LanguageModel, OrtLanguageModel
 from resprune.runtime.prompt import Prompt
@@ -91,6 +92,15 @@ def expanded_ids(request: Request, row: int, image_token_id: int) -> list[int]:
     for token in request.prompts[row].ids:
         ids += [token] * (next(counts) if token == image_token_id else 1)
     return ids
+
+
+def require_plain_attention(bundle: Bundle, title: str) -> None:
+    """`ResPruneError` for a bundle whose rows count for more than themselves, which `title` cannot be told."""
+    if bundle.manifest.attention != "plain":
+        raise ResPruneError(
+            f"{title} attends to every row alike, and this bundle was exported with --attention "
+            f"{bundle.manifest.attention}; export it again with --attention plain"
+        )
 
 
 def onnxruntime_generator(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:

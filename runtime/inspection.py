@@ -25,6 +25,7 @@ def describe(bundle: Bundle) -> str:
         f"  selection   keeps {selection.k}{of} tokens a picture{share}, alpha {selection.alpha:g}, "
         f"scale {selection.scale}, body {selection.body}, form {selection.form}",
         f"  positions   {manifest.positions}",
+        f"  attention   {manifest.attention}",
         f"  context     {manifest.context_length} tokens; image token {manifest.image_token_id}",
         "graphs",
     ]

@@ -28,7 +28,8 @@ class LanguageModel(Protocol):
         """Logits [B, vocabulary] after the prompt.
 
         `inputs_embeds` [B, S, D]; `position_ids` [B, S], or [3, B, S] for M-RoPE; `attention_mask` [B, S] is 0 where
-        a shorter prompt is filled up, on its left.
+        a shorter prompt is filled up, on its left, and above 1 for a row that counts for more tokens than itself,
+        which only a bundle of proportional attention knows.
         """
         ...
 

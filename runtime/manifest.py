@@ -9,14 +9,15 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from resprune.runtime.errors import ResPruneError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that is read. A bundle has the oldest that says all of it, see ATTENTION."""
 MANIFEST_NAME = "resprune.json"
 MAX_RANK = 8
 
@@ -26,6 +27,8 @@ SCALES = ("minmax", "clamp", "shifted")
 BODIES = ("loop", "unrolled")
 FORMS = ("quadratic", "linear")
 POSITIONS = ("contiguous", "original")
+ATTENTION = {"plain": 1, "proportional": 2}
+"""How the language model attends to kept tokens, and the format version that came with it."""
 OPTIMIZE = ("ort",)
 FLAVOURS = ("tensorrt", "tensorrt-rtx")
 
@@ -118,7 +121,8 @@ class EngineSet:
 class Manifest:
     """The contents of `resprune.json`; `files` has every file of the bundle but the manifest itself.
 
-    `optimize` "ort" means a decoder for ONNX Runtime alone.
+    `optimize` "ort" means a decoder for ONNX Runtime alone; `attention` "proportional" a selection that counts the
+    tokens each kept one stands for, and a decoder that takes the counts in its mask.
     """
 
     format_version: int
@@ -136,6 +140,7 @@ class Manifest:
     parity: dict[str, Any]
     created: str
     optimize: str | None = None
+    attention: str = "plain"
     engines: dict[str, EngineSet] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -190,6 +195,7 @@ class Manifest:
             parity=_field(top, "parity", dict),
             created=_field(top, "created", str),
             optimize=None if top.get("optimize") is None else _choice(top, "optimize", OPTIMIZE),
+            attention=_choice(top, "attention", ATTENTION) if "attention" in top else "plain",
             engines=engines,
         )
 
@@ -369,7 +375,7 @@ def _optional_table(top: dict[str, Any], key: str) -> list[tuple[str, Any]]:
     return _table(top, key) if key in top else []
 
 
-def _choice(table: dict[str, Any], key: str, choices: tuple[str, ...], where: str = "") -> str:
+def _choice(table: dict[str, Any], key: str, choices: Iterable[str], where: str = "") -> str:
     value = _field(table, key, str, where)
     if value not in choices:
         raise _fault(f"{where}{key}", f"one of {', '.join(choices)}", value)

@@ -19,7 +19,15 @@ from resprune.runtime.bundle import Bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families import FAMILIES, family_of
 from resprune.runtime.generate import Sampling
-from resprune.runtime.generator import Generator, GeneratorFactory, Piece, Request, expanded_ids, together
+from resprune.runtime.generator import (
+    Generator,
+    GeneratorFactory,
+    Piece,
+    Request,
+    expanded_ids,
+    require_plain_attention,
+    together,
+)
 from resprune.runtime.http_client import Exchange, Server
 from resprune.runtime.language_model import Embedding
 from resprune.runtime.prompt import Prompt
@@ -78,6 +86,7 @@ def server(
     target = Server(url, timeout, os.environ.get(KEY_VARIABLE))
 
     def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:
+        require_plain_attention(bundle, APIS[api].title)
         check_positions(bundle, APIS[api])
         return ServerGenerator(target, APIS[api], model, bundle.manifest.image_token_id)
 
@@ -126,7 +135,7 @@ class ServerGenerator:
         """Nothing is held between requests."""
 
     def _question(self, request: Request, row: int, sampling: Sampling) -> Question:
-        present = request.spliced.attention_mask[row] == 1
+        present = request.spliced.attention_mask[row] > 0
         return Question(
             request.prompts[row],
             request.pictures[row],

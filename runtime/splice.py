@@ -7,18 +7,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from resprune.runtime.errors import ResPruneError
-
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Picks:
-    """Which of a picture's visual tokens are kept: ascending, and in the order they were picked."""
+    """Which of a picture's visual tokens are kept: ascending, and in the order they were picked.
+
+    `kept_counts`, in the order of `kept_indices`: how many of the picture's tokens each of them counts for; 1 with
+    plain attention.
+    """
 
     kept_indices: Ints
     pick_order: Ints
+    kept_counts: Ints
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class KeptTokens:
 class Spliced:
     """One or more prompts as the language model takes them, shorter ones filled up on the left.
 
-    `inputs_embeds` [B, S, D] float32, `position_ids` [B, S] or [3, B, S] int64, `attention_mask` [B, S] int64.
+    `inputs_embeds` [B, S, D] float32, `position_ids` [B, S] or [3, B, S] int64, `attention_mask` [B, S] int64: how many
+    tokens each row counts for, 0 where there is none.
     """
 
     inputs_embeds: Floats
@@ -54,25 +58,22 @@ def cut_picks(
     tokens: int | None,
     offsets: Ints,
     advance: int,
+    kept_counts: Ints | None = None,
 ) -> KeptTokens:
     """The first `tokens` picks of one picture (all of them if None), as the nested picks of method.md allow.
 
     `image_features` [K, D], `kept_indices` [K] ascending with −1 last, `pick_order` [K] with −1 last; `offsets`
-    [N] or [3, N] and `advance` are the picture's, as in `KeptTokens`. `ResPruneError` for `tokens` below 1 or
-    above K.
+    [N] or [3, N] and `advance` are the picture's, as in `KeptTokens`; `kept_counts` [K] in the order of
+    `kept_indices`, None for 1 each.
     """
-    limit = len(pick_order)
-    if tokens is not None and not 1 <= tokens <= limit:
-        raise ResPruneError(
-            f"this bundle keeps {limit} tokens of a picture, so tokens should be 1 to {limit}, not {tokens}; "
-            f"export with a larger -k for more"
-        )
     order = pick_order[:tokens]
     order = order[order >= 0]
     valid = kept_indices >= 0
     kept = np.sort(order)
-    rows = image_features[valid][np.searchsorted(kept_indices[valid], kept)]  # [K', D]
-    return KeptTokens(rows, Picks(kept, order), offsets[..., kept], advance)
+    places = np.searchsorted(kept_indices[valid], kept)  # [K']
+    counts = np.ones_like(kept) if kept_counts is None else kept_counts[valid][places]
+    picks = Picks(kept, order, counts)
+    return KeptTokens(image_features[valid][places], picks, offsets[..., kept], advance)
 
 
 def splice(
@@ -93,7 +94,7 @@ def splice(
         _splice_one(embeds, np.asarray(row, dtype=np.int64) == image_token_id, kept, positions == "original")
         for embeds, row, kept in zip(inputs_embeds, ids, pictures, strict=True)
     ]
-    longest = max(len(rows) for rows, _ in prompts)
+    longest = max(len(rows) for rows, _, _ in prompts)
     batch, width = len(prompts), prompts[0][0].shape[1]
     axes = prompts[0][1].shape[:-1]
     spliced = Spliced(
@@ -101,18 +102,18 @@ def splice(
         np.zeros((*axes, batch, longest), np.int64),
         np.zeros((batch, longest), np.int64),
     )
-    for index, (rows, numbers) in enumerate(prompts):
+    for index, (rows, numbers, counts) in enumerate(prompts):
         start = longest - len(rows)
         spliced.inputs_embeds[index, start:] = rows
         spliced.position_ids[..., index, start:] = numbers
-        spliced.attention_mask[index, start:] = 1
+        spliced.attention_mask[index, start:] = counts
     return spliced
 
 
 def _splice_one(
     embeds: Floats, is_image: npt.NDArray[np.bool_], pictures: Sequence[KeptTokens], original: bool
-) -> tuple[Floats, Ints]:
-    """One prompt: rows [S, D] and their position numbers [S] or [3, S]."""
+) -> tuple[Floats, Ints, Ints]:
+    """One prompt: rows [S, D], their position numbers [S] or [3, S], and what each counts for [S]."""
     axes = pictures[0].offsets.shape[:-1]
 
     def text_numbers(first: int, count: int) -> Ints:
@@ -120,14 +121,18 @@ def _splice_one(
 
     pieces: list[npt.NDArray[Any]] = []
     numbers: list[Ints] = []
+    counts: list[Ints] = []
     start = number = 0
     for image_at, kept in zip(np.flatnonzero(is_image), pictures, strict=True):
         text = int(image_at) - start
         pieces += [embeds[start:image_at], kept.rows]
         numbers += [text_numbers(number, text), number + text + kept.offsets]
+        counts += [np.ones(text, np.int64), kept.picks.kept_counts]
         start = int(image_at) + 1
         number += text + kept.advance
     pieces.append(embeds[start:])
     numbers.append(text_numbers(number, len(embeds) - start))
+    counts.append(np.ones(len(embeds) - start, np.int64))
     rows = np.concatenate(pieces)
-    return rows, np.concatenate(numbers, axis=-1) if original else text_numbers(0, len(rows))
+    placed = np.concatenate(numbers, axis=-1) if original else text_numbers(0, len(rows))
+    return rows, placed, np.concatenate(counts)

@@ -17,7 +17,15 @@ from resprune.runtime.bundle import Bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families import family_of
 from resprune.runtime.generate import Sampling, eos_token_ids
-from resprune.runtime.generator import Generator, GeneratorFactory, Piece, Request, expanded_ids, together
+from resprune.runtime.generator import (
+    Generator,
+    GeneratorFactory,
+    Piece,
+    Request,
+    expanded_ids,
+    require_plain_attention,
+    together,
+)
 from resprune.runtime.language_model import Embedding
 from resprune.runtime.prompt import Prompt, load_tokenizer
 from resprune.runtime.session import SessionOptions
@@ -34,6 +42,7 @@ def pytorch_backend(model: str | Path) -> GeneratorFactory:
     """
 
     def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:
+        require_plain_attention(bundle, "TensorRT-LLM")
         family = family_of(bundle)
         if family.position_axes != 1:
             raise ResPruneError(
@@ -56,6 +65,7 @@ def engine_backend(engine: str | Path) -> GeneratorFactory:
     """
 
     def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:
+        require_plain_attention(bundle, "TensorRT-LLM")
         rotary = None
         if family_of(bundle).position_axes == 3:
             rotary = Rotary(bundle)
@@ -227,7 +237,7 @@ class Rotary:
         """`MropeParams`: the tables [B, context · width] and how far positions are ahead of places, [B, 1]."""
         spliced = request.spliced
         positions = [
-            spliced.position_ids[:, row, spliced.attention_mask[row] == 1]
+            spliced.position_ids[:, row, spliced.attention_mask[row] > 0]
             for row in range(len(request.prompts))
         ]
         deltas = [[int(rows.max()) + 1 - rows.shape[1]] for rows in positions]

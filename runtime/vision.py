@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resprune.runtime.bundle import Bundle
+from resprune.runtime.errors import ResPruneError
 from resprune.runtime.picture import Picture, Preprocessor
 from resprune.runtime.session import GraphRunner
 from resprune.runtime.splice import Floats, KeptTokens, cut_picks
@@ -49,27 +50,40 @@ class Vision:
     def select(self, looked: Looked, text: Sequence[Floats], tokens: int | None) -> list[KeptTokens]:
         """The tokens of each picture that its question keeps.
 
-        `text[i]` [M_i, D] float32 are the embeddings of the nouns asked about picture i, M_i may be 0; `tokens` as
-        in `cut_picks`, None for what the bundle was exported to keep.
+        `text[i]` [M_i, D] float32 are the embeddings of the nouns asked about picture i, M_i may be 0; `tokens` is how
+        many are kept, None for what the bundle was exported to keep. `ResPruneError` for `tokens` below 1 or above K.
         """
         selection = self._bundle.manifest.selection
+        proportional = self._bundle.manifest.attention == "proportional"
+        if tokens is not None and not 1 <= tokens <= selection.k:
+            raise ResPruneError(
+                f"this bundle keeps {selection.k} tokens of a picture, so tokens should be 1 to {selection.k}, "
+                f"not {tokens}; export with a larger -k for more"
+            )
         kept: list[KeptTokens] = []
         for start, stop in self._runs(len(looked.pictures)):
+            pictures = looked.pictures[start:stop]
+            budgets = [
+                selection.budget(picture.num_tokens) if tokens is None else tokens for picture in pictures
+            ]
             text_embeds, text_mask = pad_rows(text[start:stop])
             feeds: dict[str, npt.NDArray[Any]] = {"text_embeds": text_embeds, "text_mask": text_mask}
             if looked.image_features is None:
-                feeds |= self._preprocessor.batch(looked.pictures[start:stop])
-                outputs = self._graphs.run(
-                    "vision_select", feeds, ["image_features", "kept_indices", "pick_order"]
-                )
+                graph, rows = "vision_select", "image_features"
+                feeds |= self._preprocessor.batch(pictures)
             else:
+                graph, rows = "token_select", "kept_features"
                 feeds["image_features"], feeds["token_mask"] = pad_rows(looked.image_features[start:stop])
-                outputs = self._graphs.run(
-                    "token_select", feeds, ["kept_features", "kept_indices", "pick_order"]
+            outputs = [rows, "kept_indices", "pick_order"]
+            if proportional:
+                feeds["num_kept"] = np.array(budgets, np.int64)
+                outputs.append("kept_counts")
+            arrays = self._graphs.run(graph, feeds, outputs)
+            for picture, budget, *of_picture in zip(pictures, budgets, *arrays, strict=True):
+                features, indices, order, *counts = of_picture
+                kept.append(
+                    cut_picks(features, indices, order, budget, picture.offsets, picture.advance, *counts)
                 )
-            for picture, rows, indices, order in zip(looked.pictures[start:stop], *outputs, strict=True):
-                budget = selection.budget(picture.num_tokens) if tokens is None else tokens
-                kept.append(cut_picks(rows, indices, order, budget, picture.offsets, picture.advance))
         return kept
 
     def _runs(self, count: int) -> list[tuple[int, int]]:

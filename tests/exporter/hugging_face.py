@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from resprune.exporter.reference import residual_select, text_gain
+from resprune.exporter.reference import kept_counts, residual_select, text_gain
 from resprune.runtime.bundle import read_bundle, write_manifest
 
 Picture = NDArray[np.uint8]
@@ -22,10 +26,11 @@ Picture = NDArray[np.uint8]
 
 @dataclass
 class Expected:
-    """One answer: the generated ids, and each picture's picks in order."""
+    """One answer: the generated ids, each picture's picks in order, and what each kept token counts for, ascending."""
 
     token_ids: list[int]
     pick_orders: list[list[int]]
+    kept_counts: list[list[int]]
 
 
 class HuggingFace:
@@ -48,10 +53,11 @@ class HuggingFace:
         alpha: float = 1.0,
         scale: str = "minmax",
         may_end: bool = False,
+        proportional: bool = False,
     ) -> Expected:
         """Greedy generation from a prompt with one image token for each picture, of `steps` tokens.
 
-        `may_end` lets it end before, as the trained model does.
+        `may_end` lets it end before, as the trained model does; `proportional` is proportional attention.
         """
         features = self._features(pictures)  # each [N, D]
         table = self.model.get_input_embeddings()
@@ -62,28 +68,34 @@ class HuggingFace:
             ].tolist()
             for of_one in features
         ]
+        kept = [sorted(index for index in order if index >= 0) for order in picks]
+        counts = [counted(*pair, proportional) for pair in zip(features, kept, strict=True)]
         rows: list[Tensor] = []
         places: list[int] = []
+        weights: list[int] = []
         place, picture = 0, 0
         for token in prompt_ids:
             if token == self.model.config.image_token_id:
-                for index in sorted(index for index in picks[picture] if index >= 0):
-                    rows.append(features[picture][index])
-                    places.append(place + index)
+                rows += features[picture][kept[picture]]
+                places += [place + index for index in kept[picture]]
+                weights += counts[picture]
                 place += len(features[picture])
                 picture += 1
             else:
                 rows.append(table(torch.tensor(token)))
                 places.append(place)
+                weights.append(1)
                 place += 1
         position_ids = torch.arange(len(rows)) if positions == "contiguous" else torch.tensor(places)
-        ids = self.model.generate(
-            inputs_embeds=torch.stack(rows)[None],
-            attention_mask=torch.ones(1, len(rows), dtype=torch.int64),
-            position_ids=position_ids[None],
-            **_greedy(steps, may_end=may_end),
-        )
-        return Expected(ids[0].tolist(), [[index for index in order if index >= 0] for order in picks])
+        with weighed(weights):
+            ids = self.model.generate(
+                inputs_embeds=torch.stack(rows)[None],
+                attention_mask=torch.ones(1, len(rows), dtype=torch.int64),
+                position_ids=position_ids[None],
+                **_greedy(steps, may_end=may_end),
+            )
+        orders = [[index for index in order if index >= 0] for order in picks]
+        return Expected(ids[0].tolist(), orders, counts)
 
     @torch.no_grad()
     def unpruned(self, pictures: list[Picture], prompt_ids: list[int], *, steps: int) -> list[int]:
@@ -107,6 +119,36 @@ class HuggingFace:
     def _features(self, pictures: list[Picture]) -> list[Tensor]:
         """All rows [N, D] of each picture."""
         return list(self.model.get_image_features(**self._inputs(pictures)).pooler_output)
+
+
+def counted(features: Tensor, kept: list[int], proportional: bool) -> list[int]:
+    """What each of the `kept` tokens of one picture [N, D] counts for."""
+    if not proportional:
+        return [1] * len(kept)
+    counts: list[int] = kept_counts(features[None], torch.tensor([kept]))[0].tolist()
+    return counts
+
+
+@contextmanager
+def weighed(counts: Sequence[int]) -> Iterator[None]:
+    """Proportional attention in transformers' own: the logarithms of the prompt's `counts` are added to the scores."""
+    bias, length = torch.tensor(counts).log(), 0
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        nonlocal length
+        length += query.shape[2] * (module.layer_idx == 0)
+        whole = torch.nn.functional.pad(bias, (0, length - len(bias)))
+        # A cache for sliding windows has the last keys only.
+        options["position_bias"] = whole[-key.shape[2] :].expand(1, 1, 1, -1)
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    if max(counts) > 1:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+    try:
+        yield
+    finally:
+        if max(counts) > 1:
+            del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def _greedy(steps: int, *, may_end: bool = False) -> dict[str, Any]:

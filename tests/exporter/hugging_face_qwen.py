@@ -12,7 +12,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForCondition
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from resprune.exporter.reference import residual_select, text_gain
-from tests.exporter.hugging_face import Expected, Picture
+from tests.exporter.hugging_face import Expected, Picture, counted, weighed
 
 MODELS = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen2_vl": Qwen2VLForConditionalGeneration}
 
@@ -34,6 +34,7 @@ class HuggingFaceQwen:
         *,
         budgets: list[int],
         steps: int,
+        proportional: bool = False,
     ) -> Expected:
         """Greedy generation from a prompt with one image token a picture, of which `budgets` tokens each are kept.
 
@@ -48,12 +49,17 @@ class HuggingFaceQwen:
         text = table(torch.tensor([text_token_ids], dtype=torch.long))
         stays = kinds[0] == 0
         places = torch.nonzero(kinds[0] == 1)[:, 0].split([len(rows) for rows in features])
-        picks = []
+        picks, counts = [], []
+        weights = torch.ones_like(ids[0])
         for rows, budget, place in zip(features, budgets, places, strict=True):
             order = residual_select(rows[None], text_gain(rows[None], text), min(budget, len(rows)))[0]
             stays[place[order]] = True
             picks.append(order.tolist())
-        return Expected(self._generate(embeds[:, stays], positions[:, :, stays], steps), picks)
+            counts.append(counted(rows, sorted(picks[-1]), proportional))
+            weights[place[order.sort().values]] = torch.tensor(counts[-1])
+        with weighed(weights[stays].tolist()):
+            token_ids = self._generate(embeds[:, stays], positions[:, :, stays], steps)
+        return Expected(token_ids, picks, counts)
 
     @torch.no_grad()
     def unpruned(self, pictures: list[Picture], prompt_ids: list[int], *, steps: int) -> list[int]:

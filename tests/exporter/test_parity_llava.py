@@ -76,6 +76,35 @@ def test_batch(tiny_bundle, hugging_face):
         assert answer.token_ids == expected.token_ids
 
 
+@pytest.mark.parametrize("positions", ["contiguous", "original"])
+@pytest.mark.parametrize("variant", ["clip-llama", "siglip-mistral", "dinov2-qwen2"])
+def test_proportional_attention(variant, positions, tiny_bundle, hugging_face, tmp_path):
+    """Counts and tokens at every K′, of two pictures, and of questions of different length at once, under a window."""
+    k, split = KEPT[variant], variant == "clip-llama"
+    made = tiny_bundle(variant, k=k, attention="proportional", split=split)
+    asked = ([QUESTION, picture(1)], [OTHER, [picture(2), picture(3, height=75)]])
+    unlike_plain = 0
+    with Pipeline.load(with_positions(made, tmp_path / "bundle", positions)) as vlm:
+        for tokens in (1, k // 2, k):
+            questions, pictures = zip(*asked, strict=True)
+            answers = vlm.ask_batch(pictures, questions, tokens=tokens, max_new_tokens=STEPS)
+            if split:
+                answers += [
+                    vlm.look(shown).ask(question, tokens=tokens, max_new_tokens=STEPS)
+                    for question, shown in asked
+                ]
+            for answer, shown in zip(answers, pictures * (1 + split), strict=True):
+                shown = shown if isinstance(shown, list) else [shown]
+                prompt = (shown, answer.prompt.ids, answer.prompt.text_token_ids)
+                how = {"k": tokens, "positions": positions, "steps": STEPS}
+                expected = hugging_face(variant).pruned(*prompt, **how, proportional=True)
+                assert [image.kept_counts.tolist() for image in answer.images] == expected.kept_counts
+                assert answer.token_ids == expected.token_ids
+                plain = hugging_face(variant).pruned(*prompt, **how)
+                unlike_plain += plain.token_ids != expected.token_ids
+    assert unlike_plain, "else plain attention would have passed as well"
+
+
 @pytest.mark.parametrize("variant", ["clip-llama", "dinov2-qwen2"])
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
 def test_everything_kept_is_plain_llava(variant, positions, tiny_bundle, hugging_face, tmp_path):

@@ -6,7 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resprune.exporter.reference import keep, picks_within_rounding, residual_select, text_gain
+from resprune.exporter.reference import (
+    counts_within_rounding,
+    keep,
+    kept_counts,
+    picks_within_rounding,
+    residual_select,
+    text_gain,
+)
 from tests.vectors import CASES
 
 
@@ -148,6 +155,49 @@ def test_keep_is_ascending_and_marks_what_is_missing():
     assert indices.tolist() == [[0, 2, -1]]
     assert torch.equal(rows[0, :2], visual[0, [0, 2]])
     assert not rows[0, 2].any()
+
+
+def test_counts_by_hand():
+    """Whatever its length, a row goes with the direction that is nearest; a kept one always with itself."""
+    rows = [[1, 0], [9, 1], [0, 2], [1, 5], [0, 2], [-3, -1], [0, 0], [7, 7]]
+    visual = torch.tensor([rows], dtype=torch.float32)
+    assert kept_counts(visual, torch.tensor([[0, 2]])).tolist() == [[4, 4]], "0 1 6 7, of which two are ties"
+    assert kept_counts(visual, torch.tensor([[2, 4, 5]])).tolist() == [[6, 1, 1]], "2 and 4 are duplicates"
+    assert kept_counts(visual, torch.tensor([[3, 6]])).tolist() == [[6, 2]], (
+        "nothing is nearer to 5 than to 6"
+    )
+    assert kept_counts(visual, torch.tensor([[2, -1, 5]])).tolist() == [[7, 0, 1]]
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    mask[0, 4:] = False
+    assert kept_counts(visual, torch.tensor([[0, 2, -1]]), mask).tolist() == [[2, 2, 0]]
+
+
+@given(**SIZES, k=st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_counts_add_up_and_are_within_rounding(seed, n, d, k):
+    visual = _features(seed, n, d)
+    kept = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: min(k, n)].sort().values[None]
+    counts = kept_counts(visual, kept)
+    assert counts.sum() == n
+    assert (counts >= 1).all()
+    assert counts_within_rounding(visual, kept, counts).all()
+    assert not counts_within_rounding(visual, kept, counts + 1).any()
+    assert torch.equal(kept_counts(visual, torch.arange(n)[None]), torch.ones(1, n, dtype=torch.int64))
+
+
+def test_counts_within_rounding_takes_either_side_of_a_close_call_and_no_more():
+    """Of two dropped tokens one is clearly the first's, the other as near to both as float32 can tell."""
+    visual = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.9, 0.1], [1.0, 1.0 + 1.4e-5]]])
+    kept = torch.tensor([[0, 1]])
+    for counts in ([3, 1], [2, 2]):
+        assert counts_within_rounding(visual, kept, torch.tensor([counts]))[0].all()
+    for counts in ([1, 3], [4, 0], [2, 1]):
+        assert not counts_within_rounding(visual, kept, torch.tensor([counts]))[0].all()
+    clear = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.9, 0.1], [1.0, 1.1]]])
+    assert counts_within_rounding(clear, kept, torch.tensor([[2, 2]]))[0].all()
+    assert not counts_within_rounding(clear, kept, torch.tensor([[3, 1]]))[0].any()
+    mask = torch.tensor([[True, True, True, False]])
+    assert counts_within_rounding(clear, kept, torch.tensor([[2, 1]]), mask)[0].all()
 
 
 def test_arguments_out_of_range_are_refused():

@@ -11,6 +11,8 @@ import torch
 
 from resprune.exporter.checkpoint import resolve
 from resprune.exporter.families import family_of
+from resprune.exporter.language import proportional
+from resprune.exporter.reference import keep, kept_counts
 from resprune.exporter.verify import SEEDS, Difference, ParityError, Verifier, require
 from resprune.exporter.weightless import fake_mode
 from resprune.exporter.weights import find_weights
@@ -26,13 +28,14 @@ def test_nan_is_a_miss():
     require([Difference("graph", "output", np.inf, 1.0, np.inf)], {"picks": (63, 64)}, exact=[])
 
 
+@pytest.mark.parametrize("what", ["picks", "kept counts"])
 @pytest.mark.parametrize("misses", range(len(SEEDS) + 1))
-def test_another_picture_is_tried_before_picks_count_as_wrong(
-    misses: int, tiny_checkpoint: Callable[[str], Path]
+def test_another_picture_is_tried_before_picks_and_counts_count_as_wrong(
+    misses: int, what: str, tiny_checkpoint: Callable[[str], Path]
 ):
-    """The stand-in for ONNX Runtime swaps two picks in its first runs, as a tie within rounding would."""
+    """The stand-in for ONNX Runtime reverses them in its first runs, as ties within rounding would."""
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
-    pieces = family_of(checkpoint).take_apart(checkpoint, torch.float32, mode)
+    pieces = proportional(family_of(checkpoint).take_apart(checkpoint, torch.float32, mode))
     verifier = Verifier(pieces, find_weights(checkpoint, pieces.model), "fp32")
     selection = Selection(5, 16, 1.0, "minmax", "loop")
     runs: list[Path] = []
@@ -42,14 +45,28 @@ def test_another_picture_is_tried_before_picks_count_as_wrong(
         text, mask = torch.from_numpy(inputs["text_embeds"]), torch.from_numpy(inputs["text_mask"])
         features, _, picks = verifier._select(images, text, mask, selection)
         runs.append(graph)
-        if len(runs) <= misses:
+        if what == "picks" and len(runs) <= misses:
             picks = picks.flip(1)
-        order = picks.sort(dim=1).values
-        rows = features.gather(1, order[:, :, None].expand(-1, -1, features.shape[2]))
-        return {"image_features": rows.numpy(), "pick_order": picks.numpy()}
+        rows, indices = keep(features, picks)
+        late = torch.arange(selection.k) >= torch.from_numpy(inputs["num_kept"])[:, None]
+        _, first = keep(features, picks.masked_fill(late, -1))
+        counts = torch.zeros_like(indices)
+        for picture, kept in enumerate(first):
+            of_picture = kept_counts(features[picture][None], kept[None])[0]
+            counts[picture, torch.isin(indices[picture], kept)] = of_picture[kept >= 0]
+        if what == "kept counts" and len(runs) <= misses:
+            counts = counts.flip(1)
+        return {
+            "image_features": rows.numpy(),
+            "pick_order": picks.numpy(),
+            "kept_counts": counts.numpy(),
+        }
 
     worker: Any = SimpleNamespace(run=run)
-    differences, equal, total = verifier.compare_selection(worker, Path("vision_select.onnx"), selection)
-    assert (equal == total) == (misses < len(SEEDS))
+    differences, counted = verifier.compare_selection(worker, Path("vision_select.onnx"), selection)
+    assert counted.keys() == {"picks", "kept counts"}
+    for name, (equal, total) in counted.items():
+        assert total == 15
+        assert (equal == total) == (misses < len(SEEDS) or name != what)
     assert len(runs) == min(misses + 1, len(SEEDS))
     assert all(row.max_diff == 0 for row in differences), "rows are compared whatever the picks"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from resprune.exporter.reference import keep, residual_select, text_gain
+from resprune.exporter.reference import keep, kept_counts, residual_select, text_gain
 from resprune.graphs import attach_selection, token_select_model
 from tests.vectors import CASES
 
@@ -15,9 +15,10 @@ BODIES = ("loop", "unrolled")
 FORMS = ("quadratic", "linear")
 
 
-def run(model, visual, text, text_mask, token_mask, outputs=None):
+def run(model, visual, text, text_mask, token_mask, outputs=None, **more):
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     feed = {"image_features": visual, "text_embeds": text, "text_mask": text_mask, "token_mask": token_mask}
+    feed |= more
     return dict(zip([o.name for o in session.get_outputs()], session.run(outputs, feed), strict=True))
 
 
@@ -112,6 +113,47 @@ def test_batch_with_masks_matches_the_reference(form, body):
     np.testing.assert_array_equal(out["kept_features"], rows.numpy())
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_counts_of_vectors(case):
+    """Duplicates, zero rows, padding and fewer tokens than k among them; for every number of picks kept."""
+    model = token_select_model(case.k, alpha=case.alpha, scale=case.scale, counts=True)
+    visual, _, _, token_mask = map(torch.from_numpy, case.inputs())
+    order = torch.from_numpy(case.arrays["pick_order"])[None]
+    for num_kept in (1, case.k // 2 + 1, case.k):
+        out = run(model, *case.inputs(), num_kept=np.array([num_kept]))
+        np.testing.assert_array_equal(out["pick_order"], order)
+        _, indices = keep(visual, order[:, :num_kept])
+        expected = kept_counts(visual, indices, token_mask)[0]
+        counts, kept = out["kept_counts"][0], np.isin(out["kept_indices"][0], indices)
+        np.testing.assert_array_equal(counts[kept & (out["kept_indices"][0] >= 0)], expected[indices[0] >= 0])
+        assert counts.sum() == token_mask.sum()
+        assert not counts[~kept].any(), "later picks stand for nothing"
+
+
+def test_counts_of_a_batch_that_keeps_different_numbers():
+    generator = torch.Generator().manual_seed(8)
+    visual = torch.randn(3, 40, 16, generator=generator)
+    token_mask = torch.ones(3, 40, dtype=torch.bool)
+    token_mask[1, 5:] = False  # fewer than k
+    token_mask[2, ::3] = False
+    text, text_mask = torch.randn(3, 2, 16, generator=generator), torch.ones(3, 2, dtype=torch.bool)
+    inputs = [tensor.numpy() for tensor in (visual, text, text_mask, token_mask)]
+    model = token_select_model(12, alpha=1.0, scale="minmax", body="unrolled", counts=True)
+    onnx.checker.check_model(model, full_check=True)
+    assert [function.name for function in model.functions][-1] == "KeptCounts"
+    num_kept = np.array([3, 12, 7])
+    out = run(model, *inputs, num_kept=num_kept)
+    plain = run(token_select_model(12, alpha=1.0, scale="minmax", body="unrolled"), *inputs)
+    for name, array in plain.items():
+        np.testing.assert_array_equal(out[name], array)
+    for row, count in enumerate(num_kept):
+        (first,) = keep(visual[row][None], torch.from_numpy(plain["pick_order"][row, :count])[None])[1]
+        expected = kept_counts(visual[row][None], first[None], token_mask[row][None])[0]
+        there = np.isin(out["kept_indices"][row], first[first >= 0])
+        np.testing.assert_array_equal(out["kept_counts"][row][there], expected[first >= 0])
+        assert not out["kept_counts"][row][~there].any()
+
+
 def encoder(batch="batch_size", tokens=9, dim=4):
     """A stand-in for a vision encoder: one product, with the output that every encoder of a bundle has."""
     weight = np.random.default_rng(0).standard_normal((3, dim)).astype(np.float32)
@@ -125,26 +167,32 @@ def encoder(batch="batch_size", tokens=9, dim=4):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), weight
 
 
-def test_attached_selection_equals_encoder_then_selector():
+@pytest.mark.parametrize("counts", [False, True])
+def test_attached_selection_equals_encoder_then_selector(counts):
     model, weight = encoder()
-    fused = attach_selection(model, 4, alpha=1.0, scale="minmax")
+    fused = attach_selection(model, 4, alpha=1.0, scale="minmax", counts=counts)
     onnx.checker.check_model(fused, full_check=True)
-    assert [i.name for i in fused.graph.input] == ["pixel_values", "text_embeds", "text_mask"]
-    assert [o.name for o in fused.graph.output] == ["image_features", "kept_indices", "pick_order"]
+    inputs, outputs = ["text_embeds", "text_mask"], ["image_features", "kept_indices", "pick_order"]
+    assert [i.name for i in fused.graph.input] == ["pixel_values", *inputs, *["num_kept"] * counts]
+    assert [o.name for o in fused.graph.output] == [*outputs, *["kept_counts"] * counts]
     rng = np.random.default_rng(1)
     pixels = rng.standard_normal((2, 9, 3)).astype(np.float32)
     text, text_mask = rng.standard_normal((2, 2, 4)).astype(np.float32), np.ones((2, 2), bool)
     session = ort.InferenceSession(fused.SerializeToString(), providers=["CPUExecutionProvider"])
-    rows, indices, picks = session.run(
-        None, {"pixel_values": pixels, "text_embeds": text, "text_mask": text_mask}
+    more = {"num_kept": np.array([2, 4])} if counts else {}
+    rows, indices, picks, *counted = session.run(
+        None, {"pixel_values": pixels, "text_embeds": text, "text_mask": text_mask, **more}
     )
     apart = run(
-        token_select_model(4, alpha=1.0, scale="minmax"),
+        token_select_model(4, alpha=1.0, scale="minmax", counts=counts),
         pixels @ weight,
         text,
         text_mask,
         np.ones((2, 9), bool),
+        **more,
     )
+    if counts:
+        np.testing.assert_array_equal(counted[0], apart["kept_counts"])
     np.testing.assert_array_equal(picks, apart["pick_order"])
     np.testing.assert_array_equal(indices, apart["kept_indices"])
     np.testing.assert_allclose(rows, apart["kept_features"], atol=1e-6)

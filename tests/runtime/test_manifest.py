@@ -89,7 +89,7 @@ CHECKED = [path for path in every_path(json.loads(MANIFEST.to_json())) if path a
 FREE_TEXT = {"family", "model", "revision", "command", "created", "name", "onnx", "tensorrt-rtx"}
 
 
-OPTIONAL = {"revision", "optimize", "engines"}
+OPTIONAL = {"revision", "optimize", "attention", "engines"}
 
 
 def legal(path: tuple[str | int, ...], value: Any) -> bool:
@@ -123,7 +123,7 @@ def test_a_missing_key_is_named(key: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        (("format_version",), 2, "upgrade resprune"),
+        (("format_version",), 3, "upgrade resprune"),
         (("format_version",), 0, "format_version"),
         (("selection", "k"), 0, "selection.k"),
         (("selection", "k"), 145, "at most num_tokens = 144"),
@@ -132,6 +132,7 @@ def test_a_missing_key_is_named(key: str) -> None:
         (("selection", "share"), 0, "selection.share"),
         (("selection", "share"), 1.01, "selection.share"),
         (("selection", "alpha"), -0.5, "selection.alpha"),
+        (("attention",), "flash", "attention should be one of plain, proportional"),
         (("optimize",), "trt", "optimize should be one of ort"),
         (("selection", "scale"), "softmax", "minmax, clamp, shifted"),
         (("selection", "body"), "scan", "loop, unrolled"),
@@ -246,6 +247,12 @@ def test_a_manifest_that_names_no_form_has_the_quadratic_one() -> None:
     top = json.loads(MANIFEST.to_json())
     assert top["selection"].pop("form") == "linear"
     assert Manifest.from_json(json.dumps(top)).selection.form == "quadratic"
+
+
+def test_a_manifest_that_names_no_attention_has_the_plain_one() -> None:
+    top = json.loads(MANIFEST.to_json())
+    assert top.pop("attention") == "plain"
+    assert Manifest.from_json(json.dumps(top)).attention == "plain"
 
 
 def test_a_budget_is_the_share_of_the_picture_and_at_most_k() -> None:

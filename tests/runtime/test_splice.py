@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 
-from resprune.runtime.errors import ResPruneError
 from resprune.runtime.splice import KeptTokens, Picks, cut_picks, splice
 
 IMAGE = 7
 
 
-def kept(indices: list[int], num_tokens: int, base: float) -> KeptTokens:
+def kept(indices: list[int], num_tokens: int, base: float, counts: list[int] | None = None) -> KeptTokens:
     order = np.array(indices)
     rows = (base + np.sort(order))[:, None].astype(np.float32)
-    return KeptTokens(rows, Picks(np.sort(order), order), np.sort(order), num_tokens)
+    picks = Picks(np.sort(order), order, np.array(counts or [1] * len(indices)))
+    return KeptTokens(rows, picks, np.sort(order), num_tokens)
 
 
 def embed(ids: list[int]) -> np.ndarray:
@@ -53,11 +53,24 @@ def test_shorter_prompts_are_filled_up_on_the_left() -> None:
     assert result.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1]]
 
 
+def test_the_mask_says_what_a_row_counts_for() -> None:
+    """A kept token for those that are like it, text for itself, and the filling of a shorter prompt for nothing."""
+    ids = [[1, IMAGE, 2, IMAGE], [IMAGE]]
+    pictures = [[kept([3, 0], 4, 100, [1, 3]), kept([2, 1], 9, 200, [4, 5])], [kept([1], 4, 300, [4])]]
+    result = splice([embed(row) for row in ids], ids, pictures, image_token_id=IMAGE, positions="original")
+    assert result.attention_mask.tolist() == [[1, 1, 3, 1, 4, 5], [0, 0, 0, 0, 0, 4]]
+
+
 def test_fewer_picks_are_the_first_ones() -> None:
     features = np.array([[10.0], [20.0], [30.0], [40.0]], np.float32)  # rows of tokens 1, 2, 3, 4
     whole = cut_picks(features, np.array([1, 2, 3, 4]), np.array([3, 1, 4, 2]), None, np.arange(9), 9)
     assert whole.rows[:, 0].tolist() == [10, 20, 30, 40]
-    some = cut_picks(features, np.array([1, 2, 3, 4]), np.array([3, 1, 4, 2]), 3, 10 * np.arange(9), 9)
+    assert whole.picks.kept_counts.tolist() == [1, 1, 1, 1]
+    counts = np.array([5, 0, 2, 2])  # of three picks: none is left for the fourth, token 2
+    some = cut_picks(
+        features, np.array([1, 2, 3, 4]), np.array([3, 1, 4, 2]), 3, 10 * np.arange(9), 9, counts
+    )
+    assert some.picks.kept_counts.tolist() == [5, 2, 2]
     assert some.rows[:, 0].tolist() == [10, 30, 40]
     assert some.picks.kept_indices.tolist() == [1, 3, 4]
     assert some.picks.pick_order.tolist() == [3, 1, 4]
@@ -72,17 +85,12 @@ def test_places_that_nothing_fills_are_left_out() -> None:
     assert result.picks.pick_order.tolist() == [2, 1]
 
 
-@pytest.mark.parametrize("tokens", [0, -1, 3])
-def test_tokens_out_of_range_names_k(tokens: int) -> None:
-    with pytest.raises(ResPruneError, match=f"1 to 2, not {tokens}"):
-        cut_picks(np.zeros((2, 1), np.float32), np.array([0, 1]), np.array([0, 1]), tokens, np.arange(9), 9)
-
-
 def test_positions_of_three_axes() -> None:
     grid = np.array(
         [[0, 0, 0], [0, 1, 1], [1, 0, 1]]
     )  # time, height and width of tokens 1, 2 and 3 of a 2 x 2 grid
-    kept3 = KeptTokens(np.zeros((3, 1), np.float32), Picks(np.array([1, 2, 3]), np.array([3, 1, 2])), grid, 2)
+    picks = Picks(np.array([1, 2, 3]), np.array([3, 1, 2]), np.ones(3, np.int64))
+    kept3 = KeptTokens(np.zeros((3, 1), np.float32), picks, grid, 2)
     ids = [1, IMAGE, 2, 3]
     result = splice([embed(ids)], [ids], [[kept3]], image_token_id=IMAGE, positions="original")
     assert result.position_ids.shape == (3, 1, 6)
