@@ -41,18 +41,27 @@ def test_same_picks_and_tokens(variant, tiny_bundle, hugging_face):
     assert len(set(answer.token_ids)) > 5, "a model that repeats itself shows nothing"
 
 
+@pytest.mark.parametrize("attention", ["plain", "proportional"])
 @pytest.mark.parametrize("variant", ["clip-llama-wide", "siglip-mistral-wide"])
-def test_batch(variant, tiny_bundle, hugging_face):
+def test_batch(variant, attention, tiny_bundle, hugging_face):
     """Two questions of different length at once: the shorter is padded on the left, under a window as well."""
     k, questions, pictures = KEPT[variant], [QUESTION, OTHER], [picture(4), picture(5)]
-    with Pipeline.load(tiny_bundle(variant, k=k, optimize="ort")) as vlm:
+    proportional = attention == "proportional"
+    with Pipeline.load(tiny_bundle(variant, k=k, optimize="ort", attention=attention)) as vlm:
         answers = vlm.ask_batch(pictures, questions, max_new_tokens=STEPS)
     assert len(answers[0].prompt.ids) != len(answers[1].prompt.ids)
     for answer, shown in zip(answers, pictures, strict=True):
         text = [answer.prompt.ids[position] for position in answer.prompt.text_positions]
         expected = hugging_face(variant).pruned(
-            [shown], answer.prompt.ids, text, k=k, positions="contiguous", steps=STEPS
+            [shown],
+            answer.prompt.ids,
+            text,
+            k=k,
+            positions="contiguous",
+            steps=STEPS,
+            proportional=proportional,
         )
+        assert (max(answer.images[0].kept_counts) > 1) == proportional
         assert answer.token_ids == expected.token_ids
 
 

@@ -38,13 +38,14 @@ def check(answer, expected) -> None:
     assert [picks.kept_indices.tolist() for picks in answer.images] == [
         sorted(order) for order in expected.pick_orders
     ]
+    assert [picks.kept_counts.tolist() for picks in answer.images] == expected.kept_counts
     assert answer.token_ids == expected.token_ids
     assert len(answer.token_ids) == STEPS or answer.token_ids[-1] == 2
 
 
-def expect(hugging_face: HuggingFace, answer, pictures, k: int, positions: str = "contiguous"):
+def expect(hugging_face: HuggingFace, answer, pictures, k: int, positions: str = "contiguous", **how):
     ids, text = answer.prompt.ids, answer.prompt.text_token_ids
-    return hugging_face.pruned(pictures, ids, text, k=k, positions=positions, steps=STEPS)
+    return hugging_face.pruned(pictures, ids, text, k=k, positions=positions, steps=STEPS, **how)
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
@@ -62,6 +63,27 @@ def test_same_picks_and_tokens(variant, positions, tiny_bundle, hugging_face, tm
             check(answers[-1], expect(hugging_face(variant), answers[-1], [shown], k, positions))
     assert len(set(answers[0].token_ids)) > 5, "a model that repeats itself shows nothing"
     assert len({tuple(answer.token_ids) for answer in answers}) == len(SIZES)
+
+
+@pytest.mark.parametrize("positions", ["contiguous", "original"])
+def test_proportional_attention(positions, tiny_bundle, hugging_face, tmp_path):
+    """Of pictures with fewer tokens than K and with more, in one batch; newline rows count, padding does not."""
+    made = tiny_bundle("next-mistral", k=60, attention="proportional", split=True)
+    shown = [[picture(seed, size)] for seed, size in enumerate(SIZES)]
+    shown.append([picture(8, (1, 40)), picture(9, (60, 50))])
+    unlike_plain = 0
+    with Pipeline.load(with_positions(made, tmp_path / "bundle", positions)) as vlm:
+        for tokens in (9, 60):
+            answers = vlm.ask_batch(shown, [QUESTION] * len(shown), tokens=tokens, max_new_tokens=STEPS)
+            answers.append(vlm.look(shown[-1]).ask(OTHER, tokens=tokens, max_new_tokens=STEPS))
+            for answer, pictures in zip(answers, [*shown, shown[-1]], strict=True):
+                rest = (answer, pictures, tokens, positions)
+                check(answer, expect(hugging_face("next-mistral"), *rest, proportional=True))
+                unlike_plain += expect(hugging_face("next-mistral"), *rest).token_ids != answer.token_ids
+        counts = [len(vlm._preprocessor(of_one).offsets) for of_one in shown[-1]]
+    assert [sum(picks.kept_counts) for picks in answers[-1].images] == counts
+    assert counts[0] < 60 < counts[1]
+    assert unlike_plain, "else plain attention would have passed as well"
 
 
 def test_newline_rows_are_candidates(tiny_bundle):

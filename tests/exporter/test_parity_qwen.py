@@ -58,11 +58,14 @@ def hugging_face(checkpoint: Callable[[str], Path]) -> Callable[[str], HuggingFa
     return load
 
 
-def check(answer: Any, model: HuggingFaceQwen, pictures: list[Picture], budgets: list[int]) -> None:
-    """Picks of every picture, and the greedy tokens."""
+def check(
+    answer: Any, model: HuggingFaceQwen, pictures: list[Picture], budgets: list[int], **how: bool
+) -> None:
+    """Picks of every picture, what they count for, and the greedy tokens."""
     expected = model.pruned(
-        pictures, answer.prompt.ids, answer.prompt.text_token_ids, budgets=budgets, steps=STEPS
+        pictures, answer.prompt.ids, answer.prompt.text_token_ids, budgets=budgets, steps=STEPS, **how
     )
+    assert [picks.kept_counts.tolist() for picks in answer.images] == expected.kept_counts
     assert [picks.pick_order.tolist() for picks in answer.images] == expected.pick_orders
     assert answer.token_ids == expected.token_ids
     assert len(set(answer.token_ids)) > 5, "a model that repeats itself shows nothing"
@@ -131,6 +134,27 @@ def test_a_share_is_of_each_picture(bundle, hugging_face):
     counts = model.num_tokens(pictures)
     assert len(set(counts)) == 3
     check(answer, model, pictures, [min(7, share_of(0.11, count)) for count in counts])
+
+
+def test_proportional_attention(bundle, hugging_face):
+    """A share of each picture, and fewer; one and two pictures at once; fused and apart."""
+    path = bundle("qwen25", share=0.3, split=True, attention="proportional")
+    shown = [[picture(5, 7)], [picture(2, 17), picture(6, 6)]]
+    model = hugging_face("qwen25")
+    unlike_plain = 0
+    with Pipeline.load(path) as vlm:
+        for tokens in (None, 3):
+            answers = vlm.ask_batch(shown, [QUESTION, OTHER], tokens=tokens, max_new_tokens=STEPS)
+            answers.append(vlm.look(shown[1]).ask(OTHER, tokens=tokens, max_new_tokens=STEPS))
+            for answer, pictures in zip(answers, [*shown, shown[1]], strict=True):
+                counts = model.num_tokens(pictures)
+                budgets = [tokens or share_of(0.3, count) for count in counts]
+                check(answer, model, pictures, budgets, proportional=True)
+                assert [sum(picks.kept_counts) for picks in answer.images] == counts
+                prompt = (pictures, answer.prompt.ids, answer.prompt.text_token_ids)
+                plain = model.pruned(*prompt, budgets=budgets, steps=STEPS)
+                unlike_plain += plain.token_ids != answer.token_ids
+    assert unlike_plain, "else plain attention would have passed as well"
 
 
 def test_qwen2_vl_is_the_same_without_windows(bundle, hugging_face):
