@@ -102,8 +102,8 @@ def export(model: str, out: Path, options: Options, report: Report = print) -> P
         )
     if options.attention == "proportional" and options.language_checkpoint:
         raise ResPruneError(
-            "--for trtllm writes the language model for runtimes that weigh every row alike, which a bundle of "
-            "--attention proportional is not for; leave out one of the two"
+            "--for trtllm writes the language model for runtimes that attend to every row alike, which is not what "
+            "--attention proportional is for; leave out one of the two"
         )
     with new_directory(out, force=options.force) as work:
         _Export(model, out, options, report, work).run()

@@ -39,6 +39,33 @@ def test_a_report_of_a_bundle_and_of_its_checkpoint(bundle, tiny_checkpoint, que
     settings = json.loads((tmp_path / "bundle" / "report.json").read_text())["settings"]
     assert settings["name"] == "clip-llama"
     assert settings["positions"] == "contiguous"
+    assert settings["attention"] == "plain"
+
+
+def test_a_report_of_proportional_attention(tiny_bundle, tiny_checkpoint, questions, tmp_path, capsys):
+    bundle = tiny_bundle("clip-llama", k=7, split=True, attention="proportional")
+    words = [
+        "--data",
+        str(questions),
+        "-k",
+        "4,all",
+        "--selectors",
+        "resprune,stride",
+        "--max-new-tokens",
+        "6",
+    ]
+    printed = []
+    for attention in ("proportional", "plain"):
+        for name, model in (("bundle", bundle), ("checkpoint", tiny_checkpoint("clip-llama"))):
+            out = tmp_path / attention / name
+            rest = [*words, "--attention", attention, "--out", str(out)]
+            assert main(["eval", str(model), *rest]) == 0
+            printed.append(capsys.readouterr().out)
+            assert f"{attention} attention" in (out / "REPORT.md").read_text()
+    assert printed[0] == printed[1]
+    assert printed[2] == printed[3]
+    rest = [*words, "--out", str(tmp_path / "plain" / "bundle")]
+    assert "answers of another attention" in fails(capsys, bundle, *rest)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +73,7 @@ def test_a_report_of_a_bundle_and_of_its_checkpoint(bundle, tiny_checkpoint, que
     [
         (["-k", "0"], "-k 0 is no budget"),
         (["-k", "4", "--selectors", "best"], "there is no selector best"),
+        (["-k", "4", "--attention", "proportional"], "export it with --attention proportional"),
         (["-k", "4", "--limit", "0"], "--limit should be 1 or more"),
         (["-k", "4", "--max-new-tokens", "0"], "--max-new-tokens should be 1 or more"),
         (["-k", "17"], "more than the 16 visual tokens"),

@@ -68,6 +68,27 @@ def test_a_bundle_of_pictures_of_any_size_answers_as_its_pipeline(variant, optio
             assert order.tolist() == whole.images[0].pick_order.tolist()
 
 
+def test_a_bundle_of_proportional_attention_answers_as_its_pipeline(tiny_bundle, bundle):
+    """Its selector's counts are those that are given to every selection; with all tokens, or on demand, it is plain."""
+    weighing = tiny_bundle("clip-llama", k=7, split=True, attention="proportional")
+    pictures = [picture(0), picture(1)]
+    model = open_bundle(weighing)
+    with Pipeline.load(weighing) as vlm:
+        for k in (2, 7):
+            texts, _ = answers(model, pictures, k)
+            for question, shown, text in zip(ASKED, pictures, texts, strict=True):
+                assert text == vlm.ask(shown, question, tokens=k, max_new_tokens=STEPS).text
+    plain = open_bundle(bundle)
+    assert answers(open_bundle(weighing, attention="plain"), pictures, 2)[0] == answers(plain, pictures, 2)[0]
+    encoded, asked = model.look(pictures), [model.read(question) for question in ASKED]
+    everything = [[[one] for one in encoded], [[np.arange(16)]] * 2, STEPS]
+    assert model.answer(asked, *everything) == plain.answer(asked, *everything)
+    with pytest.raises(
+        ResPruneError, match="exported with --attention plain, and its decoder takes no counts"
+    ):
+        open_bundle(bundle, attention="proportional")
+
+
 def expected(model, hugging_face, pictures, **options):
     made = []
     for question, shown in zip(ASKED, pictures, strict=True):
@@ -76,16 +97,18 @@ def expected(model, hugging_face, pictures, **options):
     return [model.decode(one.token_ids) for one in made], [one.pick_orders[0] for one in made]
 
 
+@pytest.mark.parametrize("attention", ["plain", "proportional"])
 @pytest.mark.parametrize(
     ("variant", "positions"),
     [("clip-llama", "contiguous"), ("next-llama", "original"), ("siglip-mistral", "original")],
 )
-def test_a_checkpoint_answers_as_hugging_face(variant, positions, tiny_checkpoint):
+def test_a_checkpoint_answers_as_hugging_face(variant, positions, attention, tiny_checkpoint):
     root = tiny_checkpoint(variant)
-    model = open_checkpoint(str(root), positions=positions)
+    model = open_checkpoint(str(root), positions=positions, attention=attention)
     pictures = [picture(0), picture(1, 9, 3)]
     texts, kept = answers(model, pictures, 7)
-    wanted = expected(model, HuggingFace(root), pictures, k=7, positions=positions)
+    how = {"k": 7, "positions": positions, "proportional": attention == "proportional"}
+    wanted = expected(model, HuggingFace(root), pictures, **how)
     assert (texts, [order.tolist() for order in kept]) == wanted
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from resprune.evaluation import selectors
-from resprune.evaluation.selectors import CONTROLS, Candidates, greedy_map, resprune, unit
-from resprune.exporter.reference import residual_select, text_gain
+from resprune.evaluation.selectors import CONTROLS, Candidates, greedy_map, resprune, stands_for, unit
+from resprune.exporter.reference import kept_counts, residual_select, text_gain
 from tests.vectors import CASES
 
 WHOLE = [case for case in CASES if case.arrays["token_mask"].all()]
@@ -24,6 +24,17 @@ def test_resprune_picks_those_of_the_vectors(case):
     of = Candidates(case.arrays["visual"].astype(np.float64), text, case.alpha, case.scale)
     wanted = case.arrays["pick_order"]
     np.testing.assert_array_equal(resprune(of, int((wanted >= 0).sum())), wanted[wanted >= 0])
+
+
+@pytest.mark.parametrize("case", WHOLE, ids=lambda case: case.name)
+def test_what_a_token_stands_for_is_the_reference_s(case):
+    picks = case.arrays["pick_order"]
+    for kept in (np.sort(picks[picks >= 0]), np.sort(picks[:2]), np.arange(len(case.arrays["visual"]))):
+        nearest = stands_for(case.arrays["visual"], kept)
+        assert nearest[kept].tolist() == list(range(len(kept)))
+        counts = np.bincount(nearest, minlength=len(kept))
+        reference = kept_counts(torch.from_numpy(case.arrays["visual"])[None], torch.from_numpy(kept)[None])
+        np.testing.assert_array_equal(counts, reference[0].numpy())
 
 
 def test_most_vectors_are_used():

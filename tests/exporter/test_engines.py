@@ -109,6 +109,14 @@ def test_the_other_families(
     check(copied(tiny_bundle(variant, split=True, **options), tmp_path))
 
 
+def test_proportional_attention(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    """Counts out of the selection, fused and apart, and counts into the decoder's mask."""
+    bundle = check(copied(tiny_bundle("clip-llama", k=7, split=True, attention="proportional"), tmp_path))
+    for graph in ("vision_select", "token_select"):
+        assert bundle.manifest.graphs[graph].inputs[-1].name == "num_kept"
+        assert bundle.manifest.graphs[graph].outputs[-1].name == "kept_counts"
+
+
 def test_half_precision_stays_as_the_graph_has_it(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
     root = copied(tiny_bundle("clip-llama", k=7, dtype="fp16"), tmp_path)
     check(root)

@@ -107,6 +107,12 @@ def test_a_language_model_without_a_class_of_its_own_is_refused(tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+def test_proportional_attention_is_refused(tmp_path: Path) -> None:
+    options = Options(k=4, language_checkpoint=True, attention="proportional")
+    with pytest.raises(ResPruneError, match="for runtimes that attend to every row alike"):
+        export("demo", tmp_path / "out", options)
+
+
 def test_export_for_trtllm_puts_it_into_the_bundle(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -254,6 +254,9 @@ def test_a_server_that_would_get_positions_wrong_is_refused(
         Pipeline.load(bundle, generator=server(nowhere, api="sglang"))
     with pytest.raises(ResPruneError, match="exported with --positions original; export it again"):
         Pipeline.load(with_manifest(bundle, tmp_path, positions="original"), generator=server(nowhere))
+    weighing = with_manifest(bundle, tmp_path / "weighing", attention="proportional")
+    with pytest.raises(ResPruneError, match=r"vLLM attends to every row alike, .* with --attention plain"):
+        Pipeline.load(weighing, generator=server(nowhere))
     with (
         Wire(None, version="0.5.22.post1") as wire,
         pytest.raises(ResPruneError, match=r"runs SGLang 0\.5\.22"),

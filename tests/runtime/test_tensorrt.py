@@ -40,11 +40,11 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def bundles(
     tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+) -> Callable[..., Path]:
     """Variant → a split bundle of its own, to which engines may be added."""
 
-    def copy(variant: str) -> Path:
-        bundle = tiny_bundle(variant, split=True, **MODELS[variant])
+    def copy(variant: str, **options: Any) -> Path:
+        bundle = tiny_bundle(variant, split=True, **MODELS[variant], **options)
         return Path(shutil.copytree(bundle, tmp_path_factory.mktemp("engines") / variant))
 
     return copy
@@ -87,9 +87,14 @@ def stand_in_for(monkeypatch: pytest.MonkeyPatch) -> Place:
     return Place(FLAVOUR, with_engines, 1e-5, cuda, trt)
 
 
-@pytest.mark.parametrize("variant", MODELS)
-def test_answers_are_those_of_onnxruntime(place: Place, bundles: Callable[[str], Path], variant: str) -> None:
-    root = bundles(variant)
+@pytest.mark.parametrize(
+    ("variant", "attention"),
+    [*((variant, "plain") for variant in MODELS), ("clip-llama", "proportional")],
+)
+def test_answers_are_those_of_onnxruntime(
+    place: Place, bundles: Callable[..., Path], variant: str, attention: str
+) -> None:
+    root = bundles(variant, attention=attention)
     place.equip(root)
     images = [picture(1), picture(2, (90, 40))]
     with Pipeline.load(root) as ours, Pipeline.load(root, engines=place.flavour) as theirs:
@@ -101,6 +106,7 @@ def test_answers_are_those_of_onnxruntime(place: Place, bundles: Callable[[str],
             assert asked[0].token_ids == asked[1].token_ids
             for one, other in zip(asked[0].images, asked[1].images, strict=True):
                 np.testing.assert_array_equal(one.pick_order, other.pick_order)
+                np.testing.assert_array_equal(one.kept_counts, other.kept_counts)
         batch = [
             pipeline.ask_batch(images, [QUESTION, "is there a cat?"], max_new_tokens=STEPS)
             for pipeline in (ours, theirs)

@@ -154,6 +154,10 @@ def test_wrong_positions_and_a_missing_package_are_one_sentence(
     for backend in BACKENDS.values():
         with pytest.raises(ResPruneError, match="exported with --positions original; export it again"):
             Pipeline.load(original, generator=backend("model"))
+    weighing = with_manifest(bundle, tmp_path / "weighing", attention="proportional")
+    for backend in BACKENDS.values():
+        with pytest.raises(ResPruneError, match="TensorRT-LLM attends to every row alike"):
+            Pipeline.load(weighing, generator=backend("model"))
     monkeypatch.setitem(sys.modules, "tensorrt_llm", None)
     for backend in BACKENDS.values():
         with pytest.raises(ResPruneError, match="TensorRT-LLM is not installed here"):
