@@ -15,47 +15,52 @@ from resprune.evaluation.evaluate import OWN, SELECTORS, Plan, evaluate
 from resprune.evaluation.model import open_bundle
 from resprune.evaluation.plot import draw
 from resprune.evaluation.report import Sheet, markdown, panel, score
+from resprune.runtime.manifest import ATTENTION
 
 HERE = Path(__file__).parent
 BUDGETS = [Budget(4), Budget(8), Budget(16), Budget(32), Budget(64), Budget()]
-# The demo is exported with `original` positions (benchmarks/ABLATION.md says why); the other policy for comparison.
-SELECTED = {"original": SELECTORS, "contiguous": (OWN,)}
+# The demo is exported with `original` positions (benchmarks/ABLATION.md says why); the other policy for comparison, and
+# every selector's picks weighed by what each stands for.
+RUNS = {
+    ("original", "plain"): SELECTORS,
+    ("contiguous", "plain"): (OWN,),
+    ("original", "proportional"): SELECTORS,
+}
 LIMIT = 2000
 DATA = ("scenes", "crowd", "easyvqa")
 
 
-def export_demo(work: Path) -> Path:
+def export_demo(work: Path, attention: str = "plain") -> Path:
     """The demo model's bundle whose own selection takes every K."""
-    bundle = work / "demo-eval"
-    subprocess.run([*RESPRUNE, "export", "demo", str(bundle), "-k", "144", "--split", "--force"], check=True)
+    bundle = work / f"demo-eval-{attention}"
+    words = ["export", "demo", str(bundle), "-k", "144", "--attention", attention, "--split", "--force"]
+    subprocess.run([*RESPRUNE, *words], check=True)
     return bundle
 
 
 def run(work: Path) -> dict[str, Any]:
-    """Ask LIMIT questions of each data set under both position policies; an interrupted run goes on."""
-    bundle = export_demo(work)
+    """Ask LIMIT questions of each data set in every one of RUNS; an interrupted run goes on."""
+    bundles = {attention: export_demo(work, attention) for attention in ATTENTION}
     data = [load_data(name) for name in DATA]
     sheets: dict[str, list[Sheet]] = {}
-    for positions, selectors in SELECTED.items():
+    for (positions, attention), selectors in RUNS.items():
         plan = Plan(data, selectors, BUDGETS, limit=LIMIT, batch=32)
-        model = open_bundle(bundle, positions=positions)
-        answers = Answers(work / f"accuracy-{positions}", plan.settings(model))
+        model = open_bundle(bundles[attention], positions=positions)
+        answers = Answers(work / f"accuracy-{positions}-{attention}", plan.settings(model))
         evaluate(model, plan, answers)
-        sheets[positions] = score(plan, answers)
+        of_run = sheets[f"`{positions}` positions, {attention} attention"] = score(plan, answers)
         answers.close()
         model.close()
-        if positions == "original":
-            panels = [panel(sheet, plan, model.num_tokens) for sheet in sheets[positions]]
+        if (positions, attention) == ("original", "plain"):
+            panels = [panel(sheet, plan, model.num_tokens) for sheet in of_run]
             draw(HERE / "accuracy.png", panels, "exact match, %")
     return {
-        "tables": {positions: markdown(of_policy) for positions, of_policy in sheets.items()},
-        "scores": {
-            positions: [asdict(sheet) for sheet in of_policy] for positions, of_policy in sheets.items()
-        },
+        "tables": {title: markdown(of_run) for title, of_run in sheets.items()},
+        "scores": {title: [asdict(sheet) for sheet in of_run] for title, of_run in sheets.items()},
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    sections = [f"Under `{positions}` positions:\n\n{text}" for positions, text in result["tables"].items()]
+    sections = [f"With {title}:\n\n{text}" for title, text in result["tables"].items()]
     return "![](accuracy.png)\n\n" + "\n".join(sections)

@@ -4,8 +4,7 @@ Three things are told apart. Whether the objects are among the kept tokens (`cov
 where the objects are does better. And whether it is the proportions among the tokens that the language model misses:
 softmax attention averages, so how many tokens look alike says how much of a thing there is. They are given back in
 two ways: the kept rows stand again in all N places, each dropped token's by the most similar kept row; or K tokens
-stay and the logarithm of how many tokens each stands for is added to its attention scores (proportional attention,
-arXiv 2210.09461).
+stay and are weighed by how many each stands for (`resprune export --attention proportional`).
 """
 
 from __future__ import annotations
@@ -17,18 +16,23 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, DynamicCache
 
 from benchmarks.accuracy import export_demo
 from demo.scenes import draw_with_patches, sample_scene
 from resprune.evaluation.data import Question, load_data
 from resprune.evaluation.model import Asked, Encoded, Model, open_bundle
-from resprune.evaluation.selectors import Candidates, Ints, random, resprune, stride, unit, without_text
+from resprune.evaluation.selectors import (
+    Candidates,
+    Ints,
+    random,
+    resprune,
+    stands_for,
+    stride,
+    without_text,
+)
 from resprune.evaluation.statistics import wilson
 
-DEMO = Path(__file__).parent.parent / "demo" / "model"
 LIMIT = 600
 K = 16
 BATCH = 32
@@ -57,13 +61,6 @@ class Case:
         """Patches [N] that an object covers by a fifth or more."""
         return (self.owner > 0) & (self.owner < 255)
 
-    def stands_for(self, kept: Ints) -> Ints:
-        """For each of the N tokens the place in `kept` of the most similar kept one."""
-        rows = unit(self.encoded.features.astype(np.float64))
-        nearest: Ints = (rows @ rows[kept].T).argmax(axis=1)
-        nearest[kept] = np.arange(len(kept))
-        return nearest
-
 
 def _half(case: Case) -> Ints:
     """An oracle: K/2 tokens on objects and K/2 off them, at random."""
@@ -86,20 +83,19 @@ GIVEN_BACK = (f"resprune {K}", f"no text {K}", f"random {K}", f"stride {K}")
 
 def run(work: Path) -> dict[str, Any]:
     """Ask LIMIT questions about scenes in every way."""
-    model = open_bundle(export_demo(work), positions="original")
+    bundle = export_demo(work, "proportional")
+    model = open_bundle(bundle, positions="original", attention="plain")
+    weighing = open_bundle(bundle, positions="original")
     cases = [_case(model, question) for question in tqdm(load_data("scenes").spread(LIMIT), desc="pictures")]
-    hugging_face = AutoModelForImageTextToText.from_pretrained(
-        DEMO, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
     rows: dict[str, Any] = {}
     for name, way in tqdm(WAYS.items(), desc="ways"):
         kept = [np.sort(way(case)) for case in cases]
         rows[name] = _score(cases, kept, _answers(model, cases, kept))
         if name in GIVEN_BACK:
             rows[f"{name}, rows in all places"] = _score(cases, kept, _answers(model, cases, kept, True))
-            texts = [_weighted(hugging_face, model, *pair) for pair in zip(cases, kept, strict=True)]
-            rows[f"{name}, weighted"] = _score(cases, kept, texts)
+            rows[f"{name}, weighted"] = _score(cases, kept, _answers(weighing, cases, kept))
     model.close()
+    weighing.close()
     return rows
 
 
@@ -116,47 +112,13 @@ def _answers(model: Model, cases: list[Case], kept: list[Ints], in_all_places: b
         orders = kept[part]
         if in_all_places:
             encoded = [
-                Encoded(case.encoded.picture, case.encoded.features[order[case.stands_for(order)]])
-                for case, order in zip(cases[part], orders, strict=True)
+                Encoded(one.picture, one.features[order[stands_for(one.features, order)]])
+                for one, order in zip(encoded, orders, strict=True)
             ]
             orders = [np.arange(len(one.features)) for one in encoded]
         asked = [case.asked for case in cases[part]]
         texts += model.answer(asked, [[one] for one in encoded], [[order] for order in orders], 16)
     return texts
-
-
-@torch.inference_mode()
-def _weighted(hugging_face: Any, model: Model, case: Case, kept: Ints) -> str:
-    """Greedy answer from K tokens with proportional attention, by Hugging Face's language model."""
-    ids, embeds = np.array(case.asked.prompt.ids), case.asked.embeds
-    (image_at,) = np.flatnonzero(ids == model.manifest.image_token_id)
-    N = len(case.owner)
-    rows = np.concatenate([embeds[:image_at], case.encoded.features[kept], embeds[image_at + 1 :]])
-    text_after = np.arange(image_at + N, image_at + N + len(embeds) - image_at - 1)
-    position_ids = np.concatenate([np.arange(image_at), image_at + kept, text_after])
-    counts = np.ones(len(rows))
-    counts[image_at : image_at + len(kept)] = np.bincount(case.stands_for(kept), minlength=len(kept))
-    score = torch.from_numpy(np.log(counts)).float()  # [S]
-    mask = score[None].repeat(len(rows), 1)
-    mask.masked_fill_(torch.ones_like(mask).triu(1).bool(), torch.finfo(torch.float32).min)
-
-    cache, tokens = DynamicCache(), []
-    step, places = torch.from_numpy(rows)[None].float(), torch.from_numpy(position_ids)[None]
-    for _ in range(16):
-        hidden = hugging_face.model.language_model(
-            inputs_embeds=step,
-            attention_mask=mask[None, None],
-            position_ids=places,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        tokens.append(int(hugging_face.lm_head(hidden[:, -1]).argmax()))
-        if tokens[-1] == hugging_face.generation_config.eos_token_id:
-            break
-        score = torch.cat([score, torch.zeros(1)])
-        step = hugging_face.get_input_embeddings()(torch.tensor([[tokens[-1]]]))
-        places, mask = places[:, -1:] + 1, score[None]
-    return model.decode(tokens)
 
 
 def _score(cases: list[Case], kept: list[Ints], texts: list[str]) -> dict[str, Any]:
