@@ -11,12 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 
 from resprune.exporter import export as export_module
+from resprune.exporter import language
 from resprune.exporter.export import Options, export
+from resprune.exporter.language import _Decoder as Decoder
+from resprune.exporter.verify import ParityError
+from resprune.graphs import functions, selection
 from resprune.runtime.bundle import read_bundle
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.manifest import TensorSpec
 
 Checkpoint = Callable[[str], Path]
 
@@ -60,6 +66,54 @@ def test_the_bundle_is_complete(tiny_bundle):
     }
 
 
+def test_a_bundle_of_proportional_attention_says_so(tiny_bundle):
+    plain, weighing = (
+        read_bundle(tiny_bundle("clip-llama", k=7, split=True, attention=attention)).manifest
+        for attention in ("plain", "proportional")
+    )
+    assert (plain.format_version, weighing.format_version) == (1, 2)
+    assert (plain.attention, weighing.attention) == ("plain", "proportional")
+    assert weighing.parity["kept_counts"] == weighing.parity["split_counts"] == "21/21"
+    assert weighing.parity["greedy_tokens"] == "32/32"
+    for graph in ("vision_select", "token_select"):
+        ours, theirs = weighing.graphs[graph], plain.graphs[graph]
+        assert ours.inputs == (*theirs.inputs, TensorSpec("num_kept", "int64", ("batch_size",)))
+        assert ours.outputs == (*theirs.outputs, TensorSpec("kept_counts", "int64", ("batch_size", 7)))
+    for graph in ("vision_encoder", "embed_tokens", "decoder_model_merged"):
+        assert weighing.graphs[graph] == plain.graphs[graph]
+
+
+def every_one_for_itself(*, opset: int) -> ir.Function:
+    def counts(op: Any, visual: Any, token_mask: Any, kept_indices: Any) -> Any:
+        return op.Where(op.GreaterOrEqual(kept_indices, 0), 1, 0)
+
+    return functions._function(
+        "KeptCounts", counts, ("visual", "token_mask", "kept_indices"), "counts", opset
+    )
+
+
+MISTAKES = {
+    "counts": (selection, "kept_counts_function", every_one_for_itself, r"kept counts +\d+ of 21 equal"),
+    "mask": (
+        language,
+        "_Decoder",
+        lambda model, head, **proportional: Decoder(model, head),
+        r"decoder_model_merged +logits .* <-",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_wrong_weights_are_found(mistake, tiny_checkpoint, tmp_path, monkeypatch):
+    """A selection that counts each kept token as one, and a decoder that takes every mask for zeros and ones."""
+    module, name, wrong, says = MISTAKES[mistake]
+    monkeypatch.setattr(module, name, wrong)
+    options = Options(k=7, attention="proportional")
+    with pytest.raises(ParityError, match=says):
+        export(str(tiny_checkpoint("clip-llama")), tmp_path / "out", options, lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_half_precision_has_its_suffix_and_its_loss(tiny_bundle):
     manifest = read_bundle(tiny_bundle("clip-llama", k=7, dtype="fp16")).manifest
     assert manifest.graphs["embed_tokens"].file == "onnx/embed_tokens_fp16.onnx"
@@ -86,8 +140,8 @@ def test_stage_lines(tiny_checkpoint, tmp_path, monkeypatch):
     assert "layers 0 and 1, the others like them" in lines[3]
     assert re.fullmatch(r"\[5/7\] weights +[\d.]+ s +[\d.]+ MB +equal (\d+)/\1", lines[4])
     manifest = read_bundle(tmp_path / "out").manifest
-    selection = manifest.selection
-    assert (manifest.positions, selection.body, selection.form) == ("original", "unrolled", "linear")
+    made = manifest.selection
+    assert (manifest.positions, made.body, made.form) == ("original", "unrolled", "linear")
     assert manifest.parity["level"] == "layers"
     assert "greedy_tokens" not in manifest.parity
 

@@ -96,6 +96,7 @@ def test_inspect_says_what_is_in_it(bundle: str, capsys: pytest.CaptureFixture[s
         "source      clip-llama",
         "keeps 7 of 16 tokens a picture, alpha 1, scale minmax, body loop, form quadratic",
         "positions   contiguous",
+        "attention   plain",
         "vision_select  fp32",
         "pixel_values float32[batch_size, 3, 32, 32]",
         "picks  21/21",
