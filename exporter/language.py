@@ -56,10 +56,9 @@ class _Cache(DynamicCache):
 class _Decoder(nn.Module):
     """One step of the language model over any past, prefill being the step with an empty one.
 
-    inputs_embeds [B, S, D], attention_mask [B, P + S] int64 (0 at padding; if `proportional`, above 0 how many tokens
-    each stands for), position_ids [B, S] int64 or, for M-RoPE,
-    [3, B, S], then each layer's past key and value [B, kv_heads, P, head_dim] → logits [B, 1, vocabulary] of the last
-    position, then each layer's present.
+    inputs_embeds [B, S, D], attention_mask [B, P + S] int64 (0 at padding; if `proportional`, how many tokens each key
+    counts for), position_ids [B, S] int64 or, for M-RoPE, [3, B, S], then each layer's past key and value
+    [B, kv_heads, P, head_dim] → logits [B, 1, vocabulary] of the last position, then each layer's present.
     """
 
     def __init__(self, language_model: Any, lm_head: nn.Module, proportional: bool = False) -> None:

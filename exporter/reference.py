@@ -1,9 +1,9 @@
 """ResPrune in PyTorch: the ground truth that every graph and kernel must match, pick for pick and count for count.
 
 Source: arXiv 2603.21105. Relevance is its Eq. 13; the selection is its greedy subspace expansion by residual
-energy, written as pivoted Gram-Schmidt. The counts are those of proportional attention (arXiv 2210.09461, section 3),
-which is no part of it. Rules that the paper leaves open (ties, exhaustion, masks) are stated in
-the README, section "The method".
+energy, written as pivoted Gram-Schmidt. The counts are for proportional attention (arXiv 2210.09461, section 3), which
+is no part of it. Rules that the paper leaves open (ties, exhaustion, masks) are stated in the README, section "The
+method".
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def kept_counts(visual: Tensor, kept_indices: Tensor, token_mask: Tensor | None 
 
     Args:
         visual: [B, N, D] visual tokens, any float dtype.
-        kept_indices: [B, K] int64, ascending, −1 for none.
+        kept_indices: [B, K] int64, ascending but for −1, which is none.
         token_mask: [B, N] bool, False where a row is padding, which nobody stands for.
 
     Returns:
@@ -199,10 +199,10 @@ def kept_counts(visual: Tensor, kept_indices: Tensor, token_mask: Tensor | None 
 
     """
     cosine = _cosines(visual.float(), kept_indices)
-    nearest = (
-        (cosine >= cosine.amax(dim=2, keepdim=True) - TIE).int().argmax(dim=2)
-    )  # [B, N]: the lowest of the tied
-    return _counted(torch.nn.functional.one_hot(nearest, kept_indices.shape[1]), visual, token_mask)
+    tied = cosine >= cosine.amax(dim=2, keepdim=True) - TIE
+    nearest = tied.int().argmax(dim=2)  # [B, N]: the lowest index among the tied
+    counts = _counted(torch.nn.functional.one_hot(nearest, kept_indices.shape[1]), visual, token_mask)
+    return counts.masked_fill(kept_indices < 0, 0)
 
 
 def counts_within_rounding(
@@ -216,9 +216,8 @@ def counts_within_rounding(
     cosine = _cosines(visual.double(), kept_indices)
     best = cosine.amax(dim=2, keepdim=True)
     certain = cosine >= best - (TIE - ROUNDING)
-    maybe = (cosine >= best - (TIE + ROUNDING)) & (
-        certain.cumsum(dim=2) <= certain
-    )  # none before it is certain
+    maybe = cosine >= best - (TIE + ROUNDING)
+    maybe &= certain.cumsum(dim=2) <= certain  # none before it is certain
     only = maybe & (maybe.sum(dim=2, keepdim=True) == 1)
     least, most = (_counted(pairs, visual, token_mask) for pairs in (only, maybe))
     tokens = _mask(token_mask, visual.shape[:2], visual).sum(dim=1, keepdim=True)

@@ -176,21 +176,14 @@ class Verifier:
             got = worker.run(graph, self._select_inputs(images, text, mask, num_kept))
             # Against the reference's rows of the graph's own picks, so that one pick that differs hides nothing.
             order = torch.from_numpy(got["pick_order"])
-            rows, indices = keep(features, order)
+            rows, _ = keep(features, order)
             differences.append(self._difference(graph.stem, "image_features", got["image_features"], rows))
             same = order == picks
             if not same.all():
                 same |= picks_within_rounding(features, gain, order, candidates)
             counted = {"picks": _count(same)}
             if self._pieces.proportional:
-                counts = torch.from_numpy(got["kept_counts"])
-                late = torch.arange(selection.k) >= num_kept[:, None]
-                first = order.masked_fill(late, -1)
-                indices = indices.masked_fill((indices[:, :, None] != first[:, None, :]).all(dim=2), -1)
-                same = counts == kept_counts(features, indices, candidates)
-                if not same.all():
-                    same |= counts_within_rounding(features, indices, counts, candidates)
-                counted["kept counts"] = _count(same)
+                counted["kept counts"] = _equal_counts(got, num_kept, features, candidates)
             if all(equal == total or what not in self.exact for what, (equal, total) in counted.items()):
                 break
         return differences, counted
@@ -198,9 +191,10 @@ class Verifier:
     def compare_split(
         self, worker: OrtWorker, graphs: Mapping[str, Path], selection: Selection
     ) -> dict[str, Counted]:
-        """What `vision_encoder` and `token_select` keep against `vision_select`: equal picks, and counts."""
+        """Picks of `vision_encoder` and `token_select` against those of `vision_select`, and counts of theirs."""
         images, text, mask = self._question(self._pictures, SEEDS[0])
-        inputs = self._select_inputs(images, text, mask, _shares(selection.k, len(text)))
+        num_kept = _shares(selection.k, len(text))
+        inputs = self._select_inputs(images, text, mask, num_kept)
         fused = worker.run(graphs["vision_select"], inputs)
         pixels = {spec.name: inputs.pop(spec.name) for spec in self._pieces.vision.inputs}
         features = worker.run(graphs["vision_encoder"], pixels)["image_features"]
@@ -208,12 +202,11 @@ class Verifier:
         token_mask = np.ones(features.shape[:2], bool) if candidates is None else _numpy(candidates)
         inputs |= {"image_features": features, "token_mask": token_mask}
         split = worker.run(graphs["token_select"], inputs)
-        outputs = {"split picks": "pick_order", "split counts": "kept_counts"}
-        return {
-            what: _count(torch.from_numpy(fused[name] == split[name]))
-            for what, name in outputs.items()
-            if name in fused
-        }
+        counted = {"split picks": _count(torch.from_numpy(fused["pick_order"] == split["pick_order"]))}
+        if self._pieces.proportional:
+            every = torch.from_numpy(features)
+            counted["split counts"] = _equal_counts(split, num_kept, every, candidates)
+        return counted
 
     def compare_greedy(
         self, worker: OrtWorker, graphs: Mapping[str, Path], selection: Selection, positions: str
@@ -390,6 +383,20 @@ def available_memory() -> int:
 def _shares(k: int, batch_size: int) -> Tensor:
     """Three quarters of the picks of the first picture, half of the second's …: [B] int64, each at least one."""
     return torch.tensor([max(1, k - (picture + 1) * k // 4) for picture in range(batch_size)])
+
+
+def _equal_counts(
+    got: Mapping[str, NDArray[Any]], num_kept: Tensor, features: Tensor, candidates: Tensor | None
+) -> Counted:
+    """How many of a graph's `kept_counts` are the reference's for the same picks, as far as float32 can tell."""
+    order, counts = torch.from_numpy(got["pick_order"]), torch.from_numpy(got["kept_counts"])
+    first = order.masked_fill(torch.arange(order.shape[1]) >= num_kept[:, None], -1)
+    _, indices = keep(features, order)
+    indices = indices.masked_fill((indices[:, :, None] != first[:, None, :]).all(dim=2), -1)
+    same = counts == kept_counts(features, indices, candidates)
+    if not same.all():
+        same |= counts_within_rounding(features, indices, counts, candidates)
+    return _count(same)
 
 
 def _count(same: Tensor) -> Counted:
