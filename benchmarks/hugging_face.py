@@ -134,6 +134,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             tokens[name] = spliced.inputs_embeds.shape[1]
     return {
         "samples": samples.values,
+        "steps": spec["steps"],
         "memory": memory,
         "prompt tokens": tokens,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

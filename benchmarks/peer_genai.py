@@ -39,6 +39,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             memory[case] = peak_megabytes()
     return {
         "samples": samples.values,
+        "steps": spec["steps"],
         "memory": memory,
         "prompt tokens": spec["lengths"],
         "versions": {"onnxruntime-genai": og.__version__},

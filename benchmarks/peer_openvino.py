@@ -52,6 +52,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             tokens[case] = metrics.get_num_input_tokens()
     return {
         "samples": samples.values,
+        "steps": spec["steps"],
         "memory": memory,
         "prompt tokens": tokens,
         "versions": {"openvino-genai": openvino_genai.__version__.split("-")[0]},

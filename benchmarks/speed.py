@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.environments import UnavailableError
 from benchmarks.measure import Timing, bfloat16_in_hardware, processes_take_turns, timing
-from benchmarks.plots import stacked
+from benchmarks.plots import gains, stacked
 from benchmarks.shapes import QUESTION, REAL, Shape, write_picture, write_shape
 from resprune.graphs import choose_form, token_select_model
 
@@ -108,7 +108,25 @@ def run(work: Path, shapes: Sequence[Shape] = REAL, rounds: int = ROUNDS) -> dic
         RESULTS / "speed.png",
         "milliseconds to the first token",
     )
+    panels = {
+        shape["words"].split(":")[0]: curves(shape["engines"][OURS], shape["num_tokens"])
+        for shape in result.values()
+    }
+    gains(panels, RESULTS.with_name("speed.png"))
     return result
+
+
+def curves(cases: Mapping[str, Any], num_tokens: int) -> dict[str, dict[int, float]]:
+    """Lines of the plot of gains, by tokens kept: the prefill's, what it would be at best, and the first token's."""
+    kept = {num_tokens if case == "all" else int(case): found for case, found in cases.items()}
+    whole = cases["all"]["first token, samples"]
+    return {
+        "prefill": {k: found["prefill gain"].median for k, found in kept.items()},
+        "prefill, if proportional to its tokens": {k: found["ideal gain"] for k, found in kept.items()},
+        "first token, picture and all": {
+            k: ratio(whole, found["first token, samples"]).median for k, found in kept.items()
+        },
+    }
 
 
 def _measure(shape: Shape, subject: Subject, rounds: int) -> dict[str, dict[str, Any]]:
@@ -140,14 +158,14 @@ def figures(reply: Mapping[str, Any]) -> dict[str, Any]:
             continue
         own = {name: values for name, values in (shared | stages).items() if name != "decode"}
         first = [sum(turn) for turn in zip(*own.values(), strict=True)]
-        tokens = reply["prompt tokens"]
+        tokens, steps = reply["prompt tokens"], reply["steps"]
         cases[case] = {
             "prompt tokens": tokens[case],
             "stages": {name: timing(values) for name, values in own.items()},
             "first token": timing(first),
             "first token, samples": first,
-            "tokens per second": timing([1e3 * STEPS / value for value in stages["decode"]]),
-            "tokens per second, samples": [1e3 * STEPS / value for value in stages["decode"]],
+            "tokens per second": timing([1e3 * steps / value for value in stages["decode"]]),
+            "tokens per second, samples": [1e3 * steps / value for value in stages["decode"]],
             "resident megabytes": reply["memory"][case],
         }
         if "prepare" in own:

@@ -159,6 +159,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     ]
     return {
         "samples": samples.values,
+        "steps": spec["steps"],
         "memory": memory,
         "prompt tokens": tokens,
         "cache bytes a token": sum(

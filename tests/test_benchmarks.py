@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.speed import STEPS, figures, ideal_gain, ratio
+from benchmarks.speed import curves, figures, ideal_gain, ratio
 
 
 def test_figures_add_up_turn_by_turn() -> None:
@@ -15,6 +15,7 @@ def test_figures_add_up_turn_by_turn() -> None:
             "all": {"prefill": [8.0, 8.0, 9.0], "decode": [8.0, 8.0, 8.0]},
         },
         "prompt tokens": {"64": 100, "all": 600},
+        "steps": 5,
         "memory": {"64": 1.0, "all": 2.0},
         "cache bytes a token": 32,
     }
@@ -23,8 +24,11 @@ def test_figures_add_up_turn_by_turn() -> None:
     assert pruned["first token"].median == 23.0  # not the sum of the stages' medians, 22
     assert pruned["prefill gain"].median == 4.0  # of 4, 8 and 3
     assert pruned["ideal gain"] == 6.0
-    assert pruned["tokens per second"].median == 1e3 * STEPS / 4
+    assert pruned["tokens per second"].median == 1e3 * 5 / 4
     assert pruned["cache bytes"] == 3200
+    lines = curves(figures(reply), 576)
+    assert lines["prefill"] == {64: 4.0, 576: 1.0}
+    assert lines["first token, picture and all"][64] == 29 / 23  # of 18/12, 38/31 and 29/23
 
 
 def test_a_peer_that_failed_stays_a_fault() -> None:
