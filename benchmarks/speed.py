@@ -90,18 +90,26 @@ def worker(name: str, subject: Subject, *, python: str = sys.executable, **spec:
 
 def run(work: Path, shapes: Sequence[Shape] = REAL, rounds: int = ROUNDS) -> dict[str, Any]:
     """Every shape: the runtime at K = N/9, N/4.5, N/3 and all, PyTorch at N/9 and all."""
-    result = {}
-    for shape in shapes:
-        # Bundles of several gigabytes, which nobody needs afterwards.
-        with TemporaryDirectory(dir=work) as bundles:
-            replies = _measure(shape, prepare(shape, work, Path(bundles)), rounds)
-        versions = [reply["versions"] for reply in replies.values() if "versions" in reply]
-        result[shape.name] = {
-            "words": shape.words,
-            "num_tokens": shape.num_tokens,
-            "engines": {name: figures(reply) for name, reply in replies.items()},
-            "versions": {name: text for found in versions for name, text in found.items()},
-        }
+    result = {shape.name: run_shape(shape, work, rounds) for shape in shapes}
+    draw(result)
+    return result
+
+
+def run_shape(shape: Shape, work: Path, rounds: int = ROUNDS) -> dict[str, Any]:
+    """One shape, as in `run`; its bundle of several gigabytes is removed again."""
+    with TemporaryDirectory(dir=work) as bundles:
+        replies = _measure(shape, prepare(shape, work, Path(bundles)), rounds)
+    versions = [reply["versions"] for reply in replies.values() if "versions" in reply]
+    return {
+        "words": shape.words,
+        "num_tokens": shape.num_tokens,
+        "engines": {name: figures(reply) for name, reply in replies.items()},
+        "versions": {name: text for found in versions for name, text in found.items()},
+    }
+
+
+def draw(result: Mapping[str, Any]) -> None:
+    """Both plots of what `run` measured."""
     stacked(
         {shape["words"]: bars(shape["engines"]) for shape in result.values()},
         STAGES,
@@ -113,7 +121,6 @@ def run(work: Path, shapes: Sequence[Shape] = REAL, rounds: int = ROUNDS) -> dic
         for shape in result.values()
     }
     gains(panels, RESULTS.with_name("speed.png"))
-    return result
 
 
 def curves(cases: Mapping[str, Any], num_tokens: int) -> dict[str, dict[int, float]]:
