@@ -35,7 +35,9 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             reset_peak()
             clock = Samples() if turn == 0 else samples
             with clock.time("pixels", case):
-                pixels = ov.Tensor(np.array(Image.open(spec["picture"]).convert("RGB"))[None])
+                array = np.array(Image.open(spec["picture"]).convert("RGB"))[None]
+                # Warmed up with another picture: of a prompt that it knows it has the KV cache.
+                pixels = ov.Tensor(array if turn else 255 - array)
             config = openvino_genai.GenerationConfig(max_new_tokens=spec["steps"] + 1, ignore_eos=True)
             config.pruning_ratio = ratio
             metrics = pipeline.generate(

@@ -22,7 +22,11 @@ def stacked(
 
     rows = [len(bars) for bars in panels.values()]
     figure, axes = plt.subplots(
-        len(panels), squeeze=False, figsize=(9, 0.9 * len(panels) + 0.27 * sum(rows)), height_ratios=rows
+        len(panels),
+        squeeze=False,
+        figsize=(9, 0.9 * len(panels) + 0.27 * sum(rows)),
+        height_ratios=rows,
+        layout="constrained",
     )
     for axis, (title, bars) in zip(axes[:, 0], panels.items(), strict=True):
         left = [0.0] * len(bars)
@@ -37,9 +41,9 @@ def stacked(
         axis.set_title(title, fontsize=9, loc="left")
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(fontsize=8, frameon=False, loc="lower right")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside upper center", ncols=len(labels))
     axes[-1, 0].set_xlabel(unit, fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
