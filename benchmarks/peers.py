@@ -26,7 +26,7 @@ BUNDLES = {
     "q4": ["--dtype", "q4"],
     "q4, --optimize ort": ["--dtype", "q4", "--optimize", "ort"],
 }
-GENAI = {"fp32": ("fp32", "fp32, --optimize ort"), "int4": ("q4", "q4, --optimize ort")}
+GENAI = {"fp32": ("fp32", "fp32, --optimize ort"), "int4": ("q4, --optimize ort",)}
 """Their precisions, and ours that are the same."""
 DECODED = 32
 """Tokens a turn, where it is they that are compared."""
