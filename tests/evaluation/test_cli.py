@@ -44,6 +44,7 @@ def test_a_report_of_a_bundle_and_of_its_checkpoint(bundle, tiny_checkpoint, que
 
 def test_a_report_of_proportional_attention(tiny_bundle, tiny_checkpoint, questions, tmp_path, capsys):
     bundle = tiny_bundle("clip-llama", k=7, split=True, attention="proportional")
+    capsys.readouterr()  # what the export has said
     words = [
         "--data",
         str(questions),
