@@ -1,13 +1,20 @@
-"""Fixtures of the files about answering elsewhere: checkpoints in PyTorch beside the bundles made from them."""
+"""Pillow as the runtime finds it; and checkpoints in PyTorch beside the bundles made from them."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import ImageFile
 
 from resprune.exporter.export import Options, export
 from tests.runtime.wire import Model
 from tests.tiny_qwen import VARIANTS, write_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def _strict_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lmms-eval, which other tests import, tells Pillow to fill up pictures that are cut off."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture(scope="session")
