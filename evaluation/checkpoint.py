@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 
 from resprune.evaluation.model import Encoded, Model, Stages
 from resprune.runtime.bundle import Bundle, describe_files
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, require_packages
 from resprune.runtime.manifest import FORMAT_VERSION, GraphSpec, Manifest, Selection
 from resprune.runtime.picture import Picture
 from resprune.runtime.splice import Floats, Ints
@@ -32,12 +31,8 @@ def open_checkpoint(
     In float32 on the CPU, elsewhere in the checkpoint's dtype. The prompt, the pixels' geometry and the positions are
     the runtime's, as in a bundle. Raises `ResPruneError` for what cannot be found, loaded, or put on `device`.
     """
-    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ResPruneError(
-            f"{name} is no bundle, and a checkpoint needs {', '.join(missing)}; "
-            'install with: pip install "resprune[export,eval]"'
-        )
+    way = 'install with: pip install "resprune[export,eval]"'
+    require_packages(f"{name} is no bundle, and a checkpoint", NEEDED, way)
     import torch
     from transformers import AutoImageProcessor, AutoModelForImageTextToText
     from transformers.utils import logging

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, require_packages
 from resprune.runtime.manifest import ATTENTION, POSITIONS
 
 if TYPE_CHECKING:
@@ -61,9 +60,7 @@ def register_eval(subparsers: Any) -> None:
 
 def run_eval(arguments: argparse.Namespace) -> int:
     """Evaluate and write the report; raises `ResPruneError` for what the user can put right."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ResPruneError(f'eval needs {", ".join(missing)}; install with: pip install "resprune[eval]"')
+    require_packages("eval", NEEDED, 'install with: pip install "resprune[eval]"')
     for name in ("limit", "batch", "max_new_tokens"):
         value = getattr(arguments, name)
         if value is not None and value < 1:

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, require_packages
 from resprune.runtime.image import ImageSource
 
 SCENES, QUESTIONS_A_SCENE = 1000, 2
@@ -163,11 +162,7 @@ def _scenes(name: str) -> DataSet:
 
 
 def _need(data: str, *packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ResPruneError(
-            f'--data {data} needs {" and ".join(missing)}; install with: pip install "resprune[eval,demo]"'
-        )
+    require_packages(f"--data {data}", packages, 'install with: pip install "resprune[eval,demo]"')
 
 
 def _from_checkout(module: str, data: str) -> Any:

@@ -84,6 +84,7 @@ class ResPrune(lmms):  # type: ignore[misc]
         return {
             "model": self._model.fingerprint,
             "positions": self._model.manifest.positions,
+            "attention": self._model.manifest.attention,
             "data": {task: digest.hexdigest() for task, digest in digests.items()},
         }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import numbers
 import sys
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from resprune.evaluation.budget import Budget
-from resprune.runtime.errors import ResPruneError
-from resprune.runtime.manifest import POSITIONS
+from resprune.runtime.errors import ResPruneError, require_packages
+from resprune.runtime.manifest import ATTENTION, POSITIONS
 
 NEEDED = ("lmms_eval", "accelerate", "datasets", "evaluate", "loguru", "pytz", "sacrebleu", "tenacity")
 
@@ -42,18 +41,15 @@ def register_lmms(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIRECTORY", help="where the results go")
     parser.add_argument("--limit", type=int, metavar="N", help="questions of each task")
     parser.add_argument("--positions", choices=POSITIONS, help="in place of the model's own policy")
+    parser.add_argument("--attention", choices=ATTENTION, help="in place of the model's own")
     parser.add_argument("--device", default="cpu", help="of a checkpoint in PyTorch (default: %(default)s)")
     parser.set_defaults(run=run_lmms)
 
 
 def run_lmms(arguments: argparse.Namespace) -> int:
     """Run the tasks and write what they found; raises `ResPruneError` for what the user can put right."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ResPruneError(
-            f"lmms needs {', '.join(missing)}; `make eval` installs it, and so do: "
-            'pip install "resprune[lmms]", then pip install --no-deps lmms-eval'
-        )
+    way = 'pip install "resprune[lmms]", then pip install --no-deps lmms-eval'
+    require_packages("lmms", NEEDED, f"`make eval` installs it, and so do: {way}")
     Budget.parse(arguments.k)
     if arguments.limit is not None and arguments.limit < 1:
         raise ResPruneError(f"--limit should be 1 or more, not {arguments.limit}")
@@ -99,6 +95,7 @@ def _evaluate(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]
             model=arguments.model,
             k=arguments.k,
             positions=arguments.positions,
+            attention=arguments.attention,
             device=arguments.device,
             answers=str(arguments.out),
         )
@@ -127,6 +124,7 @@ def _write(results: dict[str, Any], arguments: argparse.Namespace) -> None:
         "model": arguments.model,
         "k": arguments.k,
         "positions": arguments.positions,
+        "attention": arguments.attention,
         "limit": arguments.limit,
         "versions": {name: version(name) for name in ("resprune", "lmms-eval", "onnxruntime")},
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import os
 import shlex
@@ -11,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import require_packages
 from resprune.runtime.manifest import ATTENTION, BODIES, FORMS, OPTIMIZE, POSITIONS, SCALES
 
 NEEDED = ("torch", "transformers", "onnx", "onnxscript", "huggingface_hub", "tqdm")
@@ -96,11 +95,7 @@ def register_export(subparsers: Any) -> None:
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Export; returns 0, or 1 with a table on stderr if a graph misses parity. Raises `ResPruneError`."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ResPruneError(
-            f'export needs {", ".join(missing)}; install with: pip install "resprune[export]"'
-        )
+    require_packages("export", NEEDED, 'install with: pip install "resprune[export]"')
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from resprune.exporter.export import Options, export
     from resprune.exporter.verify import ParityError

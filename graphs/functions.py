@@ -175,14 +175,12 @@ def kept_counts_function(*, opset: int) -> ir.Function:
         rows = op.Mul(rows, _inverse_norm(op, rows))
         cosine = op.Mul(op.MatMul(V, op.Transpose(rows, perm=[0, 2, 1])), _inverse_norm(op, V))  # [B, N, K]
         columns = op.Unsqueeze(kept_indices, [1])  # [B, 1, K]
-        cosine = op.Where(
-            op.Equal(op.Unsqueeze(tokens, [1]), columns), 2.0, cosine
-        )  # itself: above any cosine
+        itself = op.Equal(op.Unsqueeze(tokens, [1]), columns)
+        cosine = op.Where(itself, 2.0, cosine)  # above any cosine
         cosine = op.Where(op.GreaterOrEqual(columns, 0), cosine, -2.0)  # below any cosine
         tied = op.GreaterOrEqual(cosine, op.Sub(op.ReduceMax(cosine, [2]), TIE))
-        nearest = op.ArgMax(
-            op.Cast(tied, to=ir.DataType.FLOAT), axis=2, keepdims=1
-        )  # [B, N, 1]: the lowest index
+        # The first of the tied, which is the lowest index: [B, N, 1].
+        nearest = op.ArgMax(op.Cast(tied, to=ir.DataType.FLOAT), axis=2, keepdims=1)
         counted = op.And(op.Equal(nearest, places), op.Unsqueeze(token_mask, [2]))
         counts = op.ReduceSum(op.Cast(counted, to=ir.DataType.INT64), [1], keepdims=0)
         return op.Where(op.GreaterOrEqual(kept_indices, 0), counts, 0)

@@ -59,7 +59,7 @@ class Question:
 class Api:
     """One row: where and how a kind of server takes kept rows, and for which families it gets their positions right.
 
-    `wrong` says why it is none of the others; `positions` are the policies of `method.md` that it can follow.
+    `wrong` says why it is none of the others; `positions` are the policies that it can follow.
     """
 
     title: str

@@ -60,7 +60,7 @@ def cut_picks(
     advance: int,
     kept_counts: Ints | None = None,
 ) -> KeptTokens:
-    """The first `tokens` picks of one picture (all of them if None), as the nested picks of method.md allow.
+    """The first `tokens` picks of one picture, all of them if None: a selection of `tokens` would pick the same.
 
     `image_features` [K, D], `kept_indices` [K] ascending with −1 last, `pick_order` [K] with −1 last; `offsets`
     [N] or [3, N] and `advance` are the picture's, as in `KeptTokens`; `kept_counts` [K] in the order of
@@ -88,7 +88,7 @@ def splice(
 
     `inputs_embeds[b]` [S_b, D] belongs to `ids[b]`; `pictures[b]` has one entry for each image token, in order, and
     at least one. `positions`: `contiguous` numbers what is there 0, 1, 2 …; `original` gives every token, text
-    included, the number it has in the unpruned prompt (method.md, "What happens to the prompt").
+    included, the number it has in the unpruned prompt.
     """
     prompts = [
         _splice_one(embeds, np.asarray(row, dtype=np.int64) == image_token_id, kept, positions == "original")

@@ -16,17 +16,12 @@ def fails(capsys, *words):
     return err
 
 
+def few(questions, selectors):
+    return ["--data", str(questions), "-k", "4,all", "--selectors", selectors, "--max-new-tokens", "6"]
+
+
 def test_a_report_of_a_bundle_and_of_its_checkpoint(bundle, tiny_checkpoint, questions, tmp_path, capsys):
-    words = [
-        "--data",
-        str(questions),
-        "-k",
-        "4,all",
-        "--selectors",
-        "resprune,divprune",
-        "--max-new-tokens",
-        "6",
-    ]
+    words = few(questions, "resprune,divprune")
     printed = []
     for name, model in (("bundle", bundle), ("checkpoint", tiny_checkpoint("clip-llama"))):
         assert main(["eval", str(model), *words, "--out", str(tmp_path / name)]) == 0
@@ -45,16 +40,7 @@ def test_a_report_of_a_bundle_and_of_its_checkpoint(bundle, tiny_checkpoint, que
 def test_a_report_of_proportional_attention(tiny_bundle, tiny_checkpoint, questions, tmp_path, capsys):
     bundle = tiny_bundle("clip-llama", k=7, split=True, attention="proportional")
     capsys.readouterr()  # what the export has said
-    words = [
-        "--data",
-        str(questions),
-        "-k",
-        "4,all",
-        "--selectors",
-        "resprune,stride",
-        "--max-new-tokens",
-        "6",
-    ]
+    words = few(questions, "resprune,stride")
     printed = []
     for attention in ("proportional", "plain"):
         for name, model in (("bundle", bundle), ("checkpoint", tiny_checkpoint("clip-llama"))):

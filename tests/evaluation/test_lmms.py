@@ -77,6 +77,18 @@ def test_an_interrupted_run_goes_on(demo_bundle, tmp_path, monkeypatch):
         made().generate_until(three("Is there a circle?"))
 
 
+def test_answers_of_another_attention_are_not_mixed(tiny_bundle, tmp_path):
+    bundle = tiny_bundle("clip-llama", k=7, split=True, attention="proportional")
+    for attention in (None, "proportional"):
+        model = get_model("resprune")(model=str(bundle), k="4", attention=attention, answers=str(tmp_path))
+        model.task_dict = {"task": {"test": [None]}}
+        model.generate_until([request([picture()])])
+    model = get_model("resprune")(model=str(bundle), k="4", attention="plain", answers=str(tmp_path))
+    model.task_dict = {"task": {"test": [None]}}
+    with pytest.raises(ResPruneError, match="holds answers of another attention"):
+        model.generate_until([request([picture()])])
+
+
 @pytest.mark.parametrize(
     ("visuals", "named"), [([], "has no picture"), ([np.zeros(9)], "has more than pictures")]
 )

@@ -87,7 +87,7 @@ def test_proportional_attention(positions, tiny_bundle, hugging_face, tmp_path):
 
 
 def test_newline_rows_are_candidates(tiny_bundle):
-    """Of a picture that all tokens are kept of, the rows' ends too; method.md, LLaVA-NeXT."""
+    """Of a picture that all tokens are kept of, the rows' ends too."""
     with Pipeline.load(tiny_bundle("next-llama", k=88, split=True)) as vlm:
         picks = vlm.ask(picture(1, (60, 50)), QUESTION, max_new_tokens=1).images[0]
         nowhere = [index for index, box in enumerate(vlm._preprocessor.boxes((60, 50))) if box is None]
