@@ -2,16 +2,18 @@
 
 What pays there: keys and values are appended to the cache in place where the caller binds one buffer as past and
 present (the portable graph's Concat copies the cache at each step), and no key head is repeated. Inputs and outputs
-are those of the portable decoder. The rotary angles are applied before the operator, which knows neither M-RoPE nor
-the gaps that pruning leaves; padding on the left is a bias, for the operator itself knows padding on the right only,
-and so are counts.
+are those of the portable decoder. The rotary angles are applied before the operator, by one of their own, for it knows
+neither M-RoPE nor the gaps that pruning leaves; padding on the left is a bias, for the operator itself knows padding
+on the right only, and so are counts.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -74,12 +76,14 @@ class _Decoder(nn.Module):
             lengths=torch.full((B,), S, dtype=torch.int32),
             bias=bias[:, None, None, :].expand(-1, -1, S, -1),
         )
-        hidden = self.language_model(
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            use_cache=False,  # the operator itself puts the new keys and values behind the past
-            step=step,
-        ).last_hidden_state
+        code = sys.modules[type(self.language_model).__module__]
+        with patch.object(code, "apply_rotary_pos_emb", _rotated):
+            hidden = self.language_model(
+                inputs_embeds=inputs_embeds,
+                position_ids=position_ids,
+                use_cache=False,  # the operator itself puts the new keys and values behind the past
+                step=step,
+            ).last_hidden_state
         present = (kept for layer in step.layers for kept in (layer.keys, layer.values))
         return (self.lm_head(hidden[:, -1:]), *present)
 
@@ -100,6 +104,35 @@ def optimize_decoder(pieces: Pieces, cache_dtype: torch.dtype) -> Pieces:
     model.config.get_text_config()._attn_implementation = _register()
     module = _Decoder(model.model.language_model, model.lm_head, cache_dtype, pieces.proportional)
     return replace(pieces, decoder=replace(pieces.decoder, module=module))
+
+
+def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Query [B, H, S, d] and key [B, G, S, d], each turned by the angles [B, S, d] of its position, by one operator.
+
+    The operator looks angles up by position, in halves. Whatever the positions are, M-RoPE's too, their angles have
+    been computed: here they are the table, and each row's own number is its position.
+    """
+    B, _, S, d = query.shape
+    places = torch.arange(B * S).reshape(B, S)
+    tables = [angles[..., : d // 2].reshape(B * S, d // 2) for angles in (cos, sin)]
+
+    def turned(heads: Tensor) -> Tensor:
+        rows = _rows(heads)
+        rotated = torch.onnx.ops.symbolic(
+            "com.microsoft::RotaryEmbedding",
+            [rows, places, *tables],
+            dtype=rows.dtype,
+            shape=rows.shape,
+            version=1,
+        )
+        return rotated.view(B, S, -1, d).transpose(1, 2)
+
+    return turned(query), turned(key)
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """Heads [B, H, S, d] side by side, as the operators take them: [B, S, H · d]."""
+    return heads.transpose(1, 2).flatten(2)
 
 
 def _register() -> str:
@@ -129,7 +162,7 @@ def _attention(
     attributes: dict[str, Any] = {"num_heads": H, "kv_num_heads": key.shape[1], "scale": float(scaling)}
     if sliding_window is not None:
         attributes["local_window_size"] = sliding_window
-    rows = (heads.transpose(1, 2).flatten(2).to(dtype) for heads in (query, key, value))
+    rows = (_rows(heads).to(dtype) for heads in (query, key, value))
     unused: Sequence[None] = (None,) * 3  # cos_cache, sin_cache, position_ids
     mixed, layer.keys, layer.values = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",

@@ -84,6 +84,7 @@ def trace(piece: Piece, whole: nn.Module, mode: FakeTensorMode, *, repeat: bool 
     names = {id(tensor): name for name, tensor in whole.named_parameters(remove_duplicate=False)}
     pending = _weights_to_inputs(model.graph, piece.module, names)
     optimize_ir(model)
+    _divide_by_roots(model.graph)
     weights = dict(_inputs_to_weights(model.graph, pending))
     expand(model.graph, layers, names, weights)
     _declare(model.graph, piece)
@@ -149,6 +150,23 @@ def _inputs_to_weights(graph: ir.Graph, pending: dict[str, str]) -> Iterator[tup
         )
         graph.register_initializer(value)
         yield weight.name, weight
+
+
+def _divide_by_roots(graph: ir.Graph) -> None:
+    """Write x · (1 / √y) as x / √y: what runtimes know as the end of an RMS norm, and make one operator of."""
+    for node in [node for node in graph if node.op_type == "Mul"]:
+        for value, other in (node.inputs, reversed(node.inputs)):
+            inverse = value.producer() if value is not None else None
+            if value is not None and inverse is not None and inverse.op_type == "Reciprocal":
+                quotient = ir.node("Div", [other, inverse.inputs[0]], name=node.name)
+                result, former = quotient.outputs[0], node.outputs[0]
+                result.name, result.type, result.shape = former.name, former.type, former.shape
+                graph.insert_before(node, quotient)
+                ir.convenience.replace_all_uses_with(former, result)
+                graph.remove(node, safe=True)
+                if not value.uses():
+                    graph.remove(inverse, safe=True)
+                break
 
 
 def _is_matrix_transpose(node: ir.Node) -> bool:

@@ -1,5 +1,6 @@
 """The decoder for ONNX Runtime alone: the same tokens as Hugging Face, with its cache written in place."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +83,10 @@ def test_only_this_decoder_has_operators_of_onnx_runtime(tiny_bundle: Callable[.
         model = onnx.load(bundle.graph_path(name), load_external_data=False)
         domains = {node.domain for node in model.graph.node} - {"", "resprune"}
         assert domains == ({"com.microsoft"} if name == "decoder_model_merged" else set())
+    model = onnx.load(bundle.graph_path("decoder_model_merged"), load_external_data=False)
+    layers = len(bundle.manifest.graphs["decoder_model_merged"].outputs) // 2
+    counts = Counter(node.op_type for node in model.graph.node if node.domain == "com.microsoft")
+    assert counts == {"GroupQueryAttention": layers, "RotaryEmbedding": 2 * layers}
     portable = read_bundle(tiny_bundle("clip-llama", k=7))
     assert portable.manifest.optimize is None
     assert "ONNX Runtime" not in describe(portable)
