@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Thread
 from time import perf_counter
 from typing import Any
 
@@ -23,9 +24,10 @@ from resprune.exporter.language_checkpoint import CLASSES, LanguageCheckpoint, l
 from resprune.exporter.ort_worker import OrtWorker
 from resprune.exporter.pieces import Piece, Pieces
 from resprune.exporter.quantize import quantize
-from resprune.exporter.shards import StoredTensor
+from resprune.exporter.shards import StoredTensor, read_soon
 from resprune.exporter.sidefiles import check_side_files, copy_side_files
-from resprune.exporter.trace import Traced, trace
+from resprune.exporter.trace import Traced
+from resprune.exporter.trace_ahead import traced_ahead
 from resprune.exporter.transaction import new_directory, require_space
 from resprune.exporter.verify import Counted, Difference, ParityError, Verifier
 from resprune.exporter.verify_weights import compare_weights
@@ -150,11 +152,17 @@ class _Export:
         self._line("checkpoint", started, size, f"{family.title}, {parameters / 1e6:,.1f} M parameters")
 
         (self.work / "onnx").mkdir()
-        with OrtWorker(widened=self.options.dtype == "bf16") as worker:
+        parts = (pieces.embed, pieces.vision, pieces.decoder)
+        with (
+            traced_ahead(parts, pieces.model, mode) as graphs,
+            OrtWorker(widened=self.options.dtype == "bf16") as worker,
+        ):
+            room = verify.available_memory() // 2
+            Thread(target=read_soon, args=(stored.values(), room), daemon=True).start()
             verifier = Verifier(pieces, stored, self.options.dtype, self.options.verify)
-            for piece in (pieces.embed, pieces.vision, pieces.decoder):
+            for piece in parts:
                 started = perf_counter()
-                traced = trace(piece, pieces.model, mode)
+                traced = next(graphs)
                 if (form := precision.precision_of(piece.name, self.options.dtype)) in precision.QUANTIZED:
                     traced = quantize(traced, form)
                 if piece is pieces.vision:

@@ -73,12 +73,14 @@ class OrtWorker:
         self._process.communicate()
 
 
-def _session(path: str) -> Any:
+def _session(path: str, *, once: bool = False) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # a warning about each initializer that it folds is of no use here
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch runs in turn with it
+    if once:  # rearranging the weights for the kernels takes longer than it saves
+        options.add_session_config_entry("session.disable_prepacking", "1")
     graph: str | bytes = path
     if sys.argv[1:] == ["widened"]:
         folder = str(Path(path).parent)
@@ -88,7 +90,7 @@ def _session(path: str) -> Any:
 
 
 def _run(path: str, inputs: Arrays) -> Arrays:
-    session = _session(path)
+    session = _session(path, once=True)
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, inputs), strict=True))
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import struct
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
+
+HINT_BYTES = 1 << 20
+"""Of a longer range Linux reads only the beginning when it is told that it will be needed."""
 
 MADV_POPULATE_READ = 22
 """madvise(2), which Python has no name for: read all of it now, at twice the speed of a page when it is touched."""
@@ -72,6 +76,26 @@ class StoredTensor:
         if self.offset % self.dtype.itemsize:  # a header of odd length: legal, but not viewable in place
             flat = flat.clone()
         return flat.view(self.dtype).reshape(self.shape)
+
+
+def read_soon(places: Iterable[StoredTensor], room: int) -> None:
+    """Have the system read weights into its cache, `room` bytes of them at most, in this order.
+
+    Only a hint, where there is one to give. It takes as long as reading does, so that a thread should give it.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with ExitStack() as stack:
+        opened: dict[Path, int] = {}
+        for place in places:
+            room -= place.nbytes
+            if room < 0:
+                return
+            if place.file not in opened:
+                opened[place.file] = stack.enter_context(place.file.open("rb")).fileno()
+            for start in range(0, place.nbytes, HINT_BYTES):
+                count = min(HINT_BYTES, place.nbytes - start)
+                os.posix_fadvise(opened[place.file], place.offset + start, count, os.POSIX_FADV_WILLNEED)
 
 
 def open_weights(root: Path) -> dict[str, StoredTensor]:

@@ -46,14 +46,19 @@ def build(model_class: Any, config: Any, mode: FakeTensorMode) -> nn.Module:
 
 
 def fill(model: nn.Module, stored: Mapping[str, StoredTensor], names: Collection[str]) -> None:
-    """Give the named parameters of a blank model their weights, in float32; tied ones stay one tensor."""
+    """Give the named parameters of a blank model their weights, in float32; tied ones stay one tensor.
+
+    All lie in one block, which goes back to the system at once when they are dropped: the allocator keeps small ones.
+    """
     parameters = {
         name: tensor for name, tensor in model.named_parameters(remove_duplicate=False) if name in names
     }
+    single = {id(parameter): parameter.numel() for parameter in parameters.values()}
+    room = iter(torch.split(torch.empty(sum(single.values())), [*single.values()]))
     filled: dict[int, nn.Parameter] = {}
     for name, parameter in parameters.items():  # which keeps the originals alive, and so their ids theirs
         if id(parameter) not in filled:
-            weight = stored[name].read().to(torch.float32, copy=True)
+            weight = next(room).view(parameter.shape).copy_(stored[name].read())
             filled[id(parameter)] = nn.Parameter(weight, requires_grad=False)
         owner, _, attribute = name.rpartition(".")
         model.get_submodule(owner)._parameters[attribute] = filled[id(parameter)]

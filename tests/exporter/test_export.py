@@ -203,7 +203,7 @@ def test_a_missing_side_file_is_named(name, tiny_checkpoint, tmp_path):
 def test_a_disk_too_small_is_known_beforehand(tiny_checkpoint, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr(export_module, "trace", lambda *arguments: pytest.fail("it began to trace"))
+    monkeypatch.setattr(export_module, "traced_ahead", lambda *arguments: pytest.fail("it began to trace"))
     with pytest.raises(ResPruneError, match=r"needs [\d,]+ bytes and the disk .* has 1,000 free"):
         export(str(tiny_checkpoint("clip-llama")), tmp_path / "out", Options(k=3))
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """Safetensors read lazily; damaged and hostile files are refused with one sentence."""
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from resprune.exporter.shards import open_weights, read_header
+from resprune.exporter.shards import HINT_BYTES, StoredTensor, open_weights, read_header, read_soon
 from resprune.runtime.errors import ResPruneError
 
 
@@ -40,6 +41,24 @@ def test_a_header_of_odd_length_is_read(tmp_path):
     header += b" " * (1 - len(header) % 2)
     path = write(tmp_path / "model.safetensors", header, struct.pack("<2f", 1.5, -2))
     assert read_header(path)["w"].read().tolist() == [1.5, -2]
+
+
+def test_what_fits_is_read_soon(tmp_path, monkeypatch):
+    """In pieces that Linux takes whole; nothing where the system takes no hints."""
+    long, short = HINT_BYTES + 100, 300
+    for name in ("one", "two"):
+        (tmp_path / name).write_bytes(bytes(long + short))
+    places = [
+        StoredTensor(tmp_path / name, torch.uint8, (count,), offset, count)
+        for name, offset, count in (("one", 0, long), ("two", long, short), ("one", long, short))
+    ]
+    hints: list[tuple[int, ...]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *hint: hints.append(hint[:2]), raising=False)
+    read_soon(places, long + short)
+    assert hints == [(0, HINT_BYTES), (HINT_BYTES, 100), (long, short)]
+    monkeypatch.delattr(os, "posix_fadvise")
+    read_soon(places, long + short)
+    assert len(hints) == 3
 
 
 GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
