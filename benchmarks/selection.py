@@ -63,6 +63,8 @@ def run(work: Path) -> dict[str, Any]:
         for body in ("loop", "unrolled"):
             session = selector(k, features.shape, body)
             calls[f"{body} K {k}"] = lambda session=session: session.run(None, feed)
+        counted, kept = selector(k, features.shape, counts=True), feed | {"num_kept": np.array([k])}
+        calls[f"counts K {k}"] = lambda session=counted, feed=kept: session.run(None, feed)
     # NumPy by itself: its threads spin on for a while, on the cores that the call after it needs.
     plain = {f"NumPy Gram-Schmidt K {k}": lambda k=k: gram_schmidt(features[0], ones, k) for k in BUDGETS}
     timings = take_turns(calls, repeats=11) | take_turns(plain, repeats=5)
@@ -80,25 +82,32 @@ def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     timings: dict[str, Timing] = result["milliseconds"]
     rows = [
-        "| K | form | Loop | of the encoder | unrolled | of the encoder | NumPy Gram-Schmidt |",
-        "|---|---|---|---|---|---|---|",
+        "| K | form | Loop | of the encoder | unrolled | of the encoder | Loop and `KeptCounts` | of the encoder "
+        "| NumPy Gram-Schmidt |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     share = result["share of the encoder"]
     N, D = result["shapes"]["image_features"][1:]
     for k in BUDGETS:
-        loop, unrolled = f"loop K {k}", f"unrolled K {k}"
+        loop, unrolled, counts = (f"{call} K {k}" for call in ("loop", "unrolled", "counts"))
         rows.append(
             f"| {k} | {choose_form(k, N, D)} | {timings[loop]} ms | {share[loop]:.2%} "
-            f"| {timings[unrolled]} ms | {share[unrolled]:.2%} | {timings[f'NumPy Gram-Schmidt K {k}']} ms |"
+            f"| {timings[unrolled]} ms | {share[unrolled]:.2%} | {timings[counts]} ms | {share[counts]:.2%} "
+            f"| {timings[f'NumPy Gram-Schmidt K {k}']} ms |"
         )
     encoder = timings["vision encoder"]
     return f"CLIP-L/336 and projector, N {N}, D {D}, fp32: {encoder} ms.\n\n" + "\n".join(rows)
 
 
-def selector(k: int, shape: tuple[int, ...], body: str = "loop") -> ort.InferenceSession:
-    """The selection of k tokens in the form that an export would choose for features of `shape` [B, N, D]."""
+def selector(
+    k: int, shape: tuple[int, ...], body: str = "loop", *, counts: bool = False
+) -> ort.InferenceSession:
+    """The selection of k tokens in the form that an export would choose for features of `shape` [B, N, D].
+
+    With `counts` as for proportional attention, which takes `num_kept` as well.
+    """
     form = choose_form(k, *shape[1:])
-    model = token_select_model(k, alpha=1.0, scale="minmax", body=body, form=form)
+    model = token_select_model(k, alpha=1.0, scale="minmax", body=body, form=form, counts=counts)
     return cpu_session(model.SerializeToString())
 
 
