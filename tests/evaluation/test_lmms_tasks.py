@@ -107,3 +107,20 @@ def test_vqav2_leaves_a_file_for_its_server(run, tmp_path):
     assert answers == ["black", "black"]
     (file,) = (tmp_path / "out" / "submissions").iterdir()
     assert [row["answer"] for row in json.loads(file.read_text())] == answers
+
+
+def test_a_group_runs_all_of_its_tasks(demo_bundle, tmp_path, capsys, monkeypatch):
+    """By its name, as the paper's tables name them; the rows come from where lmms-eval would download them."""
+    picture = Image.open("demo/pictures/shapes.png")
+    rows = [
+        {"image": picture, "question": COLOR, "question_id": n} | people(answer)
+        for n, answer in enumerate(("black", "blue"))
+    ]
+    made = datasets.DatasetDict(dict.fromkeys(SPLITS, datasets.Dataset.from_list(rows)))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: made)
+    words = ["lmms", str(demo_bundle), "--tasks", "textvqa", "-k", "16", "--out", str(tmp_path / "out")]
+    assert main(words) == 0, capsys.readouterr().err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert {"textvqa_val", "textvqa_test"} <= set(results)
+    assert "| textvqa_val | 2 | exact_match |" in capsys.readouterr().out
+    assert (tmp_path / "out" / "samples-textvqa_val.jsonl").read_text().count("\n") == len(rows)
