@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import Any
 
 import onnx
+import onnxruntime
 from tqdm import tqdm
 
 from resprune.exporter import precision, verify
@@ -48,7 +49,7 @@ from resprune.runtime.manifest import (
 
 # Graph structure, tokenizer and manifest, which the count of weights leaves out.
 OVERHEAD_BYTES = 32 << 20
-PACKAGES = ("resprune", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+PACKAGES = ("resprune", "torch", "transformers", "onnx", "onnxscript")
 ELEMENT_TYPES = {1: "float32", 7: "int64", 9: "bool", 10: "float16", 16: "bfloat16"}
 
 
@@ -377,8 +378,7 @@ class _Export:
                     for name, spec in describe_files(self.work, self.hashed).items()
                     if not name.startswith(".")
                 },
-                versions={"python": sys.version.split()[0]}
-                | {name: importlib.metadata.version(name) for name in PACKAGES},
+                versions=_versions(),
                 command=self.options.command,
                 parity=parity,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -386,6 +386,12 @@ class _Export:
                 attention=self.options.attention,
             ),
         )
+
+
+def _versions() -> dict[str, str]:
+    """Of Python and the packages; onnxruntime's by its own word, for other packages may have taken its place."""
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": sys.version.split()[0], **packages, "onnxruntime": onnxruntime.__version__}
 
 
 def _tensor_specs(values: Any) -> tuple[TensorSpec, ...]:

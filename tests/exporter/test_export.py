@@ -1,6 +1,7 @@
 """The export as a whole: what it writes, what it refuses, and what it leaves when it fails or is killed."""
 
 import errno
+import importlib.metadata
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from resprune.exporter import export as export_module
@@ -126,6 +128,21 @@ def test_half_precision_has_its_suffix_and_its_loss(tiny_bundle):
     assert {name for name, dtype in types if dtype == "float16"} == {"past_key_values", "present"}
     loss = manifest.parity["outputs"]["decoder_model_merged_fp16"]["logits"]
     assert 0 < loss["max_diff"] < 0.05 * loss["scale"]
+
+
+def test_another_package_of_onnx_runtime_may_be_installed(monkeypatch):
+    """onnxruntime-gpu is imported as onnxruntime, and no package of that name is there."""
+    version = importlib.metadata.version
+
+    def of_others(name: str) -> str:
+        if name == "onnxruntime":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("importlib.metadata.version", of_others)
+    versions = export_module._versions()
+    assert versions["onnxruntime"] == onnxruntime.__version__
+    assert versions["torch"] == version("torch")
 
 
 def test_stage_lines(tiny_checkpoint, tmp_path, monkeypatch):
