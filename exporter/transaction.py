@@ -34,14 +34,17 @@ def new_directory(out: Path, *, force: bool) -> Iterator[Path]:
     """Yields an empty directory that becomes `out` when the block ends without an exception.
 
     With `force` an existing bundle at `out` stays in place until then. Raises `ResPruneError` if `out` exists, is
-    something other than a bundle, or the disk is full.
+    something other than a bundle, cannot be made, or the disk is full.
     """
     out = out.parent.resolve() / out.name  # the place itself, should it be a link
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _recover(out)
-    _check_free(out, force=force)
     work = out.parent / f".{out.name}{NEW}{uuid.uuid4().hex[:12]}"
-    work.mkdir()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _recover(out)
+        _check_free(out, force=force)
+        work.mkdir()
+    except OSError as error:
+        raise _refusal(out, error) from error
     try:
         with (work / LOCK).open("w") as held:
             lock(held)
@@ -51,12 +54,21 @@ def new_directory(out: Path, *, force: bool) -> Iterator[Path]:
             _put_in_place(work, out)
     except OSError as error:
         if error.errno in NO_SPACE:
-            raise ResPruneError(
-                f"the disk that holds {out.parent} is full; nothing was left behind, make room and export again"
-            ) from error
-        raise
+            raise _refusal(out, error) from error
+        raise  # of something else that the block read or wrote
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _refusal(out: Path, error: OSError) -> ResPruneError:
+    if error.errno in NO_SPACE:
+        return ResPruneError(
+            f"the disk that holds {out.parent} is full; nothing was left behind, make room and export again"
+        )
+    return ResPruneError(
+        f"nothing can be written at {out} ({error.filename}: {error.strerror}); choose another place, or see that its "
+        "directory can be written to"
+    )
 
 
 def require_space(directory: Path, needed: int) -> None:

@@ -1,5 +1,6 @@
 """A directory that appears whole or not at all: kills, full disks, and what may be replaced."""
 
+import errno
 import resource
 import signal
 import subprocess
@@ -71,6 +72,28 @@ def test_an_error_leaves_the_old_bundle(tmp_path):
         fail()
     assert content(tmp_path / "out") == "one"
     assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("below", ["out", "deep/out"])
+def test_a_file_in_the_way_is_named(below, tmp_path):
+    (tmp_path / "notes").write_text("not a directory")
+    with pytest.raises(
+        ResPruneError, match=r"nothing can be written at .*out \(.*notes.*: .+\); choose another"
+    ) as told:
+        make(tmp_path / "notes" / below, "one")
+    assert "\n" not in str(told.value)
+    assert (tmp_path / "notes").read_text() == "not a directory"
+
+
+def test_a_place_that_may_not_be_written_to_is_named(tmp_path, monkeypatch):
+    def refuse(path: Path, *arguments: object, **keywords: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(
+        ResPruneError, match=r"nothing can be written at .*out \(.*: Permission denied\); choose"
+    ):
+        make(tmp_path / "out", "one")
 
 
 @contextmanager
