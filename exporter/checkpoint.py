@@ -90,10 +90,14 @@ def resolve(model: str, *, revision: str | None = None) -> Checkpoint:
         return Checkpoint(Path(model), Path(model).resolve().name)
     repository = ALIASES.get(model, model)
     if not _is_hub_id(repository):
-        aliases = ", ".join([DEMO, *ALIASES])
-        raise ResPruneError(f"{model} is not a directory, a hub id like owner/name, or one of {aliases}")
+        raise _unknown(model)
     root, commit = _download(repository, revision)
     return Checkpoint(root, model, commit)
+
+
+def _unknown(model: str) -> ResPruneError:
+    aliases = ", ".join([DEMO, *ALIASES])
+    return ResPruneError(f"{model} is not a directory, a hub id like owner/name, or one of {aliases}")
 
 
 def _demo_directory() -> Path:
@@ -125,6 +129,7 @@ def _download(repository: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -133,6 +138,8 @@ def _download(repository: str, revision: str | None) -> tuple[Path, str]:
     unreachable: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
         path = Path(snapshot_download(repository, revision=revision, allow_patterns=list(DOWNLOADED)))
+    except HFValidationError:  # has characters that no repository's name has
+        raise _unknown(repository) from None
     except GatedRepoError:
         raise ResPruneError(
             f"{repository} is gated: accept its terms on its hub page, then log in with `hf auth login`"

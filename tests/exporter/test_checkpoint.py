@@ -36,7 +36,20 @@ def test_an_unknown_alias_lists_the_known_ones():
         resolve("nonsense")
 
 
-@pytest.mark.parametrize("name", ["./missing", "/missing/too", "a/b/c", "~/x", "owner/"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./missing",
+        "/missing/too",
+        "a/b/c",
+        "~/x",
+        "owner/",
+        "my models/llava",
+        "a/b--c",
+        "a/b.git",
+        f"a/{97 * 'b'}",
+    ],
+)
 def test_a_missing_directory_is_not_looked_for_on_the_hub(name):
     with pytest.raises(ResPruneError, match="is not a directory, a hub id"):
         resolve(name)
