@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from resprune.exporter.checkpoint import Checkpoint
@@ -31,7 +32,7 @@ def image_processor_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def check_side_files(checkpoint: Checkpoint) -> None:
-    """`ResPruneError` if the checkpoint lacks what the runtime cannot do without."""
+    """`ResPruneError` if the checkpoint lacks what the runtime cannot do without, or one of its files is broken."""
     if not (checkpoint.root / "tokenizer.json").is_file():
         raise ResPruneError(
             f"{checkpoint.root} has no tokenizer.json; write one with "
@@ -41,6 +42,11 @@ def check_side_files(checkpoint: Checkpoint) -> None:
         raise ResPruneError(
             f"{checkpoint.root} has no preprocessor_config.json; copy it from the original checkpoint"
         )
+    for name in COPIED:
+        if name.endswith(".json"):
+            checkpoint.json(name)
+    chat_template(checkpoint)
+    _tokenizer(checkpoint)
 
 
 def copy_side_files(checkpoint: Checkpoint, destination: Path) -> None:
@@ -49,10 +55,7 @@ def copy_side_files(checkpoint: Checkpoint, destination: Path) -> None:
         if (checkpoint.root / name).is_file():
             # A copy, also of what the hub's cache has as a link: a bundle may not point outside itself.
             shutil.copyfile(checkpoint.root / name, destination / name)
-    # tokenizer.json as transformers reads it: some classes put other parts in place of the file's, and a token may
-    # stand in tokenizer_config.json alone.
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.root, local_files_only=True)
-    tokenizer.backend_tokenizer.save(str(destination / "tokenizer.json"))
+    _tokenizer(checkpoint).save(str(destination / "tokenizer.json"))
     processor = image_processor_config(checkpoint)
     _write_json(destination / "preprocessor_config.json", processor)
     whole = checkpoint.json("processor_config.json")
@@ -63,6 +66,32 @@ def copy_side_files(checkpoint: Checkpoint, destination: Path) -> None:
         (destination / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """tokenizer.json as transformers reads it.
+
+    Some classes put other parts in place of the file's, and a token may stand in tokenizer_config.json alone.
+    """
+    path = checkpoint.root / "tokenizer.json"
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers package raises nothing more particular
+        raise ResPruneError(f"{path} is not a tokenizer ({_reason(error)}); download it again") from None
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.root, local_files_only=True
+        ).backend_tokenizer
+    except Exception as error:  # any, of the class that the file names
+        raise ResPruneError(
+            f"{checkpoint.root / 'tokenizer_config.json'} makes no tokenizer of tokenizer.json ({_reason(error)}); "
+            "download both again"
+        ) from None
+    return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
@@ -71,7 +100,10 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
     """The chat template, from wherever this age of checkpoint keeps it; None if there is none."""
     file = checkpoint.root / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ResPruneError(f"{file} is not text in UTF-8 ({error}); download it again") from None
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         template = checkpoint.json(name).get("chat_template")
         if isinstance(template, list):  # several, by name

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from resprune.exporter.checkpoint import resolve
-from resprune.exporter.sidefiles import copy_side_files
+from resprune.exporter.sidefiles import COPIED, check_side_files, copy_side_files
+from resprune.runtime.errors import ResPruneError
 from tests.tiny import CHAT_TEMPLATE, VARIANTS
 
 
@@ -36,3 +37,32 @@ def test_a_token_that_only_the_tokenizers_config_names(tiny_checkpoint, tmp_path
     expected = AutoTokenizer.from_pretrained(root)(text).input_ids
     assert Tokenizer.from_file(str(bundle / "tokenizer.json")).encode(text).ids == expected
     assert Tokenizer.from_file(str(root / "tokenizer.json")).encode(text).ids != expected, "shows nothing"
+
+
+BROKEN = {name: (name, b"{", f"{name} is not valid JSON") for name in COPIED if name.endswith(".json")} | {
+    "no tokenizer": ("tokenizer.json", b"{}", r"tokenizer\.json is not a tokenizer"),
+    "part of a tokenizer": (
+        "tokenizer.json",
+        b'{"version": "1.0", "model": 7}',
+        r"tokenizer\.json is not a tokenizer",
+    ),
+    "tokenizer's class": (
+        "tokenizer_config.json",
+        b'{"extra_special_tokens": 7}',
+        r"tokenizer_config\.json makes no",
+    ),
+    "chat template": ("chat_template.jinja", b"\xff", r"chat_template\.jinja is not text in UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "sentence"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_file_is_named_before_anything_is_written(
+    name, content, sentence, tiny_checkpoint, tmp_path
+):
+    root = shutil.copytree(tiny_checkpoint("clip-llama"), tmp_path / "checkpoint")
+    check_side_files(resolve(str(root)))
+    (root / name).write_bytes(content)
+    with pytest.raises(ResPruneError, match=sentence) as told:
+        check_side_files(resolve(str(root)))
+    assert "\n" not in str(told.value)
+    assert "download" in str(told.value)
