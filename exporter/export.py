@@ -12,7 +12,6 @@ from threading import Thread
 from time import perf_counter
 from typing import Any
 
-import onnx
 import onnxruntime
 from tqdm import tqdm
 
@@ -27,13 +26,13 @@ from resprune.exporter.pieces import Piece, Pieces
 from resprune.exporter.quantize import quantize
 from resprune.exporter.shards import StoredTensor, read_soon
 from resprune.exporter.sidefiles import check_side_files, copy_side_files
-from resprune.exporter.trace import Traced
+from resprune.exporter.trace import Traced, tensor_specs
 from resprune.exporter.trace_ahead import traced_ahead
 from resprune.exporter.transaction import new_directory, require_space
 from resprune.exporter.verify import Counted, Difference, ParityError, Verifier
 from resprune.exporter.verify_weights import compare_weights
 from resprune.exporter.weightless import fake_mode
-from resprune.exporter.weights import data_size, find_weights, write_graph
+from resprune.exporter.weights import bytes_needed, data_size, find_weights, write_graph
 from resprune.graphs import attach_selection, choose_form, token_select_model
 from resprune.runtime.bundle import describe_files, write_manifest
 from resprune.runtime.errors import ResPruneError
@@ -43,14 +42,10 @@ from resprune.runtime.manifest import (
     GraphSpec,
     Manifest,
     Selection,
-    TensorSpec,
     share_of,
 )
 
-# Graph structure, tokenizer and manifest, which the count of weights leaves out.
-OVERHEAD_BYTES = 32 << 20
 PACKAGES = ("resprune", "torch", "transformers", "onnx", "onnxscript")
-ELEMENT_TYPES = {1: "float32", 7: "int64", 9: "bool", 10: "float16", 16: "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -147,7 +142,8 @@ class _Export:
         stored = find_weights(checkpoint, pieces.model)
         language = language_checkpoint(pieces.model, stored) if self.options.language_checkpoint else None
         extra = 0 if language is None else language.nbytes
-        require_space(self.work.parent, self._bytes_needed(pieces) + extra)
+        needed = bytes_needed(pieces, self.options.dtype, split=self.options.split)
+        require_space(self.work.parent, needed + extra)
         parameters = sum(tensor.numel() for tensor in pieces.model.parameters())
         size = sum(tensor.nbytes for tensor in checkpoint.weights.values())
         self._line("checkpoint", started, size, f"{family.title}, {parameters / 1e6:,.1f} M parameters")
@@ -275,8 +271,8 @@ class _Export:
         self.graphs[name] = GraphSpec(
             file=path.relative_to(self.work).as_posix(),
             precision=kind,
-            inputs=_tensor_specs(traced.model.graph.input),
-            outputs=_tensor_specs(traced.model.graph.output),
+            inputs=tensor_specs(traced.model.graph.input),
+            outputs=tensor_specs(traced.model.graph.output),
         )
         return path
 
@@ -337,14 +333,6 @@ class _Export:
             form=options.form or choose_form(k, n, int(pieces.vision.outputs[0].shape[2])),
         )
 
-    def _bytes_needed(self, pieces: Pieces) -> int:
-        """Upper bound of the bundle's size; each graph carries its own copy of what it uses."""
-        visions = 2 if self.options.split else 1
-        return OVERHEAD_BYTES + sum(
-            copies * sum(tensor.nbytes for tensor in piece.module.parameters())
-            for copies, piece in ((visions, pieces.vision), (1, pieces.embed), (1, pieces.decoder))
-        )
-
     def _manifest(
         self,
         checkpoint: Checkpoint,
@@ -392,12 +380,3 @@ def _versions() -> dict[str, str]:
     """Of Python and the packages; onnxruntime's by its own word, for other packages may have taken its place."""
     packages = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"python": sys.version.split()[0], **packages, "onnxruntime": onnxruntime.__version__}
-
-
-def _tensor_specs(values: Any) -> tuple[TensorSpec, ...]:
-    def spec(value: onnx.ValueInfoProto) -> TensorSpec:
-        tensor = value.type.tensor_type
-        shape = tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim)
-        return TensorSpec(value.name, ELEMENT_TYPES[tensor.elem_type], shape)
-
-    return tuple(spec(value) for value in values)

@@ -7,6 +7,7 @@ MatMulNBits. Weights are quantized one at a time as they are written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -63,6 +64,11 @@ def quantize(traced: Traced, form: str) -> Traced:
     return Traced(model, {name: weight for name, weight in weights.items() if name in used})
 
 
+def quantized_bytes(form: str, K: int, N: int) -> int:
+    """Bytes of a weight [N, K] in `form`, "int8" or "q4", with its scales."""
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in _layout(form, K, N).values())
+
+
 def quantized_chunks(part: str, weight: Tensor) -> Iterator[Tensor]:
     """One part of a quantized weight [N, K], flat, a few megabytes at a time."""
     if part == "int8_scales":
@@ -116,13 +122,18 @@ def _stored_as_in_torch(node: NodeProto, weight: Weight) -> bool:
 
 def _parts(form: str, weight: Weight, K: int, N: int) -> dict[str, tuple[Weight, tuple[int, ...]]]:
     """Initializers that a weight becomes: by name, which part of it and of which shape; the numbers first."""
+    return {
+        f"{weight.parameter}.{part}": (replace(weight, dtype=dtype, transposed=False, part=part), shape)
+        for part, (dtype, shape) in _layout(form, K, N).items()
+    }
+
+
+def _layout(form: str, K: int, N: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The parts of a weight [N, K], their dtypes and shapes; the numbers first."""
     blocks = -(-K // BLOCK)
     numbers = (torch.int8, (K, N)) if form == "int8" else (torch.uint8, (N, blocks, BLOCK // 2))
     scales = (torch.float32, (N,) if form == "int8" else (N, blocks))
-    return {
-        f"{weight.parameter}.{part}": (replace(weight, dtype=dtype, transposed=False, part=part), shape)
-        for part, (dtype, shape) in ((form, numbers), (f"{form}_scales", scales))
-    }
+    return {form: numbers, f"{form}_scales": scales}
 
 
 def _initializer(name: str, part: Weight, shape: tuple[int, ...]) -> TensorProto:

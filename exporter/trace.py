@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,6 +29,8 @@ from resprune.runtime.manifest import TensorSpec
 
 OPSET = 20
 """LayerNormalization (17), Gelu (20); ONNX Runtime since 1.17 and TensorRT since 10 take all of it."""
+
+ELEMENT_TYPES = {1: "float32", 7: "int64", 9: "bool", 10: "float16", 16: "bfloat16"}
 
 SIZES = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5}
 """Example sizes while tracing: 2 or more and all different, or torch.export takes them for constants."""
@@ -91,6 +93,17 @@ def trace(piece: Piece, whole: nn.Module, mode: FakeTensorMode, *, repeat: bool 
     ClearMetadataAndDocStringPass()(model)  # stack traces of the tracer, with paths of this machine
     model.producer_name, model.producer_version = "resprune", None
     return Traced(ir.to_proto(model), weights)
+
+
+def tensor_specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
+    """Inputs or outputs of a written graph, as the manifest has them."""
+
+    def spec(value: onnx.ValueInfoProto) -> TensorSpec:
+        tensor = value.type.tensor_type
+        shape = tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim)
+        return TensorSpec(value.name, ELEMENT_TYPES[tensor.elem_type], shape)
+
+    return tuple(spec(value) for value in values)
 
 
 def _dynamic_shapes(piece: Piece) -> tuple[object, ...]:

@@ -18,7 +18,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from resprune.exporter.checkpoint import Checkpoint
-from resprune.exporter.quantize import quantized_chunks
+from resprune.exporter.pieces import Piece, Pieces
+from resprune.exporter.precision import QUANTIZED, precision_of
+from resprune.exporter.quantize import quantized_bytes, quantized_chunks
 from resprune.exporter.shards import StoredTensor
 from resprune.exporter.trace import Traced, Weight
 from resprune.runtime.errors import ResPruneError
@@ -31,6 +33,8 @@ LARGE_BYTES = 64 << 10
 CHUNK_BYTES = 16 << 20
 PENDING = 2
 """Chunks that may wait to be written, while one more is being made."""
+OVERHEAD_BYTES = 32 << 20
+"""Graph structure, alignment, tokenizer and manifest, which the count of weights leaves out."""
 # Written by older versions of transformers, recomputed by the model itself.
 COMPUTED = (".position_ids", ".rotary_emb.inv_freq")
 
@@ -91,6 +95,27 @@ def _renamer(model: Any, parameters: Mapping[str, Any]) -> Callable[[str], str]:
         return name
 
     return current
+
+
+def bytes_needed(pieces: Pieces, dtype: str, *, split: bool) -> int:
+    """Upper bound of a bundle's size; each graph carries its own copy of the weights that it uses."""
+    visions = 2 if split else 1
+    weights = [_weight_bytes(pieces, piece, dtype) for piece in (pieces.vision, pieces.embed, pieces.decoder)]
+    return OVERHEAD_BYTES + visions * weights[0] + sum(weights[1:])
+
+
+def _weight_bytes(pieces: Pieces, piece: Piece, dtype: str) -> int:
+    """Bytes of a piece's weights in the precision that `--dtype dtype` gives it; tied ones are one."""
+    form = precision_of(piece.name, dtype)
+    sizes: dict[int, int] = {}
+    for layer in piece.module.modules():
+        if piece is pieces.decoder and isinstance(layer, nn.Embedding):
+            continue  # its input is embedded already; a tied head is counted as a linear layer
+        for name, tensor in layer.named_parameters(recurse=False):
+            quantized = form in QUANTIZED and isinstance(layer, nn.Linear) and name == "weight"
+            N, K = tensor.shape if quantized else (0, 0)
+            sizes[id(tensor)] = quantized_bytes(form, K, N) if quantized else tensor.nbytes
+    return sum(sizes.values())
 
 
 def data_size(traced: Traced) -> int:

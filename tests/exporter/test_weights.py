@@ -12,15 +12,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from resprune.exporter import weights as weights_module
 from resprune.exporter.checkpoint import resolve
 from resprune.exporter.families import family_of
 from resprune.exporter.pieces import Piece
+from resprune.exporter.precision import DTYPES
 from resprune.exporter.shards import StoredTensor
 from resprune.exporter.trace import Traced, trace
 from resprune.exporter.verify_weights import compare_weights
 from resprune.exporter.weightless import fake_mode, fake_parameter
-from resprune.exporter.weights import PAGE, SMALL, data_size, find_weights, write_graph
-from resprune.runtime.bundle import describe_files
+from resprune.exporter.weights import (
+    OVERHEAD_BYTES,
+    PAGE,
+    SMALL,
+    bytes_needed,
+    data_size,
+    find_weights,
+    write_graph,
+)
+from resprune.runtime.bundle import describe_files, read_bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.manifest import TensorSpec
 
@@ -147,3 +157,29 @@ def test_every_age_of_weight_names_is_understood(tiny_checkpoint):
     pieces = family_of(checkpoint).take_apart(checkpoint, torch.float32, fake_mode())
     stored = find_weights(checkpoint, pieces.model)
     assert stored["lm_head.weight"] == stored["model.language_model.embed_tokens.weight"], "tied"
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("clip-llama", {"k": 7}),
+        ("clip-llama", {"k": 7, "split": True}),
+        ("clip-llama", {"k": 7, "dtype": "fp16"}),
+        ("clip-llama", {"k": 7, "dtype": "int8"}),
+        ("clip-llama", {"k": 7, "dtype": "q4"}),
+        ("qwen25", {"k": 6, "dtype": "fp16"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_the_bytes_needed_are_at_least_those_written_and_not_many_more(
+    variant, options, tiny_checkpoint, tiny_bundle
+):
+    checkpoint, dtype = resolve(str(tiny_checkpoint(variant))), options.get("dtype", "fp32")
+    pieces = family_of(checkpoint).take_apart(checkpoint, DTYPES[dtype], fake_mode())
+    needed = bytes_needed(pieces, dtype, split=options.get("split", False))
+    bundle = read_bundle(tiny_bundle(variant, **options))
+    graphs = [onnx.load(bundle.graph_path(name), load_external_data=False) for name in bundle.manifest.graphs]
+    stored = [tensor for graph in graphs for tensor in weights_module._external(graph)]
+    data = sum(map(weights_module._byte_count, stored))
+    assert data <= needed - OVERHEAD_BYTES <= 1.3 * data
+    assert sum(spec.size for spec in bundle.manifest.files.values()) <= needed
