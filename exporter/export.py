@@ -279,13 +279,16 @@ class _Export:
     def _compared(self, path: Path, started: float, differences: list[Difference], note: str) -> None:
         self.differences += differences
         size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
-        worst = max(differences, key=lambda row: row.max_diff / max(1.0, row.scale), default=None)
-        text = (
-            ""
-            if worst is None
-            else f"max diff {worst.max_diff:.1e} (atol {worst.atol * max(1.0, worst.scale):.0e})"
-        )
+        text = _lost(_worst(differences)) if differences else ""
         self._line(path.name, started, size, "   ".join(part for part in (text, note) if part))
+        if self.options.dtype == "fp32":
+            return
+        caches = [row for row in differences if row.output.startswith("present.")]
+        for row in (row for row in differences if row not in caches):
+            self.report(f"      {row.output:28} {_lost(row)}")
+        if caches:
+            worst = _worst(caches)
+            self.report(f"      {worst.output:28} {_lost(worst)}   the worst of present.*")
 
     def _count(self, counted: Mapping[str, Counted]) -> str:
         self.counts |= counted
@@ -374,6 +377,14 @@ class _Export:
                 attention=self.options.attention,
             ),
         )
+
+
+def _worst(differences: list[Difference]) -> Difference:
+    return max(differences, key=lambda row: row.max_diff / max(1.0, row.scale))
+
+
+def _lost(row: Difference) -> str:
+    return f"max diff {row.max_diff:.1e} (atol {row.atol * max(1.0, row.scale):.0e})"
 
 
 def _versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ from resprune.exporter import export as export_module
 from resprune.exporter import language
 from resprune.exporter.export import Options, export
 from resprune.exporter.language import _Decoder as Decoder
-from resprune.exporter.verify import ParityError
+from resprune.exporter.verify import Difference, ParityError
 from resprune.graphs import functions, selection
 from resprune.runtime.bundle import read_bundle
 from resprune.runtime.errors import ResPruneError
@@ -161,6 +161,36 @@ def test_stage_lines(tiny_checkpoint, tmp_path, monkeypatch):
     assert (manifest.positions, made.body, made.form) == ("original", "unrolled", "linear")
     assert manifest.parity["level"] == "layers"
     assert "greedy_tokens" not in manifest.parity
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+def test_what_a_lower_precision_loses_is_printed_output_by_output(dtype, tmp_path):
+    lines: list[str] = []
+    under_way = export_module._Export("tiny", tmp_path / "out", Options(dtype=dtype), lines.append, tmp_path)
+    path = tmp_path / "decoder_model_merged.onnx"
+    path.touch()
+    differences = [
+        Difference(path.stem, output, max_diff, scale, 0.05)
+        for output, max_diff, scale in (
+            ("logits", 0.25, 20.0),
+            ("present.0.key", 0.002, 0.5),
+            ("present.0.value", 0.004, 1.0),
+            ("present.1.key", 0.01, 10.0),  # the largest, and less of its scale than the one before
+            ("present.1.value", 0.001, 1.0),
+        )
+    ]
+    under_way._compared(path, 0.0, differences, "32/32")
+    line, *losses = (" ".join(line.split()) for line in lines)
+    assert line.endswith("max diff 2.5e-01 (atol 1e+00) 32/32")
+    assert losses == (
+        []
+        if dtype == "fp32"
+        else [
+            "logits max diff 2.5e-01 (atol 1e+00)",
+            "present.0.value max diff 4.0e-03 (atol 5e-02) the worst of present.*",
+        ]
+    )
+    assert all(line.startswith("      ") for line in lines[1:])
 
 
 REFUSED: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
