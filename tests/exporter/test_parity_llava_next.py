@@ -17,6 +17,7 @@ from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
 from resprune.runtime.show import TAG
 from tests.exporter.hugging_face import HuggingFace, with_positions
+from tests.exporter.portable import PORTABLE, domains
 
 STEPS = 40
 QUESTION = "what colour is the square on the table?"
@@ -196,6 +197,19 @@ def test_half_precision_and_its_loss(tiny_bundle, hugging_face):
             expected = expect(hugging_face("next-qwen2"), answer, [shown], 15)
             assert [picks.pick_order.tolist() for picks in answer.images] == expected.pick_orders
             assert answer.token_ids[:16] == expected.token_ids[:16]
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("next-llama", {"k": 88, "split": True}),
+        ("next-mistral", {"k": 60, "attention": "proportional", "split": True}),
+        ("next-qwen2", {"k": 15, "dtype": "fp16"}),
+    ],
+)
+def test_every_graph_is_of_standard_operators(variant, options, tiny_bundle):
+    for used in domains(read_bundle(tiny_bundle(variant, **options))).values():
+        assert used <= PORTABLE
 
 
 def changed(checkpoint: Path, copy: Path, **files: dict) -> str:

@@ -22,6 +22,7 @@ from resprune.runtime.manifest import share_of
 from resprune.runtime.pipeline import Pipeline
 from tests.exporter.hugging_face import Picture
 from tests.exporter.hugging_face_qwen import HuggingFaceQwen
+from tests.exporter.portable import PORTABLE, domains
 from tests.tiny_qwen import SPECIAL, TinyQwen, make_model
 
 STEPS = 40
@@ -183,6 +184,20 @@ def test_half_precision_and_its_loss(bundle, hugging_face):
             expected = hugging_face("qwen25").pruned([picture(*size)], ids, text, budgets=[6], steps=STEPS)
             assert [picks.pick_order.tolist() for picks in answer.images] == expected.pick_orders
             assert answer.token_ids[:16] == expected.token_ids[:16]
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("qwen25", {"share": 1.0, "split": True}),
+        ("qwen25", {"share": 0.3, "split": True, "attention": "proportional"}),
+        ("qwen25", {"k": 6, "dtype": "fp16"}),
+        ("qwen2", {"k": 9, "max_pixels": 40 * 14 * 14}),
+    ],
+)
+def test_every_graph_is_of_standard_operators(variant, options, bundle):
+    for used in domains(read_bundle(bundle(variant, **options))).values():
+        assert used <= PORTABLE
 
 
 def test_half_precision_stands_activations_past_its_range(bundle, hugging_face):

@@ -16,6 +16,7 @@ from resprune.exporter.trace import Traced, Weight
 from resprune.exporter.weights import write_graph
 from resprune.runtime.bundle import Bundle, read_bundle
 from resprune.runtime.pipeline import Pipeline
+from tests.exporter.portable import PORTABLE, domains
 from tests.exporter.test_parity_llava import QUESTION, STEPS, picture
 
 K, N = 40, 7  # K: a block of 32 and a part of one
@@ -134,6 +135,8 @@ def test_a_bundle_in_int4(tiny_bundle: Callable[..., Path]) -> None:
         "vision_select": ("fp32", "onnx/vision_select.onnx"),
         "decoder_model_merged": ("q4", "onnx/decoder_model_merged_q4.onnx"),
     }
+    assert domains(bundle)["decoder_model_merged"] - PORTABLE == {"com.microsoft"}
+    assert set().union(*domains(plain).values()) == PORTABLE
     size = {
         b.root: b.manifest.files[f"{b.manifest.graphs['decoder_model_merged'].file}_data"].size
         for b in (plain, bundle)
