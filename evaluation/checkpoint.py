@@ -43,36 +43,33 @@ def open_checkpoint(
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
     checkpoint = resolve(name)
-    # Kept while the model is open: the runtime reads the side files from there.
-    folder = tempfile.TemporaryDirectory(prefix="resprune-")
-    bundle = _without_graphs(checkpoint, Path(folder.name), attention or "plain")
-    try:
-        dtype = torch.float32 if device == "cpu" else "auto"
-        model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.root, dtype=dtype)
-        model = model.to(device).eval()
-    except (RuntimeError, AssertionError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ResPruneError(f"{name} cannot be loaded on {device} ({reason})") from None
-    load_processor: Any = AutoImageProcessor.from_pretrained
-    processor = load_processor(checkpoint.root, backend="pil")
-    stages = _TorchStages(model, processor, bundle.manifest.selection)
-    size = sum(tensor.nbytes for tensor in checkpoint.weights.values())
-    fingerprint = f"{checkpoint.name} {checkpoint.revision} {size} bytes"
-    opened = Model(
-        bundle,
-        Stages(
-            stages.encode,
-            stages.embed,
-            stages.select,
-            _TorchLanguageModel(model),
-            bundle.manifest.selection.k,
-        ),
-        fingerprint,
-        positions,
-        attention,
-    )
-    folder.cleanup()  # the tokenizer and the processor have been read
-    return opened
+    with tempfile.TemporaryDirectory(prefix="resprune-") as folder:
+        bundle = _without_graphs(checkpoint, Path(folder), attention or "plain")
+        try:
+            dtype = torch.float32 if device == "cpu" else "auto"
+            model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.root, dtype=dtype)
+            model = model.to(device).eval()
+        except (RuntimeError, AssertionError, ValueError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ResPruneError(f"{name} cannot be loaded on {device} ({reason})") from None
+        load_processor: Any = AutoImageProcessor.from_pretrained
+        processor = load_processor(checkpoint.root, backend="pil")
+        stages = _TorchStages(model, processor, bundle.manifest.selection)
+        size = sum(tensor.nbytes for tensor in checkpoint.weights.values())
+        fingerprint = f"{checkpoint.name} {checkpoint.revision} {size} bytes"
+        return Model(
+            bundle,
+            Stages(
+                stages.encode,
+                stages.embed,
+                stages.select,
+                _TorchLanguageModel(model),
+                bundle.manifest.selection.k,
+            ),
+            fingerprint,
+            positions,
+            attention,
+        )
 
 
 def _without_graphs(checkpoint: Checkpoint, root: Path, attention: str) -> Bundle:
@@ -82,10 +79,12 @@ def _without_graphs(checkpoint: Checkpoint, root: Path, attention: str) -> Bundl
     from resprune.exporter.families import family_of
     from resprune.exporter.sidefiles import check_side_files, copy_side_files
     from resprune.exporter.weightless import fake_mode
+    from resprune.exporter.weights import find_weights
 
     family = family_of(checkpoint)
     check_side_files(checkpoint)
     pieces = family.take_apart(checkpoint, torch.float32, fake_mode())
+    find_weights(checkpoint, pieces.model)  # transformers fills those that are missing with random values
     copy_side_files(checkpoint, root)
     most = pieces.num_tokens or pieces.max_tokens
     assert most is not None

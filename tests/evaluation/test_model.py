@@ -157,13 +157,3 @@ def test_a_question_past_the_context(bundle):
     asked = model.read("what colour? " * 2000)
     with pytest.raises(ResPruneError, match="past the context"):
         model.answer([asked], [[encoded]], [[np.arange(16)]], STEPS)
-
-
-@pytest.mark.parametrize("device", ["cuda", "nonsense"])
-def test_a_device_that_is_not_there(tiny_checkpoint, device):
-    import torch
-
-    if device == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(ResPruneError, match=f"cannot be loaded on {device}"):
-        open_checkpoint(str(tiny_checkpoint("clip-llama")), device=device)
