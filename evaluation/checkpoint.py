@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from resprune.evaluation.model import Encoded, Model, Stages
+from resprune.evaluation.model import Encoded, Model, Stages, engine
 from resprune.runtime.bundle import Bundle, describe_files
 from resprune.runtime.errors import ResPruneError, require_packages
 from resprune.runtime.manifest import FORMAT_VERSION, GraphSpec, Manifest, Selection
@@ -34,6 +34,7 @@ def open_checkpoint(
     way = 'install with: pip install "resprune[export,eval]"'
     require_packages(f"{name} is no bundle, and a checkpoint", NEEDED, way)
     import torch
+    import transformers
     from transformers import AutoImageProcessor, AutoModelForImageTextToText
     from transformers.utils import logging
 
@@ -65,6 +66,7 @@ def open_checkpoint(
                 stages.select,
                 _TorchLanguageModel(model),
                 bundle.manifest.selection.k,
+                engine(device, torch.get_num_threads(), torch, transformers),
             ),
             fingerprint,
             positions,

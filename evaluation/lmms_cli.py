@@ -9,11 +9,14 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resprune.evaluation.budget import Budget
 from resprune.runtime.errors import ResPruneError, require_packages
 from resprune.runtime.manifest import ATTENTION, POSITIONS
+
+if TYPE_CHECKING:
+    from resprune.evaluation.model import Engine
 
 NEEDED = ("lmms_eval", "accelerate", "datasets", "evaluate", "loguru", "pytz", "sacrebleu", "tenacity")
 
@@ -67,7 +70,7 @@ def run_lmms(arguments: argparse.Namespace) -> int:
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
     try:
-        results = _evaluate(names, arguments)
+        results, engine = _evaluate(names, arguments)
     except RetryError as error:  # of the download of a task's data
         reason = " ".join(str(error.last_attempt.exception()).split())[:200]
         raise ResPruneError(
@@ -78,11 +81,12 @@ def run_lmms(arguments: argparse.Namespace) -> int:
         raise ResPruneError(
             f"a task needs the package {error.name}; install it beside lmms-eval, with pip"
         ) from None
-    _write(results, arguments)
+    _write(results, engine, arguments)
     return 0
 
 
-def _evaluate(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+def _evaluate(names: list[str], arguments: argparse.Namespace) -> tuple[dict[str, Any], Engine]:
+    """What lmms-eval found, and what ran the model."""
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.models import get_model
 
@@ -110,10 +114,10 @@ def _evaluate(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]
             # What tasks read of lmms-eval's own command line: where a file for a server's judge goes.
             cli_args=argparse.Namespace(output_path=str(arguments.out), process_with_media=False),
         )
-    return results
+    return results, model.engine
 
 
-def _write(results: dict[str, Any], arguments: argparse.Namespace) -> None:
+def _write(results: dict[str, Any], engine: Engine, arguments: argparse.Namespace) -> None:
     """`results.json`, `samples-<task>.jsonl`, and a table to stdout."""
     from lmms_eval.utils import handle_non_serializable
 
@@ -126,7 +130,9 @@ def _write(results: dict[str, Any], arguments: argparse.Namespace) -> None:
         "positions": arguments.positions,
         "attention": arguments.attention,
         "limit": arguments.limit,
-        "versions": {name: version(name) for name in ("resprune", "lmms-eval", "onnxruntime")},
+        "device": engine.device,
+        "threads": engine.threads,
+        "versions": engine.versions | {"lmms-eval": version("lmms-eval")},
     }
     summary = {"settings": settings} | {key: results[key] for key in ("results", "n-samples", "configs")}
     try:

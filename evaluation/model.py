@@ -6,7 +6,9 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -45,6 +47,21 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """What runs the stages, for the record; `threads` 0 is ONNX Runtime's choice, one a physical core."""
+
+    device: str
+    threads: int
+    versions: dict[str, str]
+
+
+def engine(device: str, threads: int, *modules: Any) -> Engine:
+    """The versions are those of this package and of `modules` as they were imported, whatever brought them."""
+    versions = {module.__name__: module.__version__ for module in (np, *modules)}
+    return Engine(device, threads, {"resprune": version("resprune")} | versions)
+
+
+@dataclass(frozen=True)
 class Stages:
     """What differs between a bundle and a checkpoint in PyTorch.
 
@@ -58,6 +75,7 @@ class Stages:
     language_model: LanguageModel
     most: int
     """The largest K that `select` takes."""
+    engine: Engine
 
 
 class Model:
@@ -74,6 +92,7 @@ class Model:
         self.manifest = _with_attention(_with_positions(bundle.manifest, positions), attention)
         self.fingerprint = fingerprint
         self.most = stages.most
+        self.engine = stages.engine
         self._stages = stages
         self._prompter = Prompter(bundle)
         self._preprocessor = family_of(bundle).preprocessor(bundle)
@@ -188,6 +207,8 @@ def open_bundle(
     `positions` and `attention` take the place of the bundle's. Raises `ResPruneError` for a bundle that is incomplete,
     or whose encoder cannot be run apart.
     """
+    import onnxruntime
+
     bundle = read_bundle(path)
     if not {"vision_encoder", "token_select"} <= bundle.manifest.graphs.keys():
         raise ResPruneError(f"{path} has no encoder apart from its selection; export it with --split")
@@ -211,6 +232,7 @@ def open_bundle(
         select,
         OrtLanguageModel(bundle, embedding, options),
         bundle.manifest.selection.k,
+        engine("cpu", threads, onnxruntime),
     )
     # Of the files alone: the same checkpoint exported again is the same model.
     digests = json.dumps({name: spec.sha256 for name, spec in sorted(bundle.manifest.files.items())})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -154,7 +153,7 @@ def write(directory: Path, sheets: Sequence[Sheet], plan: Plan, model: Model) ->
         "selection": asdict(model.manifest.selection),
         "limit": plan.limit,
         "seed": plan.seed,
-        "versions": {name: version(name) for name in ("resprune", "onnxruntime", "numpy")},
+        **asdict(model.engine),
     }
     manifest = model.manifest
     title = f"{manifest.model}: exact match against K, {manifest.positions} positions, {manifest.attention} attention"

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from resprune.runtime.cli import main
 
@@ -31,7 +32,16 @@ def test_a_report_of_a_bundle_and_of_its_checkpoint(bundle, tiny_checkpoint, que
         }
     assert printed[0] == printed[1]
     assert "| all | all tokens |" in printed[0]
-    settings = json.loads((tmp_path / "bundle" / "report.json").read_text())["settings"]
+    ran = {}
+    for name in ("bundle", "checkpoint"):
+        settings = json.loads((tmp_path / name / "report.json").read_text())["settings"]
+        ran[name] = settings["device"], settings["threads"], settings["versions"].keys()
+    assert ran["bundle"] == ("cpu", 0, {"resprune", "numpy", "onnxruntime"})
+    assert ran["checkpoint"] == (
+        "cpu",
+        torch.get_num_threads(),
+        {"resprune", "numpy", "torch", "transformers"},
+    )
     assert settings["name"] == "clip-llama"
     assert settings["positions"] == "contiguous"
     assert settings["attention"] == "plain"

@@ -2,13 +2,14 @@
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from resprune.evaluation.budget import Budget
 from resprune.evaluation.checkpoint import open_checkpoint
-from resprune.evaluation.model import open_bundle
+from resprune.evaluation.model import engine, open_bundle
 from resprune.runtime.bundle import read_bundle, write_manifest
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
@@ -139,6 +140,12 @@ def test_what_a_model_cannot_keep(bundle, tiny_bundle):
     with pytest.raises(ResPruneError, match="-k 8 is more than the 7 tokens this bundle's selection keeps"):
         model.check([Budget(8)], own=True)
     assert model.most == 7
+
+
+def test_versions_are_those_that_were_imported():
+    """onnxruntime may come from a package of another name, as onnxruntime-gpu, and then there is none of its own."""
+    module = SimpleNamespace(__name__="in_no_package_of_this_name", __version__="1.2.3")
+    assert engine("cpu", 0, module).versions[module.__name__] == "1.2.3"
 
 
 def test_a_bundle_without_its_encoder_apart(bundle, tmp_path):
