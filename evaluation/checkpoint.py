@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,8 +58,6 @@ def open_checkpoint(
         load_processor: Any = AutoImageProcessor.from_pretrained
         processor = load_processor(checkpoint.root, backend="pil")
         stages = _TorchStages(model, processor, bundle.manifest.selection)
-        size = sum(tensor.nbytes for tensor in checkpoint.weights.values())
-        fingerprint = f"{checkpoint.name} {checkpoint.revision} {size} bytes"
         return Model(
             bundle,
             Stages(
@@ -68,10 +68,19 @@ def open_checkpoint(
                 bundle.manifest.selection.k,
                 engine(device, torch.get_num_threads(), torch, transformers),
             ),
-            fingerprint,
+            _fingerprint(checkpoint, bundle, f"{model.dtype} on {device}"),
             positions,
             attention,
         )
+
+
+def _fingerprint(checkpoint: Checkpoint, bundle: Bundle, how: str) -> str:
+    """What answers depend on; weights are told apart by their files' size and time, for hashing them takes minutes."""
+    side_files = {name: spec.sha256 for name, spec in bundle.manifest.files.items()}
+    stats = {path.name: path.stat() for path in {tensor.file for tensor in checkpoint.weights.values()}}
+    weights = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    digest = hashlib.sha256(json.dumps([side_files, weights], sort_keys=True).encode()).hexdigest()
+    return f"{checkpoint.name} {checkpoint.revision} {digest}, {how}"
 
 
 def _without_graphs(checkpoint: Checkpoint, root: Path, attention: str) -> Bundle:

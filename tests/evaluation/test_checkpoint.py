@@ -39,6 +39,25 @@ def test_a_truncated_file_of_weights(copy):
         open_checkpoint(str(copy))
 
 
+def test_another_fingerprint_for_other_weights_of_the_same_size(copy):
+    """As a directory has that is trained again; a run that goes on must not mix their answers."""
+    first, again = (open_checkpoint(str(copy)).fingerprint for _ in range(2))
+    assert first == again
+    path = copy / "model.safetensors"
+    size = path.stat().st_size
+    weights = load_file(path)
+    save_file({name: -weight for name, weight in weights.items()}, path, {"format": "pt"})
+    assert path.stat().st_size == size
+    assert open_checkpoint(str(copy)).fingerprint != first
+
+
+def test_another_fingerprint_on_another_device(copy):
+    """`meta` is one that every machine has; answers of half precision are not those of float32."""
+    on_cpu, elsewhere = (open_checkpoint(str(copy), device=device).fingerprint for device in ("cpu", "meta"))
+    assert on_cpu.endswith("torch.float32 on cpu")
+    assert elsewhere.endswith("on meta")
+
+
 @pytest.mark.parametrize("device", ["cuda", "nonsense"])
 def test_a_device_that_is_not_there(tiny_checkpoint, device):
     if device == "cuda" and torch.cuda.is_available():
