@@ -174,18 +174,23 @@ class Model:
         return "".join([*map(stream.push, tokens), stream.finish()])
 
     def check(self, budgets: Sequence[Budget], own: bool) -> None:
-        """`ResPruneError` for a budget above N, or above what the model's own selection takes if that is asked for."""
+        """`ResPruneError` for a budget above N, or above what the model's own selection takes if that is asked for.
+
+        Where N varies, the largest picture's counts: one that comes late should not end a run of hours.
+        """
+        largest = self.num_tokens or self.manifest.selection.max_tokens
         for budget in budgets:
-            if budget.k is None:
+            if budget.everything:
                 continue
-            if self.num_tokens is not None and budget.k > self.num_tokens:
+            if budget.k is not None and largest is not None and budget.k > largest:
                 raise ResPruneError(
-                    f"-k {budget} is more than the {self.num_tokens} visual tokens of a picture; "
-                    f"give 1 to {self.num_tokens}, or all"
+                    f"-k {budget} is more than the {largest} visual tokens of a picture; give 1 to {largest}, or all"
                 )
-            if own and budget.k > self.most:
+            wanted = budget.k if largest is None else budget.of(largest)
+            if own and wanted is not None and wanted > self.most:
+                share = "" if budget.k is not None else f" of {largest} tokens"
                 raise ResPruneError(
-                    f"-k {budget} is more than the {self.most} tokens this bundle's selection keeps; "
+                    f"-k {budget}{share} is more than the {self.most} tokens this bundle's selection keeps; "
                     "export it with a larger -k"
                 )
 

@@ -140,6 +140,26 @@ def test_what_a_model_cannot_keep(bundle, tiny_bundle):
     with pytest.raises(ResPruneError, match="-k 8 is more than the 7 tokens this bundle's selection keeps"):
         model.check([Budget(8)], own=True)
     assert model.most == 7
+    model.check([Budget(share=0.4375)], own=True)
+    model.check([Budget(share=0.44)], own=False)
+    with pytest.raises(ResPruneError, match="-k 44% of 16 tokens is more than the 7 tokens"):
+        model.check([Budget(share=0.44)], own=True)
+
+
+def test_what_cannot_be_kept_of_the_largest_picture(tiny_bundle, tmp_path):
+    """Though a smaller picture would do: which sizes come is known only when they have."""
+    copy = shutil.copytree(tiny_bundle("next-llama", k=88, split=True), tmp_path / "bundle")
+    whole = read_bundle(copy).manifest
+    selection = dataclasses.replace(whole.selection, k=22)
+    write_manifest(copy, dataclasses.replace(whole, selection=selection))
+    model, most = open_bundle(copy), selection.max_tokens
+    assert model.num_tokens is None
+    model.check([Budget(22), Budget(share=22 / most), Budget()], own=True)
+    model.check([Budget(share=1.0), Budget(most)], own=False)
+    with pytest.raises(ResPruneError, match=f"-k 50% of {most} tokens is more than the 22 tokens"):
+        model.check([Budget(share=0.5)], own=True)
+    with pytest.raises(ResPruneError, match=f"-k {most + 1} is more than the {most} visual tokens"):
+        model.check([Budget(most + 1)], own=False)
 
 
 def test_versions_are_those_that_were_imported():
