@@ -110,7 +110,13 @@ def _parse(line: bytes, number: int, path: Path) -> Question:
     if not isinstance(row.get("type", ""), str):
         raise fault('"type" should be a string')
     picture = path.parent / row["image"]
-    if not picture.is_file():
+    try:
+        there = picture.is_file()
+    except (
+        OSError
+    ) as error:  # a name too long, as that of a picture in base64, or a folder that is closed to us
+        raise fault(f'"image" should be the path of a picture ({error.strerror})') from None
+    if not there:
         raise fault(f"there is no picture {picture}")
     return Question(
         number, str(picture), lambda: picture, row["question"], tuple(answers), row.get("type", "")

@@ -50,6 +50,10 @@ def test_another_file_has_another_fingerprint(questions, tmp_path):
         ('{"image": 1, "question": "q?", "answer": "a"}', '"image"'),
         ('{"image": "0.png", "question": "q?", "answer": "a", "type": 1}', '"type"'),
         ('{"image": "none.png", "question": "q?", "answer": "a"}', "there is no picture"),
+        (
+            json.dumps({"image": "aGk=" * 999, "question": "q?", "answer": "a"}),
+            "should be the path of a picture",
+        ),
     ],
 )
 def test_a_malformed_line_is_named(questions, line, named):
