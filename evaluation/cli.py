@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from resprune.evaluation.model import Model
 
 NEEDED = ("matplotlib", "scipy", "tqdm")
+LEAST = {"limit": 1, "batch": 1, "max_new_tokens": 1, "seed": 0, "threads": 0}
 
 
 def register_eval(subparsers: Any) -> None:
@@ -61,10 +62,10 @@ def register_eval(subparsers: Any) -> None:
 def run_eval(arguments: argparse.Namespace) -> int:
     """Evaluate and write the report; raises `ResPruneError` for what the user can put right."""
     require_packages("eval", NEEDED, 'install with: pip install "resprune[eval]"')
-    for name in ("limit", "batch", "max_new_tokens"):
+    for name, least in LEAST.items():
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ResPruneError(f"--{name.replace('_', '-')} should be 1 or more, not {value}")
+        if value is not None and value < least:
+            raise ResPruneError(f"--{name.replace('_', '-')} should be {least} or more, not {value}")
     from resprune.evaluation.answers import Answers
     from resprune.evaluation.budget import Budget
     from resprune.evaluation.data import load_data

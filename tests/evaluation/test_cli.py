@@ -73,6 +73,8 @@ def test_a_report_of_proportional_attention(tiny_bundle, tiny_checkpoint, questi
         (["-k", "4", "--attention", "proportional"], "export it with --attention proportional"),
         (["-k", "4", "--limit", "0"], "--limit should be 1 or more"),
         (["-k", "4", "--max-new-tokens", "0"], "--max-new-tokens should be 1 or more"),
+        (["-k", "4", "--selectors", "random", "--seed", "-1"], "--seed should be 0 or more, not -1"),
+        (["-k", "4", "--threads", "-1"], "--threads should be 0 or more"),
         (["-k", "17"], "more than the 16 visual tokens"),
         (["-k", ","], "-k names no budget"),
         (["-k", "4", "--selectors", ","], "--selectors names none"),
