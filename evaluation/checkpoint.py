@@ -26,12 +26,18 @@ NEEDED = ("torch", "transformers", "onnxscript", "huggingface_hub", "safetensors
 
 
 def open_checkpoint(
-    name: str, *, positions: str | None = None, attention: str | None = None, device: str = "cpu"
+    name: str,
+    *,
+    positions: str | None = None,
+    attention: str | None = None,
+    device: str = "cpu",
+    threads: int = 0,
 ) -> Model:
     """An alias, hub id or directory, run by Hugging Face's own code; its own selection is the reference.
 
     In float32 on the CPU, elsewhere in the checkpoint's dtype. The prompt, the pixels' geometry and the positions are
-    the runtime's, as in a bundle. Raises `ResPruneError` for what cannot be found, loaded, or put on `device`.
+    the runtime's, as in a bundle. `threads` of the processor are then PyTorch's in this process; 0 leaves them.
+    Raises `ResPruneError` for what cannot be found, loaded, or put on `device`.
     """
     way = 'install with: pip install "resprune[export,eval]"'
     require_packages(f"{name} is no bundle, and a checkpoint", NEEDED, way)
@@ -45,6 +51,8 @@ def open_checkpoint(
     quiet: Any = logging
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)
     checkpoint = resolve(name)
     with tempfile.TemporaryDirectory(prefix="resprune-") as folder:
         bundle = _without_graphs(checkpoint, Path(folder), attention or "plain")

@@ -55,7 +55,11 @@ def register_eval(subparsers: Any) -> None:
     )
     parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a physical core")
-    parser.add_argument("--device", default="cpu", help="of a checkpoint in PyTorch (default: %(default)s)")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="of a checkpoint in PyTorch; a bundle runs on the CPU (default: %(default)s)",
+    )
     parser.set_defaults(run=run_eval)
 
 
@@ -118,11 +122,16 @@ def open_model(
     device: str = "cpu",
     threads: int = 0,
 ) -> Model:
-    """A bundle in ONNX Runtime, or a checkpoint in PyTorch on `device`."""
+    """A bundle in ONNX Runtime, which runs on the CPU, or a checkpoint in PyTorch on `device`."""
     from resprune.evaluation.model import is_bundle, open_bundle
 
     if is_bundle(name):
+        if device != "cpu":
+            raise ResPruneError(
+                f"{name} is a bundle, and this command runs bundles on the CPU; leave out --device {device}, "
+                "or give the checkpoint it was exported from"
+            )
         return open_bundle(name, positions=positions, attention=attention, threads=threads)
     from resprune.evaluation.checkpoint import open_checkpoint
 
-    return open_checkpoint(name, positions=positions, attention=attention, device=device)
+    return open_checkpoint(name, positions=positions, attention=attention, device=device, threads=threads)

@@ -45,7 +45,11 @@ def register_lmms(subparsers: Any) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="questions of each task")
     parser.add_argument("--positions", choices=POSITIONS, help="in place of the model's own policy")
     parser.add_argument("--attention", choices=ATTENTION, help="in place of the model's own")
-    parser.add_argument("--device", default="cpu", help="of a checkpoint in PyTorch (default: %(default)s)")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="of a checkpoint in PyTorch; a bundle runs on the CPU (default: %(default)s)",
+    )
     parser.set_defaults(run=run_lmms)
 
 

@@ -58,6 +58,20 @@ def test_another_fingerprint_on_another_device(copy):
     assert elsewhere.endswith("on meta")
 
 
+@pytest.fixture
+def threads():
+    """PyTorch's, put back afterwards."""
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)
+
+
+def test_threads_are_pytorchs(threads, copy):
+    assert open_checkpoint(str(copy)).engine.threads == threads
+    assert open_checkpoint(str(copy), threads=threads + 1).engine.threads == threads + 1
+    assert torch.get_num_threads() == threads + 1
+
+
 @pytest.mark.parametrize("device", ["cuda", "nonsense"])
 def test_a_device_that_is_not_there(tiny_checkpoint, device):
     if device == "cuda" and torch.cuda.is_available():

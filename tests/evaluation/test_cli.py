@@ -74,6 +74,7 @@ def test_a_report_of_proportional_attention(tiny_bundle, tiny_checkpoint, questi
         (["-k", "4", "--limit", "0"], "--limit should be 1 or more"),
         (["-k", "4", "--max-new-tokens", "0"], "--max-new-tokens should be 1 or more"),
         (["-k", "4", "--selectors", "random", "--seed", "-1"], "--seed should be 0 or more, not -1"),
+        (["-k", "4", "--device", "cuda"], "runs bundles on the CPU; leave out --device cuda"),
         (["-k", "4", "--threads", "-1"], "--threads should be 0 or more"),
         (["-k", "17"], "more than the 16 visual tokens"),
         (["-k", ","], "-k names no budget"),
