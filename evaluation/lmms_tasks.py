@@ -12,6 +12,7 @@ from lmms_eval.api.task import ConfigurableTask, Task
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
 from PIL import Image
+from tenacity import RetryError
 
 from resprune.evaluation.data import NAMED, load_data, matches
 from resprune.runtime.errors import ResPruneError
@@ -38,7 +39,7 @@ def find_tasks(names: list[str], manager: TaskManager, limit: int | None, work: 
         if name in OWN:
             found.append(ConfigurableTask(config=_own(name, limit, work / name)))
         elif _is_file(name):
-            found.append(ConfigurableTask(config=_read(name)))
+            found.append(_task(name))
         elif name in known:
             found.append(name)
         else:
@@ -52,6 +53,25 @@ def _is_file(name: str) -> bool:
     return name.endswith(".yaml")
 
 
+def _task(name: str) -> ConfigurableTask:
+    """A task from a user's file; lmms-eval looks into its data and asks for its first question at once."""
+    config = _read(name)
+    try:
+        return ConfigurableTask(config=config)
+    except Exception as error:  # whatever lmms-eval, a template, or a function of the task raises
+        absent = [key for key in ("dataset_path", "doc_to_text", "doc_to_target") if config.get(key) is None]
+        if config.get("test_split") is None and config.get("validation_split") is None:
+            absent.append("test_split")
+        if not absent and isinstance(
+            error, ModuleNotFoundError | RetryError
+        ):  # the command has sentences for these
+            raise
+        reason = f"it has no {', '.join(absent)}" if absent else f"{type(error).__name__}: {error}"
+        raise ResPruneError(
+            f"{name} is no task that can be asked ({_short(reason)}); mend the file"
+        ) from None
+
+
 def _read(name: str) -> dict[str, Any]:
     """A task's own file, in lmms-eval's format."""
     if not Path(name).is_file():
@@ -61,11 +81,17 @@ def _read(name: str) -> dict[str, Any]:
     except ModuleNotFoundError:  # which the command has a sentence for
         raise
     except Exception as error:  # whatever YAML, an included file, or a function's module raises
-        reason = " ".join(str(error).split())[:200]
-        raise ResPruneError(f"{name} cannot be read as a task ({reason})") from None
+        raise ResPruneError(f"{name} cannot be read as a task ({_short(str(error))})") from None
     if not isinstance(config, dict) or not isinstance(config.get("task"), str):
         raise ResPruneError(f'{name} should be one task of lmms-eval, with its name as "task"')
+    kind = config.get("output_type", "generate_until")
+    if kind != "generate_until":
+        raise ResPruneError(f"{name} has the output_type {kind}, and only generate_until is supported")
     return config
+
+
+def _short(reason: str) -> str:
+    return " ".join(reason.split())[:200]
 
 
 def _own(name: str, limit: int | None, folder: Path) -> dict[str, Any]:

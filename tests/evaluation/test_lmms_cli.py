@@ -8,6 +8,7 @@ import pytest
 from resprune.runtime.cli import main
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval: make setup")
+datasets = pytest.importorskip("datasets", reason="needs lmms-eval: make setup")
 
 QUESTIONS = 24
 
@@ -21,12 +22,14 @@ def fails(capsys, *words):
     return sentence
 
 
-@pytest.mark.parametrize("k", ["8", "all"])
-def test_its_figures_are_those_of_resprune_eval(k, demo_bundle, tmp_path, capsys):
+@pytest.mark.parametrize(("name", "k"), [("bundle", "8"), ("bundle", "all"), ("demo", "8")])
+def test_its_figures_are_those_of_resprune_eval(name, k, request, tmp_path, capsys):
+    """Of a bundle, and of a checkpoint by its alias, in PyTorch."""
+    model = str(request.getfixturevalue("demo_bundle")) if name == "bundle" else name
     rest = ["-k", k, "--limit", str(QUESTIONS), "--out"]
-    assert main(["lmms", str(demo_bundle), "--tasks", "resprune_scenes", *rest, str(tmp_path / "lmms")]) == 0
+    assert main(["lmms", model, "--tasks", "resprune_scenes", *rest, str(tmp_path / "lmms")]) == 0
     (printed,) = re.findall(r"\| resprune_scenes \| 24 \| exact_match \| (\S+) \|", capsys.readouterr().out)
-    assert main(["eval", str(demo_bundle), "--data", "scenes", *rest, str(tmp_path / "eval")]) == 0
+    assert main(["eval", model, "--data", "scenes", *rest, str(tmp_path / "eval")]) == 0
     report = json.loads((tmp_path / "eval" / "report.json").read_text())
     wanted = report["data"][0]["scores"][0]["exact_match"]
     assert wanted > 0.5
@@ -34,6 +37,10 @@ def test_its_figures_are_those_of_resprune_eval(k, demo_bundle, tmp_path, capsys
     assert found["results"]["resprune_scenes"]["exact_match,none"] == pytest.approx(wanted)
     assert float(printed) == pytest.approx(wanted, abs=1e-4)
     assert found["settings"]["k"] == k
+    for key in ("device", "threads"):
+        assert found["settings"][key] == report["settings"][key]
+    versions = found["settings"]["versions"]
+    assert versions == report["settings"]["versions"] | {"lmms-eval": versions["lmms-eval"]}
     assert answers(tmp_path / "lmms", "resprune_scenes") == asked(tmp_path / "eval")
 
 
@@ -87,6 +94,47 @@ def test_packages_that_are_missing(demo_bundle, tmp_path, capsys, monkeypatch):
     sentence = fails(capsys, demo_bundle, "--tasks", "gqa", "-k", 4, "--out", tmp_path / "out")
     assert "needs no_such_package" in sentence
     assert "--no-deps lmms-eval" in sentence
+
+
+TASK = {
+    "task": "mine",
+    "dataset_kwargs": {"load_from_disk": True},
+    "test_split": "test",
+    "output_type": "generate_until",
+    "doc_to_visual": "image",
+    "doc_to_text": "question",
+    "doc_to_target": "answer",
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"dataset_path": None}, "it has no dataset_path"),
+        ({"test_split": None}, "it has no test_split"),
+        ({"doc_to_text": None}, "it has no doc_to_text"),
+        ({"doc_to_target": None}, "it has no doc_to_target"),
+        ({"test_split": "dev"}, "KeyError: 'dev'"),
+        ({"doc_to_text": "{{ question"}, "TemplateSyntaxError: "),
+        ({"metric_list": [{"metric": "best"}]}, "KeyError: 'best'"),
+        ({"colour": "red"}, "unexpected keyword argument 'colour'"),
+        ({"output_type": "loglikelihood"}, "the output_type loglikelihood, and only generate_until"),
+    ],
+)
+def test_a_file_that_is_no_whole_task(change, named, demo_bundle, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "tenacity.nap.time.sleep", lambda seconds: None
+    )  # between five tries to load what is not there
+    rows = datasets.Dataset.from_list([{"question": "Is there a circle?", "answer": "yes"}])
+    datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "data")
+    task = TASK | {"dataset_path": str(tmp_path / "data")} | change
+    (tmp_path / "mine.yaml").write_text(json.dumps(task))  # YAML as well
+    words = [demo_bundle, "--tasks", tmp_path / "mine.yaml", "-k", 4, "--out", tmp_path / "out"]
+    assert main(["lmms", *map(str, words)]) == 2
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert sentence.startswith(f"resprune: {tmp_path / 'mine.yaml'} ")
+    assert named in sentence
 
 
 def test_a_package_that_one_task_needs(demo_bundle, tmp_path, capsys):
