@@ -76,8 +76,17 @@ class Plan:
 
 
 def evaluate(model: Model, plan: Plan, answers: Answers) -> None:
-    """Ask what has not been answered yet; `answers` has everything when this returns."""
+    """Ask what has not been answered yet; `answers` has everything when this returns.
+
+    Raises `ResPruneError` for budgets that the model cannot keep, or that a report could not show together.
+    """
     model.check(plan.budgets, own=OWN in plan.selectors)
+    kinds = {budget.share is None for budget in plan.budgets if not budget.everything}
+    if model.num_tokens is None and len(kinds) > 1:
+        raise ResPruneError(
+            "this model's pictures differ in how many tokens they have, and numbers and shares of them cannot stand on "
+            "one axis; give -k either numbers or shares"
+        )
     for data in plan.data:
         questions, runs = data.spread(plan.limit), plan.runs(data)
         numbers = [question.number for question in questions]

@@ -42,6 +42,7 @@ class Panel:
     title: str
     lines: Mapping[str, Line]
     level: float | None = None
+    xlabel: str = "K, visual tokens kept"
 
 
 def draw(path: Path, panels: Sequence[Panel], ylabel: str, *, dense: bool = False) -> None:
@@ -73,7 +74,7 @@ def draw(path: Path, panels: Sequence[Panel], ylabel: str, *, dense: bool = Fals
         axes.xaxis.set_major_locator(FixedLocator(ticks if len(ticks) <= 8 else [2**n for n in range(12)]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.set(title=panel.title, xlabel="K, visual tokens kept")
+        axes.set(title=panel.title, xlabel=panel.xlabel)
         if ticks:  # none, if only all tokens were asked for
             axes.set_xlim(min(ticks) / 1.15, max(ticks) * 1.15)
         axes.grid(alpha=0.25)

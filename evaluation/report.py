@@ -174,8 +174,10 @@ def write(directory: Path, sheets: Sequence[Sheet], plan: Plan, model: Model) ->
 def panel(sheet: Sheet, plan: Plan, num_tokens: int | None) -> Panel:
     """A data set's curves; a band is the interval of the selector named first, and the extremes of random draws.
 
-    A share of the tokens stands where it does for a picture of N tokens, and on a scale of percent where N varies.
+    A share of the tokens stands where it does for a picture of N tokens. Where N varies all budgets are shares
+    (`evaluate` refuses a mix) or all are numbers.
     """
+    percent = num_tokens is None and any(budget.share is not None for budget in plan.budgets)
     places = {
         str(budget): float(budget.of(num_tokens) if num_tokens else budget.k or 100 * (budget.share or 1))
         for budget in plan.budgets
@@ -191,4 +193,5 @@ def panel(sheet: Sheet, plan: Plan, num_tokens: int | None) -> Panel:
             [100 * (row.high if first else max(row.draws)) for row in rows] if first or band else None,
         )
     everything = [row.exact_match for row in sheet.scores if row.k == "all"]
-    return Panel(sheet.data, lines, 100 * everything[0] if everything else None)
+    level = 100 * everything[0] if everything else None
+    return Panel(sheet.data, lines, level, "% of the tokens" if percent else Panel.xlabel)

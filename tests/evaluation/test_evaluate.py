@@ -9,6 +9,7 @@ from PIL import Image
 from resprune.evaluation import report
 from resprune.evaluation.answers import Answers, Run
 from resprune.evaluation.budget import Budget
+from resprune.evaluation.checkpoint import open_checkpoint
 from resprune.evaluation.data import read_jsonl
 from resprune.evaluation.evaluate import DRAWS, Plan, evaluate
 from resprune.evaluation.model import open_bundle
@@ -107,6 +108,31 @@ def test_the_report(questions, model, tmp_path):
     text = (tmp_path / "REPORT.md").read_text()
     assert text.count("\n| ") == 1 + 7
     assert Image.open(tmp_path / "accuracy.png").size[0] > 500
+
+
+@pytest.mark.parametrize(
+    ("budgets", "num_tokens", "xlabel", "places"),
+    [
+        ([Budget(3), Budget(share=0.5), Budget()], 16, "K, visual tokens kept", [3, 8]),
+        ([Budget(3), Budget(7), Budget()], None, "K, visual tokens kept", [3, 7]),
+        ([Budget(share=0.11), Budget(share=0.5), Budget()], None, "% of the tokens", [11, 50]),
+    ],
+)
+def test_where_budgets_stand_in_the_plot(budgets, num_tokens, xlabel, places, questions):
+    wanted = plan(questions, selectors=("resprune",), budgets=budgets)
+    answers = {run[1:]: ["red"] * 9 for run in wanted.runs(wanted.data[0])}
+    (sheet,) = report.score(wanted, Fixed(answers))
+    shown = report.panel(sheet, wanted, num_tokens)
+    assert shown.xlabel == xlabel
+    assert shown.lines["resprune"].x == pytest.approx(places)
+
+
+def test_numbers_and_shares_do_not_mix_where_pictures_differ(questions, tiny_checkpoint, tmp_path):
+    model = open_checkpoint(str(tiny_checkpoint("next-llama")))
+    assert model.num_tokens is None
+    wanted = plan(questions, budgets=[Budget(3), Budget(share=0.5)])
+    with pytest.raises(ResPruneError, match="give -k either numbers or shares"):
+        evaluate(model, wanted, Answers(tmp_path, wanted.settings(model)))
 
 
 class Fixed:
