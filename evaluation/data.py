@@ -112,9 +112,7 @@ def _parse(line: bytes, number: int, path: Path) -> Question:
     picture = path.parent / row["image"]
     try:
         there = picture.is_file()
-    except (
-        OSError
-    ) as error:  # a name too long, as that of a picture in base64, or a folder that is closed to us
+    except OSError as error:  # the name is too long, as a picture in base64 is, or a folder is closed to us
         raise fault(f'"image" should be the path of a picture ({error.strerror})') from None
     if not there:
         raise fault(f"there is no picture {picture}")

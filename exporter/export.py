@@ -12,7 +12,6 @@ from threading import Thread
 from time import perf_counter
 from typing import Any
 
-import onnxruntime
 from tqdm import tqdm
 
 from resprune.exporter import precision, verify
@@ -389,5 +388,7 @@ def _lost(row: Difference) -> str:
 
 def _versions() -> dict[str, str]:
     """Of Python and the packages; onnxruntime's by its own word, for other packages may have taken its place."""
+    import onnxruntime
+
     packages = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"python": sys.version.split()[0], **packages, "onnxruntime": onnxruntime.__version__}
