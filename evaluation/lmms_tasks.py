@@ -62,10 +62,8 @@ def _task(name: str) -> ConfigurableTask:
         absent = [key for key in ("dataset_path", "doc_to_text", "doc_to_target") if config.get(key) is None]
         if config.get("test_split") is None and config.get("validation_split") is None:
             absent.append("test_split")
-        if not absent and isinstance(
-            error, ModuleNotFoundError | RetryError
-        ):  # the command has sentences for these
-            raise
+        if isinstance(error, ModuleNotFoundError | RetryError) and not absent:
+            raise  # the command has sentences for these
         reason = f"it has no {', '.join(absent)}" if absent else f"{type(error).__name__}: {error}"
         raise ResPruneError(
             f"{name} is no task that can be asked ({_short(reason)}); mend the file"
