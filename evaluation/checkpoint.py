@@ -14,7 +14,7 @@ from PIL import Image
 
 from resprune.evaluation.model import Encoded, Model, Stages, engine
 from resprune.runtime.bundle import Bundle, describe_files
-from resprune.runtime.errors import ResPruneError, require_packages
+from resprune.runtime.errors import ResPruneError, one_line, require_packages
 from resprune.runtime.manifest import FORMAT_VERSION, GraphSpec, Manifest, Selection
 from resprune.runtime.picture import Picture
 from resprune.runtime.splice import Floats, Ints
@@ -61,8 +61,7 @@ def open_checkpoint(
             model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.root, dtype=dtype)
             model = model.to(device).eval()
         except (RuntimeError, AssertionError, ValueError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ResPruneError(f"{name} cannot be loaded on {device} ({reason})") from None
+            raise ResPruneError(f"{name} cannot be loaded on {device} ({one_line(error)})") from None
         load_processor: Any = AutoImageProcessor.from_pretrained
         processor = load_processor(checkpoint.root, backend="pil")
         stages = _TorchStages(model, processor, bundle.manifest.selection)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resprune.evaluation.budget import Budget
-from resprune.runtime.errors import ResPruneError, require_packages
+from resprune.runtime.errors import ResPruneError, one_line, require_packages
 from resprune.runtime.manifest import ATTENTION, POSITIONS
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def run_lmms(arguments: argparse.Namespace) -> int:
     try:
         results, engine = _evaluate(names, arguments)
     except RetryError as error:  # of the download of a task's data
-        reason = " ".join(str(error.last_attempt.exception()).split())[:200]
+        reason = one_line(error.last_attempt.exception())
         raise ResPruneError(
             f"a task's data cannot be loaded ({reason}); most are on huggingface.co, after `hf auth login`; "
             "resprune_scenes needs no network"

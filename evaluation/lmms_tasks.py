@@ -15,7 +15,7 @@ from PIL import Image
 from tenacity import RetryError
 
 from resprune.evaluation.data import NAMED, load_data, matches
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.image import load_image
 
 OWN = {f"resprune_{name}": name for name in NAMED}
@@ -66,7 +66,7 @@ def _task(name: str) -> ConfigurableTask:
             raise  # the command has sentences for these
         reason = f"it has no {', '.join(absent)}" if absent else f"{type(error).__name__}: {error}"
         raise ResPruneError(
-            f"{name} is no task that can be asked ({_short(reason)}); mend the file"
+            f"{name} is no task that can be asked ({one_line(reason)}); mend the file"
         ) from None
 
 
@@ -79,17 +79,13 @@ def _read(name: str) -> dict[str, Any]:
     except ModuleNotFoundError:  # which the command has a sentence for
         raise
     except Exception as error:  # whatever YAML, an included file, or a function's module raises
-        raise ResPruneError(f"{name} cannot be read as a task ({_short(str(error))})") from None
+        raise ResPruneError(f"{name} cannot be read as a task ({one_line(error)})") from None
     if not isinstance(config, dict) or not isinstance(config.get("task"), str):
         raise ResPruneError(f'{name} should be one task of lmms-eval, with its name as "task"')
     kind = config.get("output_type", "generate_until")
     if kind != "generate_until":
         raise ResPruneError(f"{name} has the output_type {kind}, and only generate_until is supported")
     return config
-
-
-def _short(reason: str) -> str:
-    return " ".join(reason.split())[:200]
 
 
 def _own(name: str, limit: int | None, folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from resprune.exporter.shards import StoredTensor, open_weights
 from resprune.exporter.transaction import NO_SPACE
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line
 
 DEMO = "demo"
 ALIASES = {
@@ -71,9 +71,8 @@ def parse_config(config_class: Any, checkpoint: Checkpoint) -> Any:
     try:
         return config_class.from_dict(checkpoint.config)
     except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
         raise ResPruneError(
-            f"{checkpoint.root / 'config.json'} is not a valid {config_class.model_type} config ({reason})"
+            f"{checkpoint.root / 'config.json'} is not a valid {config_class.model_type} config ({one_line(error)})"
         ) from None
 
 

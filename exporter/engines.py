@@ -37,7 +37,7 @@ from resprune.runtime.engines import (
     target_name,
     tensorrt_module,
 )
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.manifest import EngineSet, EngineSpec, FileSpec, Profile, axis_size
 
 FOLDER = "engines"
@@ -323,15 +323,15 @@ def _failures(what: str) -> Iterator[None]:
 
     errors: list[str] = []
     handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda record: errors.append(" ".join(record.getMessage().split()))  # type: ignore[method-assign]
+    handler.emit = lambda record: errors.append(one_line(record.getMessage()))  # type: ignore[method-assign]
     logger = logging.getLogger("Polygraphy")
     logger.addHandler(handler)
     try:
         yield
     except PolygraphyException as error:
         # On a machine without a GPU the builder complains of that at every step, and goes on.
-        told = [line for line in errors if "CUDA driver version" not in line] or [str(error)]
-        raise ResPruneError(f"{what} ({told[0][:300]})") from None
+        told = [line for line in errors if "CUDA driver version" not in line] or [one_line(error)]
+        raise ResPruneError(f"{what} ({told[0]})") from None
     finally:
         logger.removeHandler(handler)
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from resprune.exporter.checkpoint import Checkpoint
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line
 
 COPIED = (
     "config.json",
@@ -89,7 +89,7 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return one_line(f"{type(error).__name__}: {error}")
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

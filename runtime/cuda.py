@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line
 
 ALIGNMENT = 512  # cudaMalloc's own, more than the 256 bytes that TensorRT asks for
 
@@ -26,7 +26,7 @@ def gpu_at_hand() -> Gpu:
     try:
         (count,) = _checked(cuda.cudaGetDeviceCount())
     except Exception as error:  # a driver that is missing or too old fails in several ways
-        raise ResPruneError(f"there is no GPU that CUDA can use here ({_one_line(error)})") from None
+        raise ResPruneError(f"there is no GPU that CUDA can use here ({one_line(error)})") from None
     if count == 0:
         raise ResPruneError("there is no GPU that CUDA can use here")
     (properties,) = _checked(cuda.cudaGetDeviceProperties(0))
@@ -114,7 +114,3 @@ def _checked(result: tuple[Any, ...], wanted: int | None = None) -> tuple[Any, .
             "once, or build engines with a smaller --batch, --prompt or --context"
         )
     raise ResPruneError(f"CUDA failed ({status.name}); see whether nvidia-smi shows the GPU in order")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

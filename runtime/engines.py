@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from resprune.runtime.bundle import Bundle
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.manifest import EngineSet, EngineSpec, Profile
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -33,7 +33,7 @@ def tensorrt_module(flavour: str) -> Any:
         return importlib.import_module(MODULES[flavour])
     except (ImportError, OSError) as error:  # OSError: the module is there and a library it loads is not
         raise ResPruneError(
-            f"{flavour} cannot be imported ({str(error).splitlines()[0]}); install it with: {INSTALL[flavour]}"
+            f"{flavour} cannot be imported ({one_line(error)}); install it with: {INSTALL[flavour]}"
         ) from None
 
 

@@ -8,6 +8,14 @@ class ResPruneError(Exception):
     """Something the user can put right; its text is one sentence that says how. The CLI exits with 2."""
 
 
+def one_line(error: object) -> str:
+    """What an error says, for a sentence: one line, 300 characters at most; its type's name where it says nothing."""
+    text = " ".join(str(error).split())
+    if not text and isinstance(error, BaseException):
+        text = type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 def require_packages(what: str, packages: Iterable[str], way: str) -> None:
     """`ResPruneError`, "`what` needs …; `way`", if one of `packages` is not installed. Imports none of them."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]

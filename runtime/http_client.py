@@ -10,7 +10,7 @@ from time import sleep
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line
 
 CONNECT_SECONDS = 10.0
 # Only connecting is tried again: once a request is on its way, nobody knows how much of it has been done.
@@ -86,7 +86,7 @@ class Server:
                 connection.connect()
                 return
             except OSError as error:
-                reason = error.strerror or str(error) or type(error).__name__
+                reason = error.strerror or one_line(error)
             if attempt < CONNECT_ATTEMPTS - 1:
                 sleep(PAUSE_SECONDS * 2**attempt)
         raise ResPruneError(
@@ -157,9 +157,8 @@ class Exchange:
                 f"wait longer with --server-timeout"
             ) from None
         except (OSError, http.client.HTTPException) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise ResPruneError(
-                f"the connection to {self._server.url} broke ({reason[:200]}); ask again"
+                f"the connection to {self._server.url} broke ({one_line(error)}); ask again"
             ) from None
 
     def _begun(self) -> http.client.HTTPResponse:
@@ -177,7 +176,7 @@ class Exchange:
         try:
             said = _said(json.loads(text))
         except (ValueError, RecursionError):
-            said = _one_line(text.decode(errors="replace"))
+            said = one_line(text.decode(errors="replace"))
         raise ResPruneError(
             f"{self._server.url} refused with status {response.status}: {said or response.reason}"
         )
@@ -199,9 +198,4 @@ def _said(body: Any) -> str:
     """The message of an error, wherever the server keeps it: OpenAI's `error.message`, FastAPI's `detail`, …."""
     while isinstance(body, dict):
         body = next((body[key] for key in ("error", "message", "detail") if body.get(key)), str(body))
-    return _one_line(str(body))
-
-
-def _one_line(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return one_line(body)

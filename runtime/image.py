@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line
 
 MAX_PIXELS = 64_000_000
 MAX_INTERMEDIATE_PIXELS = 4 * MAX_PIXELS  # a panorama of the largest size, padded to a square, still passes
@@ -70,7 +70,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
             f"{name} has more pixels than Pillow opens ({2 * (Image.MAX_IMAGE_PIXELS or 0)}); make it smaller"
         ) from None
     except Exception as error:  # on a damaged file Pillow's decoders raise what they like
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise ResPruneError(
             f"{name} cannot be read as a picture ({reason}); give an undamaged file"
         ) from None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -130,9 +130,7 @@ def _devices(name: str) -> list[Any]:
             ort.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
         except Exception as error:  # already registered, or a library it needs is missing
             if "already" not in str(error):
-                raise ResPruneError(
-                    f"the provider {name} cannot be loaded ({' '.join(str(error).split())})"
-                ) from None
+                raise ResPruneError(f"the provider {name} cannot be loaded ({one_line(error)})") from None
         devices = found()
     if not devices:
         raise ResPruneError(f"the provider {name} finds no device here that it can use; {provider.install}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy.typing as npt
 
 from resprune.runtime.bundle import Bundle
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.providers import CPU, check_providers, new_session
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def open_session(bundle: Bundle, graph: str, options: SessionOptions) -> "onnxru
                 f"{path} is bf16, in which the provider {' or '.join(options.providers)} cannot compute; "
                 "choose another or export with --dtype fp16 or fp32"
             ) from None
-        raise ResPruneError(f"{path} cannot be opened by onnxruntime ({_one_line(error)})") from None
+        raise ResPruneError(f"{path} cannot be opened by onnxruntime ({one_line(error)})") from None
 
 
 def session_settings(threads: int) -> "onnxruntime.SessionOptions":
@@ -108,9 +108,4 @@ def graph_faults(graph: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ResPruneError(f"onnxruntime could not run {graph} ({_one_line(error)})") from None
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:297]}..."
+        raise ResPruneError(f"onnxruntime could not run {graph} ({one_line(error)})") from None

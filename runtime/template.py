@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from resprune.runtime.bundle import Bundle
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line
 
 if TYPE_CHECKING:
     import jinja2
@@ -77,7 +77,7 @@ def render(messages: Sequence[Message], template: str, variables: Mapping[str, s
         try:
             text = compiled.render(messages=form, add_generation_prompt=True, **variables)
         except Exception as error:  # a template is a program of someone else's: it can raise anything
-            fault = " ".join(str(error).split())
+            fault = one_line(error)
             continue
         if text.count(image_token) == pictures + typed:
             return text

@@ -15,7 +15,7 @@ import numpy as np
 from resprune.runtime.bundle import Bundle
 from resprune.runtime.cuda import Buffer, Stream, download, gpu_at_hand, upload
 from resprune.runtime.engines import choose_engines, choose_profile, tensorrt_module
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.generate import eos_token_ids
 from resprune.runtime.generator import Generator, LocalGenerator
 from resprune.runtime.language_model import Embedding
@@ -267,6 +267,6 @@ def _log(trt: Any) -> Any:
                 self.error = message
 
         def reason(self) -> str:
-            return " ".join(self.error.split())[:300] or "it gives no reason"
+            return one_line(self.error) or "it gives no reason"
 
     return Log()

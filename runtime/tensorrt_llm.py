@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resprune.runtime.bundle import Bundle
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.families import family_of
 from resprune.runtime.generate import Sampling, eos_token_ids
 from resprune.runtime.generator import (
@@ -294,5 +294,4 @@ def _faults(what: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, OSError, AssertionError, NotImplementedError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ResPruneError(f"TensorRT-LLM could not {what} ({reason[:300]})") from None
+        raise ResPruneError(f"TensorRT-LLM could not {what} ({one_line(error)})") from None
