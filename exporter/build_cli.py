@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from resprune.runtime.errors import ResPruneError
+from resprune.exporter.cli import POSIX
+from resprune.runtime.errors import ResPruneError, require_packages
 from resprune.runtime.manifest import FLAVOURS, Range
 
 
@@ -57,6 +58,7 @@ def run_build(arguments: argparse.Namespace) -> int:
         raise ResPruneError(
             'building engines needs tqdm; install with: pip install "resprune[tensorrt-rtx]"'
         ) from None
+    require_packages("build", *POSIX)
     from resprune.exporter.engines import build
     from resprune.exporter.profiles import Limits
 

@@ -14,6 +14,8 @@ from resprune.runtime.errors import require_packages
 from resprune.runtime.manifest import ATTENTION, BODIES, FORMS, OPTIMIZE, POSITIONS, SCALES
 
 NEEDED = ("torch", "transformers", "onnx", "onnxscript", "huggingface_hub", "tqdm")
+POSIX = (("fcntl",), "it is part of Python on Linux and macOS, so on Windows take WSL")
+"""For `require_packages`: what locks files, here and for `resprune build`."""
 
 
 def register_export(subparsers: Any) -> None:
@@ -96,6 +98,7 @@ def register_export(subparsers: Any) -> None:
 def run_export(arguments: argparse.Namespace) -> int:
     """Export; returns 0, or 1 with a table on stderr if a graph misses parity. Raises `ResPruneError`."""
     require_packages("export", NEEDED, 'install with: pip install "resprune[export]"')
+    require_packages("export", *POSIX)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from resprune.exporter.export import Options, export
     from resprune.exporter.verify import ParityError

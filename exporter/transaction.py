@@ -7,6 +7,7 @@ behind is recognised by its name and by a lock that no living process holds, and
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import uuid
@@ -17,11 +18,6 @@ from typing import IO
 
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.manifest import MANIFEST_NAME
-
-try:
-    import fcntl
-except ImportError:  # Windows: it refuses to delete a directory whose lock file is open, which serves as well
-    fcntl = None  # type: ignore[assignment]
 
 NEW = ".resprune-new-"
 OLD = ".resprune-old-"
@@ -34,7 +30,8 @@ def new_directory(out: Path, *, force: bool) -> Iterator[Path]:
     """Yields an empty directory that becomes `out` when the block ends without an exception.
 
     With `force` an existing bundle at `out` stays in place until then. Raises `ResPruneError` if `out` exists, is
-    something other than a bundle, cannot be made, or the disk is full.
+    something other than a bundle, cannot be made, or the disk is full; and if `out` was taken meanwhile, which is
+    left alone, and what the block made is put beside it.
     """
     out = out.parent.resolve() / out.name  # the place itself, should it be a link
     work = out.parent / f".{out.name}{NEW}{uuid.uuid4().hex[:12]}"
@@ -49,9 +46,8 @@ def new_directory(out: Path, *, force: bool) -> Iterator[Path]:
         with (work / LOCK).open("w") as held:
             lock(held)
             yield work
-            (work / LOCK).unlink()
-            _flush_tree(work)
-            _put_in_place(work, out)
+            _flush_tree(work)  # of a large bundle this takes long, under the lock
+            _put_in_place(work, out, force=force)
     except OSError as error:
         if error.errno in NO_SPACE:
             raise _refusal(out, error) from error
@@ -91,25 +87,40 @@ def _check_free(out: Path, *, force: bool) -> None:
         )
 
 
-def _put_in_place(work: Path, out: Path) -> None:
+def _put_in_place(work: Path, out: Path, *, force: bool) -> None:
+    place = out
+    try:
+        _check_free(out, force=force)  # again, for an export takes minutes
+    except ResPruneError:
+        place = out.parent / f"{out.name}-{uuid.uuid4().hex[:12]}"
     old = out.parent / f".{out.name}{OLD}{uuid.uuid4().hex[:12]}"
-    if out.exists():
-        out.rename(old)  # killed here, the next export to this place puts it back
-    work.rename(out)
+    if place.exists():
+        place.rename(old)  # killed here, the next export to this place puts it back
+    work.rename(place)
+    (place / LOCK).unlink()  # not before: whoever finds `work` without a lock removes it
     _flush(out.parent)
     shutil.rmtree(old, ignore_errors=True)
+    if place != out:
+        raise ResPruneError(
+            f"{out} was made by something else during the export and is left as it is; the new bundle is {place}"
+        )
 
 
 def _recover(out: Path) -> None:
-    """Undo what an interrupted export to `out` left: put the old bundle back, remove unfinished new ones."""
+    """Undo what an interrupted export to `out` left: put the old bundle back, remove unfinished new ones.
+
+    Not while another one to `out` runs, whose work all of it may be.
+    """
+    unfinished = list(out.parent.glob(f".{_literal(out.name)}{NEW}*"))
+    if any(_alive(work) for work in unfinished):
+        return
     for old in sorted(out.parent.glob(f".{_literal(out.name)}{OLD}*")):
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(out)
-    for work in out.parent.glob(f".{_literal(out.name)}{NEW}*"):
-        if not _alive(work):
-            shutil.rmtree(work, ignore_errors=True)
+    for work in unfinished:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _literal(name: str) -> str:
@@ -127,8 +138,6 @@ def _alive(work: Path) -> bool:
 
 def lock(file: IO[str]) -> bool:
     """Take the lock of an open file, until it is closed; False if another process holds it."""
-    if fcntl is None:
-        return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -142,8 +151,6 @@ def _flush_tree(root: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

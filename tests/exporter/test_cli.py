@@ -1,5 +1,6 @@
 """`resprune export` on the command line: exit status and the one sentence."""
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,14 @@ def test_without_the_extra_it_says_what_to_install(tmp_path, capsys, monkeypatch
     status, told = run(capsys, "demo", tmp_path / "out", "-k", 5)
     assert status == 2
     assert 'pip install "resprune[export]"' in told
+
+
+@pytest.mark.parametrize("words", [["export", "demo", "out", "-k", "5"], ["build", "out"]])
+def test_where_python_has_no_posix_locks_it_says_so(words, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "fcntl" else find(name))
+    assert main(words) == 2
+    assert "needs fcntl; it is part of Python on Linux and macOS" in capsys.readouterr().err
 
 
 def test_a_parity_miss_is_status_1_with_a_table_and_no_bundle(tiny_checkpoint, tmp_path, monkeypatch, capsys):

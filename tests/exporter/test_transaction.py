@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from resprune.exporter import transaction
 from resprune.exporter.transaction import new_directory, require_space
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.manifest import MANIFEST_NAME
@@ -127,7 +128,7 @@ from pathlib import Path
 from resprune.exporter import transaction
 
 out, moment = Path(sys.argv[1]), sys.argv[2]
-def die(*arguments):
+def die(*arguments, **keywords):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if moment == "before the rename":
@@ -176,3 +177,70 @@ def test_an_export_that_still_runs_is_left_alone(tmp_path):
         make(tmp_path / "out", "other")
         assert work.exists()
         (tmp_path / "out").rename(tmp_path / "aside")
+
+
+@pytest.mark.parametrize("step", ["_flush_tree", "_check_free"])
+def test_one_that_is_about_to_appear_is_left_alone_too(step, tmp_path, monkeypatch):
+    """Flushing gigabytes takes long; another export to the same place looks for what was left behind meanwhile."""
+    usual, seen = getattr(transaction, step), []
+
+    def look(*arguments, **keywords):
+        unfinished = list(tmp_path.glob(".out.resprune-new-*/onnx"))
+        if unfinished and not seen:
+            seen.append(unfinished)
+            transaction._recover(tmp_path / "out")
+        usual(*arguments, **keywords)
+
+    monkeypatch.setattr(transaction, step, look)
+    make(tmp_path / "out", "one")
+    assert seen, "shows nothing"
+    assert content(tmp_path / "out") == "one"
+    assert hidden(tmp_path) == []
+
+
+def test_the_old_bundle_is_not_put_back_while_the_new_one_takes_its_place(tmp_path, monkeypatch):
+    make(tmp_path / "out", "one")
+    rename = Path.rename
+
+    def look(self: Path, to: Path) -> Path:
+        if self.name.startswith(".out.resprune-new-"):
+            transaction._recover(tmp_path / "out")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", look)
+    make(tmp_path / "out", "two", force=True)
+    assert content(tmp_path / "out") == "two"
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_appears_meanwhile_is_left_as_it_is(force, tmp_path):
+    """A directory of the user's, whatever was said; and the export that took minutes is not lost either."""
+
+    def export() -> None:
+        with new_directory(tmp_path / "out", force=force) as work:
+            (work / "onnx").mkdir()
+            (work / "onnx" / "graph").write_text("one")
+            (work / MANIFEST_NAME).write_text("one")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(ResPruneError, match=r"out was made by something else .* new bundle is ") as told:
+        export()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+    assert content(Path(str(told.value).rpartition(" ")[2])) == "one"
+    assert hidden(tmp_path) == []
+
+
+def test_of_two_exports_to_one_place_neither_is_lost(tmp_path):
+    def export() -> None:
+        with new_directory(tmp_path / "out", force=False) as work:
+            (work / "onnx").mkdir()
+            (work / "onnx" / "graph").write_text("first")
+            (work / MANIFEST_NAME).write_text("first")
+            make(tmp_path / "out", "second")
+
+    with pytest.raises(ResPruneError, match="is left as it is; the new bundle is") as told:
+        export()
+    assert content(tmp_path / "out") == "second"
+    assert content(Path(str(told.value).rpartition(" ")[2])) == "first"
