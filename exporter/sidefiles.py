@@ -12,13 +12,14 @@ from transformers import AutoTokenizer
 
 from resprune.exporter.checkpoint import Checkpoint
 from resprune.runtime.errors import ResPruneError, one_line
+from resprune.runtime.template import TEMPLATE_FILE, find_template
 
 COPIED = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
     "preprocessor_config.json",
     "processor_config.json",
 )
@@ -63,7 +64,7 @@ def copy_side_files(checkpoint: Checkpoint, destination: Path) -> None:
         _write_json(destination / "processor_config.json", whole | {"image_processor": processor})
     template = chat_template(checkpoint)
     if template is not None:
-        (destination / "chat_template.jinja").write_text(template, encoding="utf-8")
+        (destination / TEMPLATE_FILE).write_text(template, encoding="utf-8")
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -98,16 +99,5 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def chat_template(checkpoint: Checkpoint) -> str | None:
     """The chat template, from wherever this age of checkpoint keeps it; None if there is none."""
-    file = checkpoint.root / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ResPruneError(f"{file} is not text in UTF-8 ({error}); download it again") from None
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        template = checkpoint.json(name).get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if isinstance(template, str):
-            return template
-    return None
+    file = checkpoint.root / TEMPLATE_FILE
+    return find_template(checkpoint.json, file if file.is_file() else None)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resprune.runtime.bundle import Bundle
@@ -26,24 +27,46 @@ DEFAULT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-# Where a template may stand, in the order in which transformers' processor prefers them.
-_TEMPLATE_FILE = "chat_template.jinja"
-_TEMPLATE_KEYS = ("processor_config.json", "chat_template.json", "tokenizer_config.json")
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 def chat_template(bundle: Bundle) -> str:
     """The bundle's chat template; `DEFAULT_TEMPLATE` where the checkpoint has none."""
-    if _TEMPLATE_FILE in bundle.manifest.files:
-        return bundle.file_path(_TEMPLATE_FILE).read_text(encoding="utf-8")
-    for name in _TEMPLATE_KEYS:
-        found = bundle.json(name).get("chat_template") if name in bundle.manifest.files else None
-        if isinstance(found, list):  # several templates, each with a name
-            found = {entry.get("name"): entry.get("template") for entry in found}
-        if isinstance(found, dict):
-            found = found.get("default")
-        if isinstance(found, str):
+    files = bundle.manifest.files
+    found = find_template(
+        lambda name: bundle.json(name) if name in files else {},
+        bundle.file_path(TEMPLATE_FILE) if TEMPLATE_FILE in files else None,
+    )
+    return DEFAULT_TEMPLATE if found is None else found
+
+
+def find_template(json_file: Callable[[str], Mapping[str, Any]], file: Path | None) -> str | None:
+    """The template that transformers' processor takes, of all that a checkpoint may have; None if it has none.
+
+    `json_file(name)` is the content of a JSON file, {} if there is none; `file` is a chat_template.jinja. The order is
+    that of `ProcessorMixin.get_processor_dict` in transformers 5; the tokenizer's, which stands behind it, was a
+    processor's as well in transformers 4. `ResPruneError` for a file that is not text.
+    """
+    for name in ("processor_config.json", "chat_template.json"):
+        if (found := _default(json_file(name))) is not None:
             return found
-    return DEFAULT_TEMPLATE
+    if file is None:
+        return _default(json_file("tokenizer_config.json"))
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ResPruneError(f"{file} is not text in UTF-8 ({error}); download it again") from None
+
+
+def _default(config: Mapping[str, Any]) -> str | None:
+    """A config's template, or the one named default if it has several: as an object, or as a list with their names."""
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+        found = named[-1].get("template") if named else None
+    if isinstance(found, dict):
+        found = found.get("default")
+    return found if isinstance(found, str) else None
 
 
 def user_message(question: str, images: int) -> Message:

@@ -1,15 +1,20 @@
 """Side files of every age of checkpoint."""
 
+import itertools
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlavaProcessor
 
 from resprune.exporter.checkpoint import resolve
-from resprune.exporter.sidefiles import COPIED, check_side_files, copy_side_files
+from resprune.exporter.sidefiles import COPIED, chat_template, check_side_files, copy_side_files
+from resprune.runtime import template
+from resprune.runtime.bundle import Bundle, describe_files
 from resprune.runtime.errors import ResPruneError
+from tests.runtime.bundles import MANIFEST
 from tests.tiny import CHAT_TEMPLATE, VARIANTS
 
 
@@ -20,9 +25,37 @@ def test_side_files_of_every_age(variant, tiny_checkpoint, tmp_path):
     assert {"config.json", "generation_config.json", "tokenizer.json", "preprocessor_config.json"} <= written
     processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert processor["image_processor_type"].endswith("ImageProcessor")
-    template = tmp_path / "chat_template.jinja"
-    assert template.exists() == (VARIANTS[variant].template is not None)
-    assert not template.exists() or template.read_text() == CHAT_TEMPLATE
+    written = tmp_path / "chat_template.jinja"
+    assert written.exists() == (VARIANTS[variant].template is not None)
+    assert not written.exists() or written.read_text() == CHAT_TEMPLATE
+
+
+ONE, SEVERAL = "{}", '{{"default": {}, "rag": "R"}}'  # of a JSON file
+PLACES = {"chat_template.jinja": "J", "chat_template.json": "L", "processor_config.json": "P"}
+
+
+@pytest.mark.parametrize("form", [ONE, SEVERAL], ids=["one", "several"])
+@pytest.mark.parametrize("names", [names for n in (1, 2, 3) for names in itertools.combinations(PLACES, n)])
+def test_the_chat_template_is_the_one_that_transformers_takes(names, form, tiny_checkpoint, tmp_path):
+    """Of a checkpoint that has several, and of the bundle that is made of it."""
+    root = shutil.copytree(tiny_checkpoint("dinov2-qwen2"), tmp_path / "checkpoint")
+    for name in names:
+        text = PLACES[name]
+        if name.endswith(".json"):
+            config = json.loads((root / name).read_text()) if (root / name).exists() else {}
+            value = json.loads(form.format(json.dumps(text)))
+            text = json.dumps(config | {"chat_template": value})
+        (root / name).write_text(text)
+    config, _ = LlavaProcessor.get_processor_dict(root)
+    expected = config["chat_template"]
+    if isinstance(expected, dict):
+        expected = expected["default"]
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    copy_side_files(resolve(str(root)), bundle)
+    assert chat_template(resolve(str(root))) == expected
+    manifest = replace(MANIFEST, files=describe_files(bundle))
+    assert template.chat_template(Bundle(bundle, manifest)) == expected
 
 
 def test_a_token_that_only_the_tokenizers_config_names(tiny_checkpoint, tmp_path):

@@ -87,7 +87,8 @@ def test_a_template_that_fails_is_one_sentence(template: str, sentence: str) -> 
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({"chat_template.jinja": "A", "chat_template.json": '{"chat_template": "B"}'}, "A"),
+        ({"chat_template.jinja": "A", "chat_template.json": '{"chat_template": "B"}'}, "B"),
+        ({"chat_template.jinja": "A", "tokenizer_config.json": '{"chat_template": "T"}'}, "A"),
         (
             {
                 "processor_config.json": '{"chat_template": "P"}',
@@ -102,6 +103,8 @@ def test_a_template_that_fails_is_one_sentence(template: str, sentence: str) -> 
             "D",
         ),
         ({"processor_config.json": '{"chat_template": {"default": "D", "rag": "R"}}'}, "D"),
+        ({"chat_template.json": '{"chat_template": {"default": "D"}}', "chat_template.jinja": "A"}, "D"),
+        ({"chat_template.json": '{"chat_template": [7, {}, {"name": ["default"]}]}'}, DEFAULT_TEMPLATE),
         ({"tokenizer_config.json": "{}"}, DEFAULT_TEMPLATE),
         ({}, DEFAULT_TEMPLATE),
     ],
@@ -109,3 +112,10 @@ def test_a_template_that_fails_is_one_sentence(template: str, sentence: str) -> 
 def test_finds_the_template(tmp_path, files: dict[str, str], expected: str) -> None:
     bundle: Bundle = bundle_of_files(tmp_path, files)
     assert chat_template(bundle) == expected
+
+
+def test_a_template_that_is_not_text_is_one_sentence(tmp_path) -> None:
+    bundle = bundle_of_files(tmp_path, {"chat_template.jinja": ""})
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ResPruneError, match=r"chat_template\.jinja is not text in UTF-8"):
+        chat_template(bundle)
