@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from onnxscript.optimizer import optimize_ir
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -87,6 +87,8 @@ def trace(piece: Piece, whole: nn.Module, mode: FakeTensorMode, *, repeat: bool 
     pending = _weights_to_inputs(model.graph, piece.module, names)
     optimize_ir(model)
     _divide_by_roots(model.graph)
+    _drop_reshapes(model.graph)
+    RemoveUnusedNodesPass()(model)
     weights = dict(_inputs_to_weights(model.graph, pending))
     expand(model.graph, layers, names, weights)
     _declare(model.graph, piece)
@@ -180,6 +182,23 @@ def _divide_by_roots(graph: ir.Graph) -> None:
                 if not value.uses():
                     graph.remove(inverse, safe=True)
                 break
+
+
+def _drop_reshapes(graph: ir.Graph) -> None:
+    """Leave out reshapes that end in the shape they began with; of the tracer's axes, those of one name are equal."""
+    for node in [node for node in graph if node.op_type == "Reshape"]:
+        result, source = node.outputs[0], _before_reshapes(node)
+        known = result.shape is not None and None not in list(result.shape)
+        if known and source.shape == result.shape and not result.is_graph_output():
+            ir.convenience.replace_all_uses_with(result, source)
+
+
+def _before_reshapes(node: ir.Node) -> ir.Value:
+    """What a chain of reshapes that ends with `node` begins with."""
+    source = node.inputs[0]
+    assert source is not None
+    before = source.producer()
+    return _before_reshapes(before) if before is not None and before.op_type == "Reshape" else source
 
 
 def _is_matrix_transpose(node: ir.Node) -> bool:
