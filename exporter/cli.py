@@ -130,7 +130,11 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 
 def _print_line(line: str) -> None:
-    print(line, flush=True)
+    """Print a line, and above the progress bar if there is one."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode():
+        print(line, flush=True)
 
 
 def _budget(text: str) -> dict[str, Any]:

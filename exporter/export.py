@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
 from time import perf_counter
 from typing import Any
-
-from tqdm import tqdm
 
 from resprune.exporter import precision, verify
 from resprune.exporter.checkpoint import Checkpoint, resolve
@@ -23,22 +21,20 @@ from resprune.exporter.language_checkpoint import CLASSES, LanguageCheckpoint, l
 from resprune.exporter.ort_worker import OrtWorker
 from resprune.exporter.pieces import Piece, Pieces
 from resprune.exporter.quantize import quantize
-from resprune.exporter.shards import StoredTensor, read_soon
+from resprune.exporter.shards import read_soon
 from resprune.exporter.sidefiles import check_side_files, copy_side_files
-from resprune.exporter.trace import Traced, tensor_specs
+from resprune.exporter.trace import Traced
 from resprune.exporter.trace_ahead import traced_ahead
 from resprune.exporter.transaction import new_directory, require_space
 from resprune.exporter.verify import Counted, Difference, ParityError, Verifier
-from resprune.exporter.verify_weights import compare_weights
 from resprune.exporter.weightless import fake_mode
-from resprune.exporter.weights import bytes_needed, data_size, find_weights, write_graph
+from resprune.exporter.weights import bytes_needed, find_weights
+from resprune.exporter.writer import GraphWriter, ahead, progress_bar
 from resprune.graphs import attach_selection, choose_form, token_select_model
 from resprune.runtime.bundle import describe_files, write_manifest
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.manifest import (
     ATTENTION,
-    FileSpec,
-    GraphSpec,
     Manifest,
     Selection,
     share_of,
@@ -116,15 +112,13 @@ class _Export:
     options: Options
     report: Report
     work: Path
-    graphs: dict[str, GraphSpec] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     counts: dict[str, Counted] = field(default_factory=dict)
     layers: list[int] = field(default_factory=list)
-    hashed: dict[Path, FileSpec] = field(default_factory=dict)
     stage: int = 0
+    since: float = field(default_factory=perf_counter)
 
     def run(self) -> None:
-        started = perf_counter()
         checkpoint = resolve(self.model, revision=self.options.revision)
         family = family_of(checkpoint)
         checkpoint = self._limit_pixels(checkpoint, family)
@@ -145,105 +139,105 @@ class _Export:
         require_space(self.work.parent, needed + extra)
         parameters = sum(tensor.numel() for tensor in pieces.model.parameters())
         size = sum(tensor.nbytes for tensor in checkpoint.weights.values())
-        self._line("checkpoint", started, size, f"{family.title}, {parameters / 1e6:,.1f} M parameters")
+        self._line("checkpoint", size, f"{family.title}, {parameters / 1e6:,.1f} M parameters")
 
-        (self.work / "onnx").mkdir()
         parts = (pieces.embed, pieces.vision, pieces.decoder)
+        writer = GraphWriter(self.work, self.options.dtype, stored)
         with (
+            ahead() as in_turn,
             traced_ahead(parts, pieces.model, mode) as graphs,
             OrtWorker(widened=self.options.dtype == "bf16") as worker,
+            writer,
         ):
             room = verify.available_memory() // 2
             Thread(target=read_soon, args=(stored.values(), room), daemon=True).start()
+            written = in_turn(self._writing(pieces, part, graphs, selection, writer) for part in parts)
             verifier = Verifier(pieces, stored, self.options.dtype, self.options.verify)
-            for piece in parts:
-                started = perf_counter()
-                traced = next(graphs)
-                if (form := precision.precision_of(piece.name, self.options.dtype)) in precision.QUANTIZED:
-                    traced = quantize(traced, form)
-                if piece is pieces.vision:
-                    self._vision(traced, pieces, stored, selection, verifier, worker, started)
-                else:
-                    self._graph(piece, traced, stored, verifier, worker, started)
+            self._embed(next(written), pieces, verifier, worker)
+            self._vision(next(written), pieces, selection, verifier, worker)
+            self._decoder(next(written), pieces, verifier, worker)
             verify.require(self.differences, self.counts, exact=verifier.exact)
-            self._weights(stored)
-            started = perf_counter()
+            self._weights(writer)
             note = "not compared: the decoder was, by layers"
             if verifier.has_decoder:
-                paths = {name: self.work / spec.file for name, spec in self.graphs.items()}
+                paths = {name: self.work / spec.file for name, spec in writer.graphs.items()}
                 equal = verifier.compare_greedy(worker, paths, selection, positions)
                 note = self._count({"greedy tokens": equal})
-            self._line("generation", started, None, note)
+            self._line("generation", None, note)
             verify.require(self.differences, self.counts, exact=verifier.exact)
 
-        started = perf_counter()
         copy_side_files(checkpoint, self.work)
         if language is not None:
             self._language(language)
-            started = perf_counter()
-        self._manifest(checkpoint, family, pieces, selection, positions, verifier.level)
+        self._manifest(checkpoint, family, pieces, selection, positions, verifier.level, writer)
         total = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
         of = selection.num_tokens or f"up to {selection.max_tokens}"
-        self._line(str(self.out), started, total, f"K {selection.k} of {of}")
+        self._line(str(self.out), total, f"K {selection.k} of {of}")
+
+    def _writing(
+        self,
+        pieces: Pieces,
+        piece: Piece,
+        graphs: Iterator[Traced],
+        selection: Selection,
+        writer: GraphWriter,
+    ) -> Callable[[], list[Path]]:
+        """The job of writing the next of `graphs`, which is of `piece`: returns the paths of what it becomes.
+
+        The vision graph becomes vision_select, and with --split the encoder and the selector apart as well.
+        """
+
+        def write() -> list[Path]:
+            traced = next(graphs)
+            if (form := precision.precision_of(piece.name, self.options.dtype)) in precision.QUANTIZED:
+                traced = quantize(traced, form)
+            if piece is not pieces.vision:
+                return [writer.write(piece.name, traced)]
+            how: Any = {name: getattr(selection, name) for name in ("alpha", "scale", "body", "form")}
+            how["counts"] = pieces.proportional
+            attached = attach_selection(traced.model, selection.k, **how, padding=pieces.padding)
+            paths = [writer.write("vision_select", Traced(attached, traced.weights))]
+            if self.options.split:
+                paths.append(writer.write("vision_encoder", traced))
+                paths.append(writer.write("token_select", Traced(token_select_model(selection.k, **how), {})))
+            return paths
+
+        return write
+
+    def _embed(self, paths: list[Path], pieces: Pieces, verifier: Verifier, worker: OrtWorker) -> None:
+        (path,) = paths
+        self._compared(path, verifier.compare(worker, pieces.embed, path), "")
 
     def _vision(
         self,
-        traced: Traced,
+        paths: list[Path],
         pieces: Pieces,
-        stored: Mapping[str, StoredTensor],
         selection: Selection,
         verifier: Verifier,
         worker: OrtWorker,
-        started: float,
     ) -> None:
-        """vision_select, the default; and with --split the encoder and the selector apart."""
-        how: Any = {name: getattr(selection, name) for name in ("alpha", "scale", "body", "form")}
-        how["counts"] = pieces.proportional
-        attached = attach_selection(traced.model, selection.k, **how, padding=pieces.padding)
-        fused = Traced(attached, traced.weights)
-        path = self._write("vision_select", fused, stored)
-        differences, counted = verifier.compare_selection(worker, path, selection)
-        self._compared(path, started, differences, self._count(counted))
-        if not self.options.split:
-            return
-        started = perf_counter()
-        encoder = self._write("vision_encoder", traced, stored)
-        self._compared(encoder, started, verifier.compare(worker, pieces.vision, encoder), "")
-        started = perf_counter()
-        selector = self._write("token_select", Traced(token_select_model(selection.k, **how), {}), {})
-        graphs = {"vision_select": path, "vision_encoder": encoder, "token_select": selector}
-        counted = verifier.compare_split(worker, graphs, selection)
-        self._compared(selector, started, [], self._count(counted))
+        fused, *split = paths
+        differences, counted = verifier.compare_selection(worker, fused, selection)
+        self._compared(fused, differences, self._count(counted))
+        if split:
+            encoder, selector = split
+            self._compared(encoder, verifier.compare(worker, pieces.vision, encoder), "")
+            graphs = dict(zip(("vision_select", "vision_encoder", "token_select"), paths, strict=True))
+            counted = verifier.compare_split(worker, graphs, selection)
+            self._compared(selector, [], self._count(counted))
 
-    def _graph(
-        self,
-        piece: Piece,
-        traced: Traced,
-        stored: Mapping[str, StoredTensor],
-        verifier: Verifier,
-        worker: OrtWorker,
-        started: float,
-    ) -> None:
-        path = self._write(piece.name, traced, stored)
-        if verifier.has_decoder or piece.name != "decoder_model_merged":
-            self._compared(path, started, verifier.compare(worker, piece, path), "")
+    def _decoder(self, paths: list[Path], pieces: Pieces, verifier: Verifier, worker: OrtWorker) -> None:
+        (path,) = paths
+        if verifier.has_decoder:
+            self._compared(path, verifier.compare(worker, pieces.decoder, path), "")
         else:
             differences, self.layers = verifier.compare_layers(worker, path)
             layers = " and ".join(map(str, self.layers))
-            self._compared(path, started, differences, f"layers {layers}, the others like them")
+            self._compared(path, differences, f"layers {layers}, the others like them")
 
-    def _weights(self, stored: Mapping[str, StoredTensor]) -> None:
+    def _weights(self, writer: GraphWriter) -> None:
         """Every weight of every graph against the checkpoint's."""
-        started = perf_counter()
-        paths = [self.work / spec.file for spec in self.graphs.values()]
-        size = sum(spec.size for path, spec in self.hashed.items() if path not in paths)
-        wrong: list[str] = []
-        total = 0
-        with self._progress("weights", size) as bar:
-            for path in reversed(paths):
-                names, count = compare_weights(path, stored, bar.update)
-                wrong += [f"{name} in {path.name}" for name in names]
-                total += count
+        wrong, total, size = writer.compare()
         if wrong:
             more = ", …" if len(wrong) > 3 else ""
             raise ParityError(
@@ -251,35 +245,18 @@ class _Export:
                 f"{', '.join(wrong[:3])}{more}"
             )
         self.counts["weights"] = (total, total)
-        self._line("weights", started, size, f"equal {total}/{total}")
-
-    def _progress(self, what: str, size: int) -> tqdm[Any]:
-        return tqdm(total=size, desc=what, unit="B", unit_scale=True, leave=False, disable=None)
+        self._line("weights", size, f"equal {total}/{total}")
 
     def _language(self, language: LanguageCheckpoint) -> None:
-        started = perf_counter()
-        with self._progress("language_model", language.nbytes) as bar:
+        with progress_bar("language_model", language.nbytes) as bar:
             language.write(self.work / "language_model", self.work, bar.update)
-        self._line("language_model", started, language.nbytes, CLASSES[language.config.model_type])
+        self._line("language_model", language.nbytes, CLASSES[language.config.model_type])
 
-    def _write(self, name: str, traced: Traced, stored: Mapping[str, StoredTensor]) -> Path:
-        kind = precision.precision_of(name, self.options.dtype)
-        path = self.work / "onnx" / f"{name}{precision.SUFFIXES[kind]}.onnx"
-        with self._progress(name, data_size(traced)) as bar:
-            self.hashed |= write_graph(traced, path, stored, bar.update)
-        self.graphs[name] = GraphSpec(
-            file=path.relative_to(self.work).as_posix(),
-            precision=kind,
-            inputs=tensor_specs(traced.model.graph.input),
-            outputs=tensor_specs(traced.model.graph.output),
-        )
-        return path
-
-    def _compared(self, path: Path, started: float, differences: list[Difference], note: str) -> None:
+    def _compared(self, path: Path, differences: list[Difference], note: str) -> None:
         self.differences += differences
         size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
         text = _lost(_worst(differences)) if differences else ""
-        self._line(path.name, started, size, "   ".join(part for part in (text, note) if part))
+        self._line(path.name, size, "   ".join(part for part in (text, note) if part))
         if self.options.dtype == "fp32":
             return
         caches = [row for row in differences if row.output.startswith("present.")]
@@ -293,11 +270,13 @@ class _Export:
         self.counts |= counted
         return "   ".join(f"{what} {equal}/{total}" for what, (equal, total) in counted.items())
 
-    def _line(self, what: str, started: float, size: int | None, note: str) -> None:
+    def _line(self, what: str, size: int | None, note: str) -> None:
+        """The line of a stage: what was done since the one before it."""
         self.stage += 1
+        before, self.since = self.since, perf_counter()
         stages = 7 + 2 * self.options.split + self.options.language_checkpoint
         megabytes = "" if size is None else f"{size / 1e6:,.1f} MB"
-        seconds = f"{perf_counter() - started:.1f} s"
+        seconds = f"{self.since - before:.1f} s"
         self.report(f"[{self.stage}/{stages}] {what:28} {seconds:>8} {megabytes:>12}   {note}")
 
     def _limit_pixels(self, checkpoint: Checkpoint, family: Family) -> Checkpoint:
@@ -343,6 +322,7 @@ class _Export:
         selection: Selection,
         positions: str,
         level: str,
+        writer: GraphWriter,
     ) -> None:
         parity: dict[str, Any] = {"level": level, "outputs": {}}
         for row in self.differences:
@@ -362,10 +342,10 @@ class _Export:
                 positions=positions,
                 image_token_id=pieces.image_token_id,
                 context_length=pieces.context_length,
-                graphs=self.graphs,
+                graphs=writer.graphs,
                 files={
                     name: spec
-                    for name, spec in describe_files(self.work, self.hashed).items()
+                    for name, spec in describe_files(self.work, writer.files).items()
                     if not name.startswith(".")
                 },
                 versions=_versions(),

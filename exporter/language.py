@@ -149,7 +149,7 @@ def embed_piece(table: nn.Module, config: Any) -> Piece:
         return (torch.randint(config.vocab_size, shape, generator=generator),)
 
     def reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (model.get_input_embeddings()(inputs[0]),)
+        return (model.get_input_embeddings()(inputs[0]).float(),)
 
     return Piece("embed_tokens", _Embed(table), (ids,), (embeds,), samples, reference)
 

@@ -61,6 +61,13 @@ class StoredTensor:
 
     def read(self) -> torch.Tensor:
         """The weight as a tensor over mapped, read-only memory, unmapped when the tensor is dropped."""
+        return self._mapped(whole=True)
+
+    def view(self) -> torch.Tensor:
+        """As `read`, but what is not used is not read: for a few rows of a large table."""
+        return self._mapped(whole=False)
+
+    def _mapped(self, *, whole: bool) -> torch.Tensor:
         if self.nbytes == 0:
             return torch.empty(self.shape, dtype=self.dtype)
         page = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
@@ -68,7 +75,7 @@ class StoredTensor:
         with self.file.open("rb") as file:
             # ACCESS_COPY because torch wants writable memory; nothing writes to it.
             mapped = mmap.mmap(file.fileno(), skipped + self.nbytes, access=mmap.ACCESS_COPY, offset=page)
-        if sys.platform == "linux":
+        if whole and sys.platform == "linux":
             mapped.madvise(mmap.MADV_SEQUENTIAL)
             with suppress(OSError):  # before Linux 5.14
                 mapped.madvise(MADV_POPULATE_READ)

@@ -34,7 +34,7 @@ from resprune.exporter.verify_layers import (
     reference_outputs,
     unlike_layers,
 )
-from resprune.exporter.weightless import blank, fill
+from resprune.exporter.weightless import blank, fill, lay_over
 from resprune.runtime.manifest import Selection
 
 SIZES = {"batch_size": 3, "sequence_length": 4, "past_sequence_length": 6}
@@ -106,7 +106,9 @@ class Verifier:
         if self._model is None:
             self._model, self._held = blank(type(self._pieces.model), self._config), set()
         if piece.name not in self._held:
-            fill(self._model, self._stored, self._names[piece.name])
+            # To look rows up, the table need be neither copied nor cast.
+            give = lay_over if piece is self._pieces.embed else fill
+            give(self._model, self._stored, self._names[piece.name])
             self._held.add(piece.name)
         return self._model
 
@@ -264,7 +266,7 @@ class Verifier:
     def _embeds(self, ids: Tensor) -> Tensor:
         with torch.no_grad():
             embeds: Tensor = self._holding(self._pieces.embed).get_input_embeddings()(ids)
-        return embeds
+        return embeds.float()
 
     def _question(self, batch_size: int, seed: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """Seeded pictures, nouns [B, M, D], and their mask [B, M] with padding in the last picture's row.

@@ -6,9 +6,9 @@ rounding takes it.
 
 from __future__ import annotations
 
-import os
+from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import onnx
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from resprune.exporter.shards import StoredTensor
-from resprune.exporter.weights import one_thread
 
 TRANSPOSED = ".T"
 SCALES = "_scales"
@@ -32,32 +31,53 @@ SLACK = 1e-3
 """Of a quantization step: what float32 may make of a number that lies between two steps."""
 
 
-def compare_weights(
-    graph: Path, stored: Mapping[str, StoredTensor], progress: Callable[[int], object] = lambda count: None
-) -> tuple[list[str], int]:
-    """Names of the weights in `graph` that are not the checkpoint's, and how many weights there are.
+class Comparison:
+    """The weights of a graph that is being written: each is compared as soon as it is in the file, in a thread.
 
-    `progress(count)` is called as `count` more bytes have been compared.
+    By then both files are in the system's memory, where they do not stay if they are larger than that.
     """
-    model = onnx.load(graph, load_external_data=False)
-    written = {
-        tensor.name: _place(tensor, graph.parent)
-        for tensor in model.graph.initializer
-        if tensor.external_data
-    }
 
-    def compare(name: str) -> bool:
-        place = written[name]
-        equal = place.offset + place.nbytes <= place.file.stat().st_size and _same(name, written, stored)
-        progress(place.nbytes)
-        return equal
+    def __init__(self, graph: Path, stored: Mapping[str, StoredTensor]) -> None:
+        """`graph` itself is written already; its data need not be."""
+        model = onnx.load(graph, load_external_data=False)
+        self._stored = stored
+        self._written = {
+            tensor.name: _place(tensor, graph.parent)
+            for tensor in model.graph.initializer
+            if tensor.external_data
+        }
+        self._waiting = deque(sorted(self._written, key=lambda name: self._written[name].offset))
+        # Comparing releases the interpreter's lock. PyTorch has no threads of its own here.
+        self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+        self._equal: dict[str, Future[bool]] = {}
 
-    # The last written first, for the system may still have them in memory. Comparing releases the interpreter's lock;
-    # each thread holds one weight mapped.
-    names = list(reversed(written))
-    with one_thread(), ThreadPoolExecutor(os.cpu_count()) as threads:
-        equal = list(threads.map(compare, names))
-    return [name for name, same in zip(names, equal, strict=True) if not same], len(names)
+    def advance(self, size: int) -> None:
+        """The first `size` bytes of the data are in the file."""
+        while self._waiting and self._end(self._waiting[0]) <= size:
+            name = self._waiting.popleft()
+            self._equal[name] = self._thread.submit(_same, name, self._written, self._stored)
+
+    def finish(self, progress: Callable[[int], object] = lambda count: None) -> tuple[list[str], int]:
+        """Names of the weights that are not the checkpoint's, or not in the file, and how many weights there are.
+
+        `progress(count)` is called as `count` more bytes have been compared.
+        """
+        wrong = [*self._waiting]
+        for name, equal in self._equal.items():
+            wrong += [] if equal.result() else [name]
+            progress(self._written[name].nbytes)
+        return wrong, len(self._written)
+
+    def __enter__(self) -> Comparison:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _end(self, name: str) -> int:
+        """Where in the file the weight ends, with the scales that it is compared with."""
+        parts = [self._written[part] for part in (name, name + SCALES) if part in self._written]
+        return max(place.offset + place.nbytes for place in parts)
 
 
 def _place(tensor: onnx.TensorProto, folder: Path) -> StoredTensor:

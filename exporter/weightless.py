@@ -64,6 +64,14 @@ def fill(model: nn.Module, stored: Mapping[str, StoredTensor], names: Collection
         model.get_submodule(owner)._parameters[attribute] = filled[id(parameter)]
 
 
+def lay_over(model: nn.Module, stored: Mapping[str, StoredTensor], names: Collection[str]) -> None:
+    """Give the named parameters of a blank model their weights as stored: over the mapped files, not copied."""
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        weight = nn.Parameter(stored[name].view(), requires_grad=False)
+        model.get_submodule(owner)._parameters[attribute] = weight
+
+
 def fake_parameter(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
     """A parameter without data; call it under a fake mode."""
     return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)

@@ -120,40 +120,53 @@ def _weight_bytes(pieces: Pieces, piece: Piece, dtype: str) -> int:
 
 def data_size(traced: Traced) -> int:
     """Bytes of a graph's data file, alignment included."""
-    return sum(end - begin for begin, end in _layout(traced.model))
+    return max((end for *_, end in _layout(traced.model)), default=0)
 
 
-def write_graph(
-    traced: Traced, path: Path, stored: Mapping[str, StoredTensor], progress: Progress = lambda count: None
-) -> dict[Path, FileSpec]:
-    """Write `path` and its weights to `path` + "_data"; returns the size and SHA-256 of what was written.
-
-    `progress(count)` is called as `count` more bytes of weights are written. Raises `OSError` if the disk is full.
-    """
+def write_graph(traced: Traced, path: Path) -> dict[Path, FileSpec]:
+    """Write `path`, whose weights are to be in `path` + "_data"; returns the size and SHA-256 of what was written."""
     model = onnx.ModelProto()
     model.CopyFrom(traced.model)
-    written = {}
-    if traced.weights:
-        data = path.with_name(f"{path.name}_data")
-        tensors = _external(model)
-        weights = [traced.weights[tensor.name] for tensor in tensors]
-        columns = [4 * stored[weight.parameter].shape[0] for weight in weights if weight.transposed]
-        size = max([CHUNK_BYTES, *columns])  # at least one column of each
-        buffers = cycle([torch.empty(size, dtype=torch.uint8) for _ in range(PENDING + 1)])
-        with one_thread(), _HashedFile(data) as file:
-            sources = _read_ahead([stored[weight.parameter] for weight in weights])
-            for tensor, weight, source in zip(tensors, weights, sources, strict=True):
-                begin = _aligned(file.size, _byte_count(tensor))
-                file.write(bytes(begin - file.size))
-                for chunk in _chunks(weight, source, buffers):
-                    file.write(chunk.view(torch.uint8).numpy().data)
-                    progress(chunk.nbytes)
-                _refer(tensor, data.name, begin, file.size - begin)
-        written[data] = file.spec
+    for tensor, _, begin, end in _layout(model):
+        del tensor.external_data[:]
+        where = {"location": _data_path(path).name, "offset": begin, "length": end - begin}
+        for key, value in where.items():
+            tensor.external_data.add(key=key, value=str(value))
     with _HashedFile(path) as file:
         file.write(model.SerializeToString())
-    written[path] = file.spec
-    return written
+    return {path: file.spec}
+
+
+def write_weights(
+    traced: Traced,
+    path: Path,
+    stored: Mapping[str, StoredTensor],
+    progress: Callable[[int, int], object] = lambda count, complete: None,
+) -> dict[Path, FileSpec]:
+    """Write the weights of the graph `path`, if it has any; returns the size and SHA-256 of what was written.
+
+    `progress(count, complete)` is called as `count` more bytes are on their way, and the first `complete` of all are in
+    the file. Raises `OSError` if the disk is full.
+    """
+    if not traced.weights:
+        return {}
+    columns = [
+        4 * stored[weight.parameter].shape[0] for weight in traced.weights.values() if weight.transposed
+    ]
+    size = max([CHUNK_BYTES, *columns])  # at least one column of each
+    buffers = cycle([torch.empty(size, dtype=torch.uint8) for _ in range(PENDING + 1)])
+    places = [*_layout(traced.model)]
+    weights = [traced.weights[tensor.name] for tensor, *_ in places]
+    with one_thread(), _HashedFile(_data_path(path)) as file:
+        sources = _read_ahead([stored[weight.parameter] for weight in weights])
+        for (tensor, padding, _, end), weight, source in zip(places, weights, sources, strict=True):
+            file.write(bytes(padding))
+            for chunk in _chunks(weight, source, buffers):
+                file.write(chunk.view(torch.uint8).numpy().data)
+                progress(chunk.nbytes, file.complete)
+            assert file.size == end, f"{tensor.name} ends at {file.size} where the graph has {end}"
+    progress(0, file.complete)
+    return {_data_path(path): file.spec}
 
 
 def _read_ahead(places: Sequence[StoredTensor]) -> Iterator[Tensor]:
@@ -183,22 +196,32 @@ class _HashedFile:
 
     def __init__(self, path: Path) -> None:
         self.size = 0
-        self._file = path.open("wb")
+        """Bytes that it was given."""
+        self.complete = 0
+        """Of these the ones that are in the file."""
+        self._file = path.open("wb", buffering=0)
         self._digest = hashlib.sha256()
         self._threads = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._pending: deque[list[Future[Any]]] = deque()
+        self._pending: deque[tuple[int, list[Future[Any]]]] = deque()
 
     def write(self, content: bytes | memoryview) -> None:
         """Take over `content`, which must not change any more; an `OSError` may be that of an earlier write."""
         self.size += len(content)
-        tasks = zip(self._threads, (self._file.write, self._digest.update), strict=True)
-        self._pending.append([thread.submit(task, content) for thread, task in tasks])
+        tasks = zip(self._threads, (self._write, self._digest.update), strict=True)
+        self._pending.append((self.size, [thread.submit(task, content) for thread, task in tasks]))
         while len(self._pending) > PENDING:
             self._finish()
 
+    def _write(self, content: bytes | memoryview) -> None:
+        rest = memoryview(content)
+        while rest:  # a large write may be done in part
+            rest = rest[self._file.write(rest) :]
+
     def _finish(self) -> None:
-        for future in self._pending.popleft():
+        size, futures = self._pending.popleft()
+        for future in futures:
             future.result()
+        self.complete = size
 
     def __enter__(self) -> _HashedFile:
         return self
@@ -240,13 +263,18 @@ def _chunks(weight: Weight, tensor: Tensor, buffers: Iterator[Tensor]) -> Iterat
         yield part.reshape(-1)
 
 
-def _layout(model: onnx.ModelProto) -> Iterator[tuple[int, int]]:
+def _layout(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, int, int, int]]:
+    """Each weight with the bytes of padding before it, and where it begins and ends in the file."""
     position = 0
     for tensor in _external(model):
         count = _byte_count(tensor)
-        end = _aligned(position, count) + count
-        yield position, end
-        position = end
+        begin = _aligned(position, count)
+        yield tensor, begin - position, begin, begin + count
+        position = begin + count
+
+
+def _data_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}_data")
 
 
 def _byte_count(tensor: onnx.TensorProto) -> int:
@@ -256,10 +284,3 @@ def _byte_count(tensor: onnx.TensorProto) -> int:
 def _aligned(position: int, count: int) -> int:
     alignment = PAGE if count >= LARGE_BYTES else SMALL
     return -(-position // alignment) * alignment
-
-
-def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
-    assert length == _byte_count(tensor), f"{tensor.name}: {length} bytes of {_byte_count(tensor)}"
-    del tensor.external_data[:]
-    for key, value in (("location", location), ("offset", offset), ("length", length)):
-        tensor.external_data.add(key=key, value=str(value))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from resprune.exporter import export as export_module
+from resprune.exporter import writer as writer_module
 from resprune.runtime.cli import main
 
 
@@ -53,15 +53,15 @@ def test_where_python_has_no_posix_locks_it_says_so(words, capsys, monkeypatch):
 
 def test_a_parity_miss_is_status_1_with_a_table_and_no_bundle(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     """A weight that is written wrong: the projector's two biases change places."""
-    write_graph = export_module.write_graph
+    write_weights = writer_module.write_weights
     first, second = (f"model.multi_modal_projector.linear_{layer}.bias" for layer in (1, 2))
 
     def wrong(traced: Any, path: Path, stored: dict[str, Any], progress: Any) -> Any:
-        return write_graph(
+        return write_weights(
             traced, path, stored | {first: stored[second], second: stored[first]} if stored else {}, progress
         )
 
-    monkeypatch.setattr(export_module, "write_graph", wrong)
+    monkeypatch.setattr(writer_module, "write_weights", wrong)
     status, told = run(capsys, tiny_checkpoint("clip-llama"), tmp_path / "out", "-k", 16, "--alpha", 0)
     assert status == 1
     assert re.search(r"vision_select +image_features +\S+ +\S+ +<-|picks +\d+ of 48 equal", told)

@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from resprune.exporter.quantize import int4_blocks, int8_scales, quantize, quantized_chunks
 from resprune.exporter.trace import Traced, Weight
-from resprune.exporter.weights import write_graph
+from resprune.exporter.weights import write_graph, write_weights
 from resprune.runtime.bundle import Bundle, read_bundle
 from resprune.runtime.pipeline import Pipeline
 from tests.exporter.portable import PORTABLE, domains
@@ -75,7 +75,9 @@ def written(folder: Path, form: str, weights: torch.Tensor, bias: torch.Tensor) 
 
     stored: Any = {"w": InMemory(weights), "bias": InMemory(bias)}
     path = folder / "products.onnx"
-    write_graph(quantize(traced(), form), path, stored)
+    quantized = quantize(traced(), form)
+    write_graph(quantized, path)
+    write_weights(quantized, path, stored)
     return path
 
 

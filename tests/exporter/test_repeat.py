@@ -17,7 +17,7 @@ from resprune.exporter.families import family_of
 from resprune.exporter.trace import trace
 from resprune.exporter.verify import SIZES
 from resprune.exporter.weightless import fake_mode
-from resprune.exporter.weights import find_weights, write_graph
+from resprune.exporter.weights import find_weights, write_graph, write_weights
 from tests import tiny, tiny_qwen
 
 ALTERNATING = {
@@ -58,7 +58,8 @@ def test_the_graph_is_that_of_tracing_everything(model, part, layers, kinds, tmp
     for name, once in (("whole", False), ("once", True)):
         traced = trace(piece, pieces.model, mode, repeat=once)
         assert len(copied) == (layers - kinds if once else 0)
-        write_graph(traced, tmp_path / f"{name}.onnx", stored)
+        write_graph(traced, tmp_path / f"{name}.onnx")
+        write_weights(traced, tmp_path / f"{name}.onnx", stored)
         graphs.append(traced)
         session = onnxruntime.InferenceSession(tmp_path / f"{name}.onnx", providers=["CPUExecutionProvider"])
         outputs.append(session.run(None, feeds))

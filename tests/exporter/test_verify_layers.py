@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import pytest
 
-from resprune.exporter import export as export_module
+from resprune.exporter import writer as writer_module
 from resprune.exporter.export import Options, export
 from resprune.exporter.verify_layers import chosen_layers, unlike_layers
 from resprune.runtime.bundle import read_bundle
@@ -149,15 +149,17 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("mistake", "told"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_is_status_1_and_no_bundle(mistake, told, checkpoint, tmp_path, monkeypatch, capsys):
-    write_graph = export_module.write_graph
+    write_weights = writer_module.write_weights
 
-    def wrong(traced: Any, path: Path, *rest: Any) -> Any:
-        written = write_graph(traced, path, *rest)
+    def wrong(traced: Any, path: Path, stored: Any, progress: Any) -> Any:
+        written = write_weights(traced, path, stored)
         if path.name == "decoder_model_merged.onnx":
             mistake(path, WEIGHT.format(2))
+        for spec in written.values():
+            progress(spec.size, spec.size)
         return written
 
-    monkeypatch.setattr(export_module, "write_graph", wrong)
+    monkeypatch.setattr(writer_module, "write_weights", wrong)
     arguments = ["export", str(checkpoint), str(tmp_path / "out"), "-k", "5", "--verify", "layers"]
     assert main(arguments) == 1
     assert re.search(told, capsys.readouterr().err)

@@ -19,7 +19,7 @@ from resprune.exporter.pieces import Piece
 from resprune.exporter.precision import DTYPES
 from resprune.exporter.shards import StoredTensor
 from resprune.exporter.trace import Traced, trace
-from resprune.exporter.verify_weights import compare_weights
+from resprune.exporter.verify_weights import Comparison
 from resprune.exporter.weightless import fake_mode, fake_parameter
 from resprune.exporter.weights import (
     OVERHEAD_BYTES,
@@ -29,6 +29,7 @@ from resprune.exporter.weights import (
     data_size,
     find_weights,
     write_graph,
+    write_weights,
 )
 from resprune.runtime.bundle import describe_files, read_bundle
 from resprune.runtime.errors import ResPruneError
@@ -101,9 +102,17 @@ def test_weights_are_cast_transposed_aligned_and_complete(traced, stored, tmp_pa
     folder.mkdir()
     path = folder / "graph.onnx"
     written = []
-    hashed = write_graph(traced, path, stored, written.append)
+    hashed = write_graph(traced, path)
+    with Comparison(path, stored) as comparison:
+
+        def progress(count: int, complete: int) -> None:
+            assert complete <= (folder / "graph.onnx_data").stat().st_size
+            written.append(count)
+            comparison.advance(complete)
+
+        hashed |= write_weights(traced, path, stored, progress)
+        assert comparison.finish() == ([], 3)
     assert {file.name: spec for file, spec in hashed.items()} == describe_files(folder)
-    assert compare_weights(path, stored) == ([], 3)
     onnx.checker.check_model(str(path), full_check=True)
     assert sum(written) == sum(4 * stored[use.parameter].nbytes // 2 for use in traced.weights.values())
     assert (folder / "graph.onnx_data").stat().st_size == data_size(traced)
