@@ -17,8 +17,8 @@ import onnxruntime
 import pytest
 
 from resprune.exporter import export as export_module
-from resprune.exporter import writer as writer_module
 from resprune.exporter import language
+from resprune.exporter import writer as writer_module
 from resprune.exporter.export import Options, export
 from resprune.exporter.language import _Decoder as Decoder
 from resprune.exporter.verify import Difference, ParityError
