@@ -98,12 +98,16 @@ def check(gpu: Gpu, wanted: dict[str, Callable[[], Any]]) -> dict[str, Any]:
 
 
 def kernels() -> Any:
-    """The kernels' own check, which times them as well."""
+    """The kernel's own check, which times it as well: its picks must be the reference's, or as good."""
     from benchmarks import gpu_kernels  # PyTorch
 
     figures = gpu_kernels.run()
     if "skipped" in figures:
         raise Skipped(figures["skipped"])
+    wrong = [name for name, right in figures["vectors"].items() if not right]
+    wrong += [name for name, case in figures["random"].items() if not case["within rounding"]]
+    if wrong:
+        raise AssertionError(f"the kernel's picks are wrong: {', '.join(wrong)}")
     return figures
 
 

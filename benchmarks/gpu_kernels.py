@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ CALLS = 20
 """In a row for each timing, so that the GPU and not Python is what is timed."""
 
 
-def run(_: Path | None = None) -> dict[str, Any]:
+def run() -> dict[str, Any]:
     """Check, then time; {"skipped": why} where there is no CUDA GPU or no Triton."""
     if not torch.cuda.is_available():
         return {"skipped": "PyTorch sees no CUDA GPU"}
@@ -159,25 +158,3 @@ def onnx_call(visual: Tensor, k: int, body: str) -> Callable[[], None]:
     for output in session.get_outputs():
         binding.bind_output(output.name, "cuda")
     return lambda: session.run_with_iobinding(binding)
-
-
-def table(result: dict[str, Any]) -> str:
-    """The figures as Markdown."""
-    if "skipped" in result:
-        return f"Skipped: {result['skipped']}."
-    cases, random = result["vectors"], result["random"]
-    lines = [
-        f"{result['device']}. Cases picked to the index: {sum(cases.values())} of {len(cases)}; random inputs picked "
-        f"as well as float32 can tell: {sum(case['within rounding'] for case in random.values())} of {len(random)}.",
-        "",
-        "| | milliseconds | bar |",
-        "|---|---|---|",
-    ]
-    for size, measured in result["milliseconds"].items():
-        for name, timing in measured["timings"].items():
-            met = measured["met"].get(name)
-            bar = "" if met is None else f"{measured['bar']}: {'met' if met else 'missed'}"
-            lines.append(f"| {size}, {name} | {timing} | {bar} |")
-        if measured["onnxruntime"]:
-            lines.append(f"| {size}, ONNX Runtime | {measured['onnxruntime']} | |")
-    return "\n".join(lines)

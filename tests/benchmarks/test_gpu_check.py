@@ -80,6 +80,22 @@ def test_what_cannot_be_tried_is_skipped(monkeypatch: pytest.MonkeyPatch, tmp_pa
     }
 
 
+def test_wrong_picks_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {
+        "vectors": {"plain": True, "duplicates": False},
+        "random": {
+            "1 × N 576 float16": {"equal": 0.9, "within rounding": True},
+            "3 × N 577 float32": {"equal": 0.9, "within rounding": False},
+        },
+    }
+    monkeypatch.setattr(gpu_kernels, "run", lambda: found)
+    part = gpu_check.check(GPU, {"kernels": gpu_check.kernels})["parts"]["kernels"]
+    assert part["status"] == "failed"
+    assert part["reason"] == "the kernel's picks are wrong: duplicates, 3 × N 577 float32"
+    found["vectors"]["duplicates"] = found["random"]["3 × N 577 float32"]["within rounding"] = True
+    assert gpu_check.check(GPU, {"kernels": gpu_check.kernels})["parts"]["kernels"]["status"] == "passed"
+
+
 def test_the_engines_part_compares_answers(
     demo_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
