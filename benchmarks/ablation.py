@@ -24,7 +24,7 @@ PUBLISHED = Path(__file__).parent / "ABLATION.md"
 MARK = "<!-- What follows is written by `python -m benchmarks ablation`. -->"
 BUDGETS = (36, 16, 8)  # N / 4, N / 9, N / 18
 ALPHAS = (0.0, 0.5, 1.0, 2.0, 4.0)
-LIMITS = {"scenes": 200, "crowd": 200, "easyvqa": 40}
+LIMITS = {"scenes": 200, "crowd": 200, "easyvqa": 200}
 BATCH = 32
 
 
@@ -52,18 +52,15 @@ class Variant:
 
 DEFAULT = Variant()
 UNGUIDED = replace(DEFAULT, alpha=0.0)
+UNGUIDED_TITLE = "against no guidance"
+NOUNS_TITLE = "against nouns"
 
 
-def variants(positions: str) -> Iterator[Variant]:
-    """Every combination that differs from the others.
-
-    The picks do not depend on the positions, so `contiguous` is tried with scale and α alone.
-    """
-    whole = positions == "original"
-    for visual in ("raw", "normalised") if whole else ("raw",):
+def variants() -> Iterator[Variant]:
+    """Every combination that differs from the others."""
+    for visual in ("raw", "normalised"):
         yield Variant(0.0, visual=visual)
-        texts = ("nouns", "all words") if whole else ("nouns",)
-        for text, scale, alpha in itertools.product(texts, SCALES, ALPHAS[1:]):
+        for text, scale, alpha in itertools.product(("nouns", "all words"), SCALES, ALPHAS[1:]):
             yield Variant(alpha, scale, text, visual)
 
 
@@ -78,7 +75,7 @@ def run(work: Path) -> dict[str, Any]:
         answers = Answers(work / f"ablation-{positions}", plan.settings(model))
         for name, of in data.items():
             _ask(model, of, of.spread(LIMITS[name]), answers)
-        rows[positions] = _rows(data, answers, positions)
+        rows[positions] = _rows(data, answers)
         answers.close()
         model.close()
     result = {"questions": LIMITS, "rows": rows}
@@ -90,7 +87,7 @@ def run(work: Path) -> dict[str, Any]:
 
 def _ask(model: Model, data: DataSet, questions: Sequence[Question], answers: Answers) -> None:
     whole = Run(data.name, "", "all", 0)
-    tried = list(variants(model.manifest.positions))
+    tried = list(variants())
     runs = {(variant, k): Run(data.name, str(variant), str(k), 0) for variant in tried for k in BUDGETS}
     for start in tqdm(range(0, len(questions), BATCH), desc=f"{data.name}, {model.manifest.positions}"):
         batch = questions[start : start + BATCH]
@@ -110,22 +107,30 @@ def _ask(model: Model, data: DataSet, questions: Sequence[Question], answers: An
             answers.add(of, dict(zip(numbers, texts, strict=True)))
 
 
-def _rows(data: dict[str, DataSet], answers: Answers, positions: str) -> list[dict[str, Any]]:
-    """For each variant and budget the share of right answers and its interval, and α 1 compared with α 0."""
+def _rows(data: dict[str, DataSet], answers: Answers) -> list[dict[str, Any]]:
+    """For each variant and budget the share of right answers and its interval, and what it is compared with."""
     rows: list[dict[str, Any]] = []
-    for variant, k in [(None, "all"), *((v, str(k)) for v in variants(positions) for k in BUDGETS)]:
+    for variant, k in [(None, "all"), *((v, str(k)) for v in variants() for k in BUDGETS)]:
         row: dict[str, Any] = {"variant": str(variant) if variant else "all tokens", "k": k}
         for name, of in data.items():
             texts, right = _right(of, answers, str(variant) if variant else "", k)
             row[name] = {"exact match": right.mean(), "interval": wilson(right.sum(), len(right))}
             types = np.array([question.type for question in of.spread(LIMITS[name])])
             row[name]["types"] = {kind: right[types == kind].mean() for kind in np.unique(types)}
-            if variant is not None:
-                before, was_right = _right(of, answers, str(UNGUIDED), k)
+            for title, other in _rivals(variant):
+                before, was_right = _right(of, answers, str(other), k)
                 found = paired(texts == before, was_right, right)
-                row[name]["against no guidance"] = {"lost": found.lost, "gained": found.gained, "p": found.p}
+                row[name][title] = {"lost": found.lost, "gained": found.gained, "p": found.p}
         rows.append(row)
     return rows
+
+
+def _rivals(variant: Variant | None) -> Iterator[tuple[str, Variant]]:
+    """What a variant is compared with: no guidance, and all words with the nouns."""
+    if variant is not None and variant != UNGUIDED:
+        yield UNGUIDED_TITLE, UNGUIDED
+    if variant is not None and variant.text == "all words":
+        yield NOUNS_TITLE, replace(variant, text="nouns")
 
 
 def _right(of: DataSet, answers: Answers, variant: str, k: str) -> tuple[Any, Any]:
@@ -155,11 +160,27 @@ def table(result: dict[str, Any]) -> str:
             lines.append(text)
         shares = ", ".join(f"{name} {100 * whole[name]['exact match']:.1f}" for name in result["questions"])
         sections.append(f"**`{positions}` positions**; all tokens: {shares}.\n\n" + "\n".join(lines))
+        sections += [
+            f"Beyond chance (p < 0.05), {title}: {_beyond(rest, title)}."
+            for title in (UNGUIDED_TITLE, NOUNS_TITLE)
+        ]
     return "\n\n".join(sections)
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
     share = f"{100 * row[name]['exact match']:.1f}"
-    found = row[name]["against no guidance"]
-    changed = found["lost"] or found["gained"]
+    found = row[name].get(UNGUIDED_TITLE)
+    changed = found and (found["lost"] or found["gained"])
     return f"{share} (−{found['lost']} +{found['gained']})" if changed else share
+
+
+def _beyond(rows: Sequence[dict[str, Any]], title: str) -> str:
+    """How many guided variants gained and lost beyond chance in the comparison `title`, by data set."""
+    said = []
+    for name in LIMITS:
+        found = [
+            row[name][title] for row in rows if title in row[name] and not row["variant"].endswith("| 0")
+        ]
+        beyond = [one["gained"] > one["lost"] for one in found if one["p"] < 0.05]
+        said.append(f"{name} {sum(beyond)} gained and {len(beyond) - sum(beyond)} lost of {len(found)}")
+    return "; ".join(said)
