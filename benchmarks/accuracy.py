@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.demo import RESPRUNE
+from benchmarks.measure import exported
 from resprune.evaluation.answers import Answers
 from resprune.evaluation.budget import Budget
 from resprune.evaluation.data import load_data
@@ -32,10 +31,7 @@ DATA = ("scenes", "crowd", "easyvqa")
 
 def export_demo(work: Path, attention: str = "plain") -> Path:
     """The demo model's bundle whose own selection takes every K."""
-    bundle = work / f"demo-eval-{attention}"
-    words = ["export", "demo", str(bundle), "-k", "144", "--attention", attention, "--split", "--force"]
-    subprocess.run([*RESPRUNE, *words], check=True)
-    return bundle
+    return exported("demo", work / f"demo-eval-{attention}", "-k", "144", "--attention", attention, "--split")
 
 
 def run(work: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from benchmarks.measure import THREADS, Timing, run, take_turns
+from benchmarks.measure import RESPRUNE, THREADS, Timing, run, take_turns
 from benchmarks.stages import Stages
 from resprune.runtime.bundle import read_bundle
 from resprune.runtime.image import load_image
@@ -19,7 +18,6 @@ from resprune.runtime.image import load_image
 DEMO = Path(__file__).parent.parent / "demo"
 BUDGETS = (16, 48)
 STEPS = 64
-RESPRUNE = [str(Path(sys.executable).with_name("resprune"))]
 
 
 class HuggingFace:

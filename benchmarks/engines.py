@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoints import write_llava15_slice, write_qwen25vl_vision
+from benchmarks.measure import RESPRUNE, exported
 from benchmarks.measure import run as run_command
-from resprune.runtime.bundle import read_bundle, write_manifest
+from resprune.runtime.bundle import read_bundle
 
-RESPRUNE = [str(Path(sys.executable).with_name("resprune"))]
 TARGET = "sm_86"
 # Name of the bundle → what writes its checkpoint, how it is exported, and what its graphs are called in the table.
 CASES: dict[str, tuple[Any, list[str], dict[str, str]]] = {
@@ -42,9 +39,7 @@ def run(work: Path) -> dict[str, Any]:
         checkpoint, bundle = work / name, work / f"{name}-fp16"
         if not checkpoint.exists():
             write(checkpoint)
-        if not bundle.exists():
-            run_command([*RESPRUNE, "export", str(checkpoint), str(bundle), "--dtype", "fp16", *options])
-        _without_engines(bundle)
+        exported(checkpoint, bundle, "--dtype", "fp16", *options)
         printed, _, peaks[name] = run_command([*RESPRUNE, "build", str(bundle), "--target", TARGET])
         for line in printed.splitlines():
             file, seconds, _, megabytes, _ = line.replace(",", "").split()
@@ -63,14 +58,6 @@ def run(work: Path) -> dict[str, Any]:
         "engines": engines,
         "peak megabytes": peaks,
     }
-
-
-def _without_engines(bundle: Path) -> None:
-    """The bundle as it was exported, so that everything is built."""
-    manifest = read_bundle(bundle, check_hashes=False).manifest
-    files = {name: spec for name, spec in manifest.files.items() if not name.startswith("engines/")}
-    write_manifest(bundle, replace(manifest, files=files, engines={}))
-    shutil.rmtree(bundle / "engines", ignore_errors=True)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -16,29 +16,33 @@ import transformers
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, DynamicCache
 
-from benchmarks.measure import THREADS, Samples, peak_megabytes, reset_peak
+from benchmarks.measure import THREADS, sample_stages
 from benchmarks.stages import every_token
 from resprune.exporter.reference import keep, residual_select, text_gain
 from resprune.runtime.bundle import Bundle, read_bundle
 from resprune.runtime.families import family_of
 from resprune.runtime.image import load_image
-from resprune.runtime.picture import Picture
-from resprune.runtime.prompt import Prompter
+from resprune.runtime.prompt import Prompt, Prompter
 from resprune.runtime.splice import KeptTokens, cut_picks, splice
 
 
 class HuggingFace:
     """A checkpoint in transformers; `attention` is its name there, `dtype` torch's."""
 
-    def __init__(self, checkpoint: Path, bundle: Bundle, attention: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Path, bundle: Bundle, picture: Path, attention: str, dtype: torch.dtype
+    ) -> None:
         torch.set_num_threads(THREADS)
-        self.bundle = bundle
+        self.manifest = bundle.manifest
         self.prompter = Prompter(bundle)
+        self.places = family_of(bundle).preprocessor(bundle)(load_image(picture))
         self.processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
         self.model = AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype=dtype, attn_implementation=attention
         ).eval()
         self.dtype = dtype
+        self.cache = DynamicCache()
+        self.position = torch.empty(0)
 
     def pixels(self, picture: Path) -> dict[str, Tensor]:
         """What the model's encoder takes."""
@@ -48,19 +52,24 @@ class HuggingFace:
             for name, tensor in inputs.items()
         }
 
-    def encode(self, inputs: dict[str, Tensor]) -> Tensor:
+    def encode(self, pixels: dict[str, Tensor]) -> Tensor:
         """All tokens [N, D] of the picture."""
-        features: Tensor = self.model.model.get_image_features(**inputs).pooler_output[0]
+        features: Tensor = self.model.model.get_image_features(**pixels).pooler_output[0]
         return features
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Rows [S, D] of the input table."""
-        embeds: Tensor = self.model.get_input_embeddings()(ids)
-        return embeds
+    def prompt(self, question: str) -> tuple[Prompt, Tensor]:
+        """The runtime's prompt, and its rows [S, D] of the input table."""
+        prompt = self.prompter.prompt(question, 1)
+        return prompt, self.embed(torch.tensor(prompt.ids))
 
-    def select(self, picture: Picture, features: Tensor, text: Tensor, k: int) -> KeptTokens:
-        """The reference's choice of `k` of `features` [N, D] for `text` [M, D]."""
-        selection = self.bundle.manifest.selection
+    def select(
+        self, pixels: dict[str, Tensor], features: Tensor, prompt: tuple[Prompt, Tensor], k: int | None
+    ) -> KeptTokens:
+        """The reference's choice of `k` of `features` [N, D], or all of them."""
+        if k is None:
+            return every_token(self.places, features.float().numpy())
+        text = prompt[1][prompt[0].text_positions]
+        selection = self.manifest.selection
         gain = text_gain(features[None], text[None], alpha=selection.alpha, scale=selection.scale)
         order = residual_select(features[None], gain, k)
         rows, indices = keep(features[None], order)
@@ -69,76 +78,52 @@ class HuggingFace:
             indices[0].numpy(),
             order[0].numpy(),
             None,
-            picture.offsets,
-            picture.advance,
+            self.places.offsets,
+            self.places.advance,
         )
 
-    def forward(self, embeds: Tensor, positions: Tensor, cache: DynamicCache) -> int:
+    def prefill(self, prompt: tuple[Prompt, Tensor], kept: KeptTokens) -> tuple[int, int]:
+        """The length of the prompt, and the first token."""
+        ids, embeds = prompt[0].ids, prompt[1]
+        spliced = splice(
+            [embeds.float().numpy()],
+            [ids],
+            [[kept]],
+            image_token_id=self.manifest.image_token_id,
+            positions=self.manifest.positions,
+        )
+        self.cache = DynamicCache()
+        positions = torch.from_numpy(spliced.position_ids)
+        self.position = positions[..., -1:] + 1
+        first = self.forward(torch.from_numpy(spliced.inputs_embeds).to(self.model.dtype), positions)
+        return spliced.inputs_embeds.shape[1], first
+
+    def decode(self, token: int, steps: int) -> None:
+        """`steps` tokens after `token`."""
+        for step in range(steps):
+            token = self.forward(self.embed(torch.tensor([[token]])), self.position + step)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows of the input table."""
+        embeds: Tensor = self.model.get_input_embeddings()(ids)
+        return embeds
+
+    def forward(self, embeds: Tensor, positions: Tensor) -> int:
         """The token after `embeds` [1, S, D]; the head sees the last position only, as in `generate`."""
         hidden = self.model.model.language_model(
-            inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True
+            inputs_embeds=embeds, position_ids=positions, past_key_values=self.cache, use_cache=True
         ).last_hidden_state
         return int(self.model.lm_head(hidden[:, -1:])[0, -1].argmax())
-
-    def decode(self, token: int, position: Tensor, cache: DynamicCache, steps: int) -> None:
-        """`steps` tokens after `token`, which stands at `position`."""
-        for step in range(steps):
-            token = self.forward(self.embed(torch.tensor([[token]])), position + step, cache)
 
 
 @torch.inference_mode()
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """As `stages.measure`; `spec` has `checkpoint`, `attention`, `dtype` and `budgets` besides, and no selectors."""
+    """As `sample_stages`; `spec` has `checkpoint`, `bundle`, `attention`, `dtype` and `budgets` besides."""
     bundle = read_bundle(spec["bundle"], check_hashes=False)
-    model = HuggingFace(Path(spec["checkpoint"]), bundle, spec["attention"], getattr(torch, spec["dtype"]))
-    places = family_of(bundle).preprocessor(bundle)(load_image(Path(spec["picture"])))
-    samples = Samples()
-    tokens: dict[str, int] = {}
-    memory: dict[str, float] = {}
-    for turn in range(spec["repeats"] + 1):
-        warm_up = turn == 0
-        clock = Samples() if warm_up else samples
-        with clock.time("pixels"):
-            inputs = model.pixels(Path(spec["picture"]))
-        with clock.time("encode"):
-            features = model.encode(inputs)
-        with clock.time("prompt"):
-            prompt = model.prompter.prompt(spec["question"], 1)
-            ids = torch.tensor(prompt.ids)
-            embeds = model.embed(ids)
-        for k in [*sorted(spec["budgets"])[: 1 if warm_up else None], *([] if warm_up else [None])]:
-            name = "all" if k is None else str(k)
-            reset_peak()
-            with clock.time("select", name):
-                kept = (
-                    every_token(places, features.float().numpy())
-                    if k is None
-                    else model.select(places, features, embeds[prompt.text_positions], k)
-                )
-            with clock.time("prefill", name):
-                spliced = splice(
-                    [embeds.float().numpy()],
-                    [prompt.ids],
-                    [[kept]],
-                    image_token_id=bundle.manifest.image_token_id,
-                    positions=bundle.manifest.positions,
-                )
-                cache = DynamicCache()
-                positions = torch.from_numpy(spliced.position_ids)
-                first = model.forward(
-                    torch.from_numpy(spliced.inputs_embeds).to(model.dtype), positions, cache
-                )
-            with clock.time("decode", name):
-                model.decode(first, positions[..., -1:] + 1, cache, spec["steps"])
-            memory[name] = peak_megabytes()
-            tokens[name] = spliced.inputs_embeds.shape[1]
-    return {
-        "samples": samples.values,
-        "steps": spec["steps"],
-        "memory": memory,
-        "prompt tokens": tokens,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
+    picture, dtype = Path(spec["picture"]), getattr(torch, spec["dtype"])
+    model = HuggingFace(Path(spec["checkpoint"]), bundle, picture, spec["attention"], dtype)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {**sample_stages(model, spec, spec["budgets"]), "versions": versions}
 
 
 if __name__ == "__main__":

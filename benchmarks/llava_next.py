@@ -9,9 +9,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.checkpoints import write_llava_next_vision
-from benchmarks.measure import Timing, take_turns
+from benchmarks.measure import Timing, exported, take_turns
 from benchmarks.selection import cpu_session, selector
-from resprune.exporter.export import Options, export
 from resprune.graphs import choose_form
 from resprune.runtime.anyres import AnyResolution
 from resprune.runtime.bundle import read_bundle
@@ -25,8 +24,7 @@ def run(work: Path) -> dict[str, Any]:
     checkpoint, bundle = work / "llava-next-vision", work / f"llava-next-vision-k{BUDGETS[-1]}"
     if not checkpoint.exists():
         write_llava_next_vision(checkpoint)
-    if not bundle.exists():
-        export(str(checkpoint), bundle, Options(k=BUDGETS[-1], split=True))
+    exported(checkpoint, bundle, "-k", str(BUDGETS[-1]), "--split")
     opened = read_bundle(bundle, check_hashes=False)
     anyres = AnyResolution.from_bundle(opened)
     rng = np.random.default_rng(0)

@@ -8,20 +8,22 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 THREADS = os.cpu_count() or 1
+RESPRUNE = [str(Path(sys.executable).with_name("resprune"))]
 
 
 @dataclass(frozen=True)
@@ -78,27 +80,88 @@ class Samples:
                 self.values.setdefault(case, {}).setdefault(stage, []).extend(milliseconds)
 
 
-def processes_take_turns(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, dict[str, Any]]:
-    """Run each command `rounds` times, one after the other in turn; each prints JSON with `samples` as its last line.
+class Staged(Protocol):
+    """A model whose way from a picture to its answer goes stage by stage; what a stage hands on is its own affair."""
 
-    Returns what each printed last, its `samples` those of all rounds. One that fails is `{"fault": …}` and is not run
-    again.
+    def pixels(self, picture: Path) -> Any:
+        """What the encoder takes."""
+
+    def encode(self, pixels: Any) -> Any:
+        """All tokens of the picture."""
+
+    def prompt(self, question: str) -> Any:
+        """The prompt, tokenized and embedded."""
+
+    def select(self, pixels: Any, features: Any, prompt: Any, k: int | None) -> Any:
+        """The `k` tokens that are kept; None keeps all."""
+
+    def prefill(self, prompt: Any, kept: Any) -> tuple[int, int]:
+        """The length of the prompt with its visual tokens, and the first token of the answer."""
+
+    def decode(self, token: int, steps: int) -> None:
+        """`steps` tokens after `token`."""
+
+
+def sample_stages(model: Staged, spec: Mapping[str, Any], budgets: Iterable[int]) -> dict[str, Any]:
+    """Every stage at every K, the smallest first, so that the peak of memory at a K is that K's own; all tokens last.
+
+    `spec`: `picture`, `question`, `repeats`, and `steps` to decode; one turn more goes ahead, to warm up.
+    """
+    samples = Samples()
+    tokens: dict[str, int] = {}
+    memory: dict[str, float] = {}
+    smallest_first = sorted(budgets)
+    for turn in range(spec["repeats"] + 1):
+        warm_up = turn == 0
+        clock = Samples() if warm_up else samples
+        with clock.time("pixels"):
+            pixels = model.pixels(Path(spec["picture"]))
+        with clock.time("encode"):
+            features = model.encode(pixels)
+        with clock.time("prompt"):
+            prompt = model.prompt(spec["question"])
+        for k in smallest_first[:1] if warm_up else [*smallest_first, None]:
+            case = "all" if k is None else str(k)
+            reset_peak()
+            with clock.time("select", case):
+                kept = model.select(pixels, features, prompt, k)
+            with clock.time("prefill", case):
+                tokens[case], first = model.prefill(prompt, kept)
+            with clock.time("decode", case):
+                model.decode(first, spec["steps"])
+            memory[case] = peak_megabytes()
+    return {
+        "samples": samples.values,
+        "steps": spec["steps"],
+        "memory": memory,
+        "prompt tokens": tokens,
+    }
+
+
+def processes_take_turns(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Run each command `rounds` times, in turn; each prints JSON with `samples` as its last line.
+
+    The order within a round is drawn anew, so that no command always comes after the same one. Returns what each
+    printed last, its `samples` those of all rounds. One that fails is `{"fault": …}` and is not run again.
     """
     replies: dict[str, dict[str, Any]] = {}
     samples = {name: Samples() for name in commands}
+    order = list(commands)
+    shuffle = random.Random(0).shuffle
     for _ in range(rounds):
-        for name, command in commands.items():
+        shuffle(order)
+        for name in order:
             if "fault" in replies.get(name, {}):
                 continue
             try:
-                out, _, _ = run(command)
+                out, _, _ = run(commands[name])
             except RuntimeError as error:
                 replies[name] = {"fault": str(error).strip().splitlines()[-1]}
                 continue
             replies[name] = json.loads(out.strip().splitlines()[-1])
             samples[name].add(replies[name]["samples"])
             replies[name]["samples"] = samples[name].values
-    return replies
+    return {name: replies[name] for name in commands}
 
 
 def reset_peak() -> None:
@@ -153,9 +216,16 @@ def run(command: Sequence[str]) -> tuple[str, float, float]:
         [sys.executable, "-c", probe, *command], capture_output=True, text=True, check=False
     )
     seconds = perf_counter() - start
+    said, _, peak = done.stderr.rstrip().rpartition("\n")  # the probe's line is the last
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} exited with {done.returncode}: {done.stderr}")
-    return done.stdout, seconds, int(done.stderr.split()[-1]) / 1024
+        raise RuntimeError(f"{' '.join(command)} exited with {done.returncode}: {said}")
+    return done.stdout, seconds, int(peak) / 1024
+
+
+def exported(model: Path | str, bundle: Path, *options: str) -> Path:
+    """`model` exported to `bundle`, anew: one that is there may be another version's."""
+    run([*RESPRUNE, "export", str(model), str(bundle), *options, "--force"])
+    return bundle
 
 
 def plain(value: Any) -> Any:

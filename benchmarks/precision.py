@@ -13,22 +13,21 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from benchmarks.checkpoints import llava_config, write_checkpoint
-from benchmarks.measure import THREADS, Timing, take_turns
+from benchmarks.measure import THREADS, Timing, exported, take_turns
 from resprune.evaluation.data import Question, load_data
 from resprune.evaluation.statistics import wilson
-from resprune.exporter.export import Options, export
 from resprune.runtime import Pipeline
 from resprune.runtime.bundle import read_bundle
 from resprune.runtime.language_model import Embedding, OrtLanguageModel
 from resprune.runtime.session import OrtGraphs, SessionOptions
 
 KINDS = {
-    "fp32": Options(k=4),
-    "fp32, ort": Options(k=4, optimize="ort"),
-    "fp16": Options(k=4, dtype="fp16"),
-    "int8": Options(k=4, dtype="int8"),
-    "q4": Options(k=4, dtype="q4"),
-    "q4, ort": Options(k=4, dtype="q4", optimize="ort"),
+    "fp32": ("--dtype", "fp32"),
+    "fp32, ort": ("--dtype", "fp32", "--optimize", "ort"),
+    "fp16": ("--dtype", "fp16"),
+    "int8": ("--dtype", "int8"),
+    "q4": ("--dtype", "q4"),
+    "q4, ort": ("--dtype", "q4", "--optimize", "ort"),
 }
 LENGTHS = (64, 1024)
 STEPS = 8
@@ -81,11 +80,10 @@ def run(work: Path) -> dict[str, Any]:
             checkpoint, LlavaForConditionalGeneration, config, dtype=torch.float16, image_side=28
         )
     figures: dict[str, Any] = {"decoder": {}, "prefill": {}, "steps": {}, "demo": {}}
-    bundles = {}
-    for name, options in KINDS.items():
-        bundles[name] = work / f"llama-mid-{name.replace(', ', '-')}"
-        if not bundles[name].exists():
-            export(str(checkpoint), bundles[name], options)
+    bundles = {
+        name: exported(checkpoint, work / f"llama-mid-{name.replace(', ', '-')}", "-k", "4", *options)
+        for name, options in KINDS.items()
+    }
     settings = SessionOptions(threads=THREADS)
     decoders: dict[str, _Decoder] = {}
     for name, path in bundles.items():
@@ -116,9 +114,7 @@ def _demo(work: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for name, options in KINDS.items():
         path = work / f"demo-{name.replace(', ', '-')}"
-        changed = Options(k=DEMO_K, positions="original", dtype=options.dtype, optimize=options.optimize)
-        if not path.exists():
-            export("demo", path, changed)
+        exported("demo", path, "-k", str(DEMO_K), "--positions", "original", *options)
         with Pipeline.load(path) as vlm:
             figures[name] = {kind: _exact_match(vlm, questions) for kind, questions in asked.items()}
             parity = vlm.manifest.parity

@@ -13,10 +13,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.checkpoints import QWEN25VL_PERIOD, write_qwen25vl_vision
-from benchmarks.measure import Timing, take_turns
+from benchmarks.measure import Timing, exported, take_turns
 from benchmarks.measure import run as run_command
 from benchmarks.selection import cpu_session, selector
-from resprune.exporter.export import Options, export
 from resprune.graphs import choose_form
 from resprune.runtime.bundle import read_bundle
 from resprune.runtime.manifest import share_of
@@ -35,8 +34,7 @@ def run(work: Path) -> dict[str, Any]:
     checkpoint, bundle = work / "qwen25vl-vision", work / "qwen25vl-vision-11"
     if not checkpoint.exists():
         write_qwen25vl_vision(checkpoint)
-    if not bundle.exists():
-        export(str(checkpoint), bundle, Options(share=0.111, split=True))
+    exported(checkpoint, bundle, "-k", "11.1%", "--split")
     opened = read_bundle(bundle, check_hashes=False)
     memory = {}
     for count in MERGED:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from benchmarks.checkpoints import write_llava15_vision
-from benchmarks.measure import THREADS, Timing, take_turns
+from benchmarks.measure import THREADS, Timing, exported, take_turns
 from resprune.graphs import choose_form, token_select_model
 from resprune.runtime.bundle import read_bundle
 from resprune.runtime.session import session_settings
@@ -40,9 +38,7 @@ def run(work: Path) -> dict[str, Any]:
     checkpoint, bundle = work / "llava15-vision", work / "llava15-vision-k64"
     if not checkpoint.exists():
         write_llava15_vision(checkpoint)
-    if not bundle.exists():
-        command = ["resprune.exporter.cli", "export", str(checkpoint), str(bundle), "-k", "64", "--split"]
-        subprocess.run([sys.executable, "-m", "resprune.runtime.cli", *command[1:]], check=True)
+    exported(checkpoint, bundle, "-k", "64", "--split")
     opened = read_bundle(bundle, check_hashes=False)
     rng = np.random.default_rng(0)
     pixels = rng.standard_normal((1, 3, 336, 336)).astype(np.float32)

@@ -99,28 +99,6 @@ QWEN25VL = Shape(
 REAL = (LLAVA, LLAVA_NEXT, QWEN25VL)
 
 
-def small(shape: Shape) -> Shape:
-    """The same model narrow and shallow, to see in seconds that a benchmark runs; its figures mean nothing."""
-    clip = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2}
-    qwen = {
-        "depth": 2,
-        "hidden_size": 160,
-        "intermediate_size": 256,
-        "num_heads": 2,
-        "fullatt_block_indexes": [1],
-    }
-    # As wide as K is large: past that, rounding orders what is left of the span.
-    text = {"hidden_size": 768, "intermediate_size": 512, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 2}
-    return replace(
-        shape,
-        name=f"{shape.name}-small",
-        vision={**shape.vision, **(qwen if "depth" in shape.vision else clip)},
-        text={**shape.text, **text, **heads},
-        words=f"{shape.words}, made small",
-    )
-
-
 def write_shape(shape: Shape, folder: Path) -> None:
     """The checkpoint of `shape` in bfloat16, as published ones are, with a tokenizer of the real size."""
     model_class, config = CONFIGS[shape.family](shape)
@@ -145,12 +123,15 @@ def _as_published(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2))
 
 
-def write_picture(shape: Shape, path: Path) -> None:
-    """A seeded picture of coloured blocks and noise, large enough not to be enlarged."""
+def write_picture(size: tuple[int, int], path: Path) -> None:
+    """A seeded picture of `size` (width, height) pixels: coloured blocks and noise."""
     rng = np.random.default_rng(0)
-    width, height = shape.picture
-    blocks = rng.integers(0, 256, (height // 42, width // 42, 3)).repeat(42, axis=0).repeat(42, axis=1)
-    pixels = np.clip(blocks + rng.integers(-20, 21, (height, width, 3)), 0, 255).astype(np.uint8)
+    width, height = size
+    blocks = (
+        rng.integers(0, 256, (-(-height // 42), -(-width // 42), 3)).repeat(42, axis=0).repeat(42, axis=1)
+    )
+    noise = rng.integers(-20, 21, (height, width, 3))
+    pixels = np.clip(blocks[:height, :width] + noise, 0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(path)
 
 
@@ -166,7 +147,9 @@ def _llava_parts(shape: Shape) -> dict[str, Any]:
 
 
 def _llava(shape: Shape) -> tuple[Any, Any]:
-    return LlavaForConditionalGeneration, LlavaConfig(**_llava_parts(shape), image_seq_length=576)
+    return LlavaForConditionalGeneration, LlavaConfig(
+        **_llava_parts(shape), image_seq_length=shape.num_tokens
+    )
 
 
 def _llava_next(shape: Shape) -> tuple[Any, Any]:

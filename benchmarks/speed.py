@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.environments import UnavailableError
-from benchmarks.measure import Timing, bfloat16_in_hardware, processes_take_turns, timing
+from benchmarks.measure import Timing, bfloat16_in_hardware, exported, processes_take_turns, timing
 from benchmarks.plots import gains, stacked
 from benchmarks.shapes import QUESTION, REAL, Shape, write_picture, write_shape
 from resprune.graphs import choose_form, token_select_model
@@ -23,7 +21,6 @@ SHARED = ("pixels", "encode", "prompt")
 STAGES = (*SHARED, "select", "prefill")
 OURS = "resprune, fp32"
 RESULTS = Path(__file__).parent / "results"
-RESPRUNE = [str(Path(sys.executable).with_name("resprune"))]
 
 
 @dataclass(frozen=True)
@@ -37,40 +34,26 @@ class Subject:
 
 
 def prepare(shape: Shape, work: Path, bundles: Path, *options: str) -> Subject:
-    """Write the checkpoint into `work` if it is not there, and export it into `bundles` with `options`.
-
-    Raises `UnavailableError` for what `resprune export` refuses, such as an option that this version does not have.
-    """
-    checkpoint = work / shape.name
-    if not checkpoint.exists():
-        write_shape(shape, checkpoint)
+    """Write the checkpoint into `work` if it is not there, and export it into `bundles` with `options`."""
+    checkpoint = checkpoint_of(shape, work)
     picture = work / f"{shape.name}.png"
-    write_picture(shape, picture)
+    write_picture(shape.picture, picture)
     bundle = bundles / "-".join([shape.name, *(option.lstrip("-") for option in options)])
-    if not bundle.exists():
-        largest = str(shape.budgets[-1])
-        command = [
-            *RESPRUNE,
-            "export",
-            str(checkpoint),
-            str(bundle),
-            "-k",
-            largest,
-            "--split",
-            "--verify",
-            "layers",
-        ]
-        command += options
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode == 2:  # what the user can put right
-            raise UnavailableError(done.stderr.strip().splitlines()[-1])
-        if done.returncode:
-            raise RuntimeError(done.stderr)
+    largest = str(shape.budgets[-1])
+    exported(checkpoint, bundle, "-k", largest, "--split", "--verify", "layers", *options)
     selectors = {k: work / f"{shape.name}-select-{k}.onnx" for k in shape.budgets}
     for k, path in selectors.items():
         form = choose_form(k, shape.num_tokens, shape.text["hidden_size"])
         path.write_bytes(token_select_model(k, alpha=1.0, scale="minmax", form=form).SerializeToString())
     return Subject(checkpoint, bundle, picture, selectors)
+
+
+def checkpoint_of(shape: Shape, work: Path) -> Path:
+    """The checkpoint in `work`, written if it is not there."""
+    checkpoint = work / shape.name
+    if not checkpoint.exists():
+        write_shape(shape, checkpoint)
+    return checkpoint
 
 
 def ours(subject: Subject, *, python: str = sys.executable, **more: Any) -> list[str]:
@@ -85,7 +68,12 @@ def ours(subject: Subject, *, python: str = sys.executable, **more: Any) -> list
 def worker(name: str, subject: Subject, *, python: str = sys.executable, **spec: Any) -> list[str]:
     """The command of a worker; each process takes one sample, and the processes take turns."""
     asked = {"picture": str(subject.picture), "question": QUESTION, "repeats": 1, "steps": STEPS}
-    return [python, "-m", f"benchmarks.{name}", json.dumps(asked | spec)]
+    return command(name, asked | spec, python=python)
+
+
+def command(name: str, spec: Mapping[str, Any], *, python: str = sys.executable) -> list[str]:
+    """The command of the worker `name`, which takes `spec` as JSON."""
+    return [python, "-m", f"benchmarks.{name}", json.dumps(spec)]
 
 
 def run(work: Path, shapes: Sequence[Shape] = REAL, rounds: int = ROUNDS) -> dict[str, Any]:
@@ -224,7 +212,7 @@ def table(result: dict[str, Any]) -> str:
 
 def _stage_table(shape: Mapping[str, Any], cases: Mapping[str, Any]) -> str:
     rows = [
-        f"**{shape['words']}**, N {shape['num_tokens']}, fp32.",
+        f"**{shape['words']}**, N {shape['num_tokens']}, fp32, {cases['all']['first token'].repeats} rounds.",
         "",
         "| K | prompt | pixels | encode | select | prefill | first token | gain of the prefill | of the ideal "
         "| tokens/s | KV cache | resident |",

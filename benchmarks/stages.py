@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from benchmarks.measure import THREADS, Samples, peak_megabytes, reset_peak
+from benchmarks.measure import THREADS, sample_stages
 from resprune.runtime.bundle import Bundle, read_bundle
 from resprune.runtime.families import family_of
 from resprune.runtime.image import load_image
@@ -23,77 +23,10 @@ from resprune.runtime.picture import Picture
 from resprune.runtime.prompt import Prompt, Prompter
 from resprune.runtime.providers import CPU
 from resprune.runtime.session import OrtGraphs, SessionOptions, session_settings
-from resprune.runtime.splice import Floats, KeptTokens, Picks, Spliced, cut_picks, splice
+from resprune.runtime.splice import Floats, KeptTokens, Picks, cut_picks, splice
 from resprune.runtime.vision import Looked, Vision
 
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-class Stages:
-    """A split bundle, opened; the unpruned prompt goes the same way as a pruned one, without a selection."""
-
-    def __init__(self, bundle: Bundle, providers: Sequence[str] = (CPU,)) -> None:
-        options = SessionOptions(providers, THREADS)
-        graphs = OrtGraphs(bundle, options)
-        self.manifest = bundle.manifest
-        self.prompter = Prompter(bundle)
-        self.preprocessor = family_of(bundle).preprocessor(bundle)
-        self.vision = Vision(bundle, self.preprocessor, graphs)
-        self.embedding = Embedding(graphs)
-        self.model = OrtLanguageModel(bundle, self.embedding, options)
-
-    def prompt(self, question: str) -> tuple[Prompt, Floats]:
-        """The prompt of a question about one picture, and its embeddings [S, D]."""
-        prompt = self.prompter.prompt(question, 1)
-        ids = np.array(prompt.ids, dtype=np.int64)
-        ids[ids == self.manifest.image_token_id] = 0
-        return prompt, self.embedding(ids[None])[0]
-
-    def pixels(self, picture: Path) -> Picture:
-        """The picture, decoded and ready for the encoder."""
-        return self.preprocessor(load_image(picture))
-
-    def encode(self, picture: Picture) -> Floats:
-        """All its tokens [N, D]."""
-        features = self.vision.look([picture]).image_features
-        assert features is not None  # the benchmarks export with --split
-        return features[0]
-
-    def splice(self, prompt: Prompt, embeds: Floats, kept: KeptTokens) -> Spliced:
-        """What the language model gets."""
-        return splice(
-            [embeds],
-            [prompt.ids],
-            [[kept]],
-            image_token_id=self.manifest.image_token_id,
-            positions=self.manifest.positions,
-        )
-
-    def prefill(self, spliced: Spliced) -> int:
-        """The first token."""
-        logits = self.model.prefill(spliced.inputs_embeds, spliced.position_ids, spliced.attention_mask)
-        return int(logits[0].argmax())
-
-    def decode(self, token: int, steps: int) -> None:
-        """`steps` tokens after `token`, whatever they are."""
-        for _ in range(steps):
-            token = int(self.model.step(np.array([token], dtype=np.int64))[0].argmax())
-
-    def first_token(self, picture: Path, question: str, tokens: int | None) -> int:
-        """Picture and question to the first token; a pruned one by the fused graph, as `resprune ask` does."""
-        prompt, embeds = self.prompt(question)
-        seen = self.pixels(picture)
-        if tokens is None:
-            kept = every_token(seen, self.encode(seen))
-        else:
-            (kept,) = self.vision.select(Looked([seen], None), [embeds[prompt.text_positions]], tokens)
-        return self.prefill(self.splice(prompt, embeds, kept))
-
-
-def every_token(picture: Picture, features: Floats) -> KeptTokens:
-    """All tokens [N, D] of a picture at their own places."""
-    every = np.arange(len(features), dtype=np.int64)
-    return KeptTokens(features, Picks(every, every, np.ones_like(every)), picture.offsets, picture.advance)
 
 
 class Selector:
@@ -116,52 +49,105 @@ class Selector:
         return cut_picks(rows, indices, order, None, picture.offsets, picture.advance)
 
 
-def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Every stage at every K, the smallest first, so that the peak of memory at a K is that K's own.
+class Stages:
+    """A split bundle, opened; the unpruned prompt goes the same way as a pruned one, without a selection.
 
-    `spec`: `bundle`, `picture`, `question`, `selectors` (a graph's path by K), `repeats`, `steps`, and `providers`.
+    `selectors` are graphs by the K that they are for.
     """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        providers: Sequence[str] = (CPU,),
+        selectors: Mapping[int, Selector] | None = None,
+    ) -> None:
+        options = SessionOptions(providers, THREADS)
+        graphs = OrtGraphs(bundle, options)
+        self.manifest = bundle.manifest
+        self.prompter = Prompter(bundle)
+        self.preprocessor = family_of(bundle).preprocessor(bundle)
+        self.vision = Vision(bundle, self.preprocessor, graphs)
+        self.embedding = Embedding(graphs)
+        self.model = OrtLanguageModel(bundle, self.embedding, options)
+        self.selectors = selectors or {}
+
+    def pixels(self, picture: Path) -> Picture:
+        """The picture, decoded and ready for the encoder."""
+        return self.preprocessor(load_image(picture))
+
+    def encode(self, pixels: Picture) -> Floats:
+        """All its tokens [N, D]."""
+        features = self.vision.look([pixels]).image_features
+        assert features is not None  # the benchmarks export with --split
+        return features[0]
+
+    def prompt(self, question: str) -> tuple[Prompt, Floats]:
+        """The prompt of a question about one picture, and its embeddings [S, D]."""
+        prompt = self.prompter.prompt(question, 1)
+        ids = np.array(prompt.ids, dtype=np.int64)
+        ids[ids == self.manifest.image_token_id] = 0
+        return prompt, self.embedding(ids[None])[0]
+
+    def select(
+        self, pixels: Picture, features: Floats, prompt: tuple[Prompt, Floats], k: int | None
+    ) -> KeptTokens:
+        """`k` of `features` [N, D] by the selector for that K, or all of them."""
+        if k is None:
+            return every_token(pixels, features)
+        return self.selectors[k](pixels, features, _text(prompt))
+
+    def prefill(self, prompt: tuple[Prompt, Floats], kept: KeptTokens) -> tuple[int, int]:
+        """The length of the prompt, and the first token."""
+        ids, embeds = prompt[0].ids, prompt[1]
+        spliced = splice(
+            [embeds],
+            [ids],
+            [[kept]],
+            image_token_id=self.manifest.image_token_id,
+            positions=self.manifest.positions,
+        )
+        logits = self.model.prefill(spliced.inputs_embeds, spliced.position_ids, spliced.attention_mask)
+        return spliced.inputs_embeds.shape[1], int(logits[0].argmax())
+
+    def decode(self, token: int, steps: int) -> None:
+        """`steps` tokens after `token`, whatever they are."""
+        for _ in range(steps):
+            token = int(self.model.step(np.array([token], dtype=np.int64))[0].argmax())
+
+    def first_token(self, picture: Path, question: str, tokens: int | None) -> int:
+        """Picture and question to the first token; a pruned one by the fused graph, as `resprune ask` does."""
+        prompt = self.prompt(question)
+        pixels = self.pixels(picture)
+        if tokens is None:
+            kept = every_token(pixels, self.encode(pixels))
+        else:
+            (kept,) = self.vision.select(Looked([pixels], None), [_text(prompt)], tokens)
+        return self.prefill(prompt, kept)[1]
+
+
+def _text(prompt: tuple[Prompt, Floats]) -> Floats:
+    """Rows [M, D] of the question's nouns."""
+    return prompt[1][prompt[0].text_positions]
+
+
+def every_token(picture: Picture, features: Floats) -> KeptTokens:
+    """All tokens [N, D] of a picture at their own places."""
+    every = np.arange(len(features), dtype=np.int64)
+    return KeptTokens(features, Picks(every, every, np.ones_like(every)), picture.offsets, picture.advance)
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """As `sample_stages`; `spec` has `bundle`, `selectors` (a graph's path by K) and `providers` besides."""
     bundle = read_bundle(spec["bundle"], check_hashes=False)
-    stages = Stages(bundle, spec.get("providers", (CPU,)))
     selectors = {int(k): Selector(path) for k, path in spec["selectors"].items()}
-    samples = Samples()
-    tokens: dict[str, int] = {}
-    memory: dict[str, float] = {}
-    for turn in range(spec["repeats"] + 1):
-        warm_up = turn == 0
-        clock = Samples() if warm_up else samples
-        with clock.time("pixels"):
-            picture = stages.pixels(Path(spec["picture"]))
-        with clock.time("encode"):
-            features = stages.encode(picture)
-        with clock.time("prompt"):
-            prompt, embeds = stages.prompt(spec["question"])
-        for k in [*sorted(selectors)[: 1 if warm_up else None], *([] if warm_up else [None])]:
-            name = "all" if k is None else str(k)
-            reset_peak()
-            with clock.time("select", name):
-                kept = (
-                    every_token(picture, features)
-                    if k is None
-                    else selectors[k](picture, features, embeds[prompt.text_positions])
-                )
-            with clock.time("prefill", name):
-                spliced = stages.splice(prompt, embeds, kept)
-                first = stages.prefill(spliced)
-            with clock.time("decode", name):
-                stages.decode(first, spec["steps"])
-            memory[name] = peak_megabytes()
-            tokens[name] = spliced.inputs_embeds.shape[1]
+    stages = Stages(bundle, spec.get("providers", (CPU,)), selectors)
     past = [
         tensor
         for tensor in bundle.manifest.graphs["decoder_model_merged"].inputs
         if tensor.name.startswith("past_key_values")
     ]
     return {
-        "samples": samples.values,
-        "steps": spec["steps"],
-        "memory": memory,
-        "prompt tokens": tokens,
+        **sample_stages(stages, spec, selectors),
         "cache bytes a token": sum(
             WIDTH[tensor.dtype] * int(tensor.shape[1]) * int(tensor.shape[3]) for tensor in past
         ),

@@ -1,0 +1,91 @@
+"""The workers of the speed tables on a model narrow and shallow: that they run, and that ours and theirs agree."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import decode, environments
+from benchmarks.measure import processes_take_turns
+from benchmarks.shapes import CLIP_L_336, LLAMA_1B, LLAVA
+from benchmarks.speed import Subject, figures, ours, prepare, worker
+
+CLIP = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+SMALL = replace(
+    LLAVA,
+    name="small",
+    vision={**CLIP_L_336, **CLIP, "image_size": 84},
+    text={**LLAMA_1B, **LLAMA},
+    picture=(84, 84),
+    num_tokens=36,
+)
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    work = tmp_path_factory.mktemp("work")
+    return prepare(SMALL, work, work / "bundles")
+
+
+def test_ours_and_pytorch_go_the_same_way(subject: Subject) -> None:
+    theirs = worker(
+        "hugging_face",
+        subject,
+        checkpoint=str(subject.checkpoint),
+        bundle=str(subject.bundle),
+        attention="sdpa",
+        dtype="float32",
+        budgets=SMALL.budgets[:1],
+    )
+    replies = processes_take_turns({"ours": ours(subject), "theirs": theirs}, rounds=2)
+    own, other = (figures(replies[name]) for name in ("ours", "theirs"))
+    assert set(own) == {"4", "8", "12", "all"}
+    assert set(other) == {"4", "all"}
+    for case, found in other.items():
+        assert found["prompt tokens"] == own[case]["prompt tokens"]
+        assert len(found["first token, samples"]) == len(own[case]["first token, samples"]) == 2
+        assert found["stages"].keys() == own[case]["stages"].keys()
+        assert found["stages"].keys() == {"pixels", "encode", "prompt", "select", "prefill"}
+    assert own["all"]["prompt tokens"] - own["4"]["prompt tokens"] == 32
+    assert own["4"]["cache bytes"] == own["4"]["prompt tokens"] * 2 * 2 * 64 * 4
+
+
+def test_decoding_without_a_peer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-genai is not among the tests' packages: its faults stand beside our own figures."""
+    monkeypatch.delitem(decode.BUNDLES, "fp32, --optimize ort")
+    monkeypatch.setattr(environments, "environment", lambda *arguments: Path(sys.executable))
+    monkeypatch.setattr(environments, "genai_model", lambda python, model, folder, precision: folder)
+    result = decode.run(tmp_path, SMALL, processes=2)
+    short, long = result["prompt tokens"].values()
+    assert long - short == 32
+    assert "onnxruntime_genai" in result["engines"]["onnxruntime-genai, int4"]["fault"]
+    for name in decode.BUNDLES:
+        for case in ("4", "all"):
+            found = result["engines"][f"resprune, {name}"][case]
+            assert len(found["of each process"]) == found["tokens per second"].repeats == 2
+            assert [len(prompts) for prompts in found["of each prompt"]] == [decode.PROMPTS] * 2
+    text = decode.table(result)
+    assert f"| resprune, fp32 | {short} |" in text
+    assert "| onnxruntime-genai, fp32 | ModuleNotFoundError" in text
+
+
+def test_a_process_counts_as_the_median_of_its_prompts() -> None:
+    def reply(*milliseconds: float) -> dict[str, Any]:
+        samples = {"all": {"decode": list(milliseconds)}}
+        return {"samples": samples, "tokens": 10, "prompts": 3, "memory": {"all": 1.0}}
+
+    own, other = decode.figures(reply(10, 20, 90, 40, 40, 50)), decode.figures(reply(10, 10, 10, 20, 20, 20))
+    assert own["all"]["of each process"] == [500.0, 250.0]
+    decode.compare(own, other)
+    assert (own["all"]["of theirs"].low, own["all"]["of theirs"].median) == (0.5, 0.5)
