@@ -31,7 +31,7 @@ def run(work: Path) -> dict[str, Any]:
         for N in TOKENS:
             feeds = _feeds(N, D)
             calls: dict[str, Any] = {}
-            for k in _budgets(N):
+            for k in budgets(N):
                 for form in FORMS:
                     session = _session(k, form)
                     calls[f"{form} K {k}"] = lambda session=session, feeds=feeds: session.run(None, feeds)
@@ -47,7 +47,7 @@ def run(work: Path) -> dict[str, Any]:
                 "milliseconds": timings,
                 "megabytes of a run": memory,
                 "chosen": choose_form(shown, N, D),
-                "crossover": _crossover(N, timings),
+                "crossover": crossover(N, timings),
             }
     return {"shapes": shapes}
 
@@ -64,7 +64,7 @@ def table(result: dict[str, Any]) -> str:
         timings: dict[str, Timing] = figures["milliseconds"]
         rows.append(
             f"| {D} | {N} | {k} | {timings[f'quadratic K {k}']} ms | {timings[f'linear K {k}']} ms "
-            f"| {figures['chosen']} | {_up_to(N, figures['crossover'])} "
+            f"| {figures['chosen']} | {up_to(N, figures['crossover'])} "
             f"| {memory['quadratic']:,.0f} MB | {memory['linear']:,.0f} MB |"
         )
     return (
@@ -74,24 +74,24 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-def _up_to(N: int, crossover: float) -> str:
+def up_to(N: int, share: float) -> str:
     """The crossover as the table has it; past what was measured it is no figure."""
-    if crossover > max(SHARES):
+    if share > max(SHARES):
         return "every K that was tried"
-    return f"K = {crossover * N:.0f}, {crossover:.1%}" if crossover > min(SHARES) else "no K that was tried"
+    return f"K = {share * N:.0f}, {share:.1%}" if share > min(SHARES) else "no K that was tried"
 
 
-def _budgets(N: int) -> list[int]:
+def budgets(N: int) -> list[int]:
     return [share_of(share, N) for share in SHARES]
 
 
-def _crossover(N: int, timings: dict[str, Timing]) -> float:
+def crossover(N: int, timings: dict[str, Timing]) -> float:
     """The share k / N where a straight line through linear minus quadratic is zero.
 
     Straight because the forms differ by K products of V [N, D] with a row against one of V with V.
     """
-    gaps = [timings[f"linear K {k}"].median - timings[f"quadratic K {k}"].median for k in _budgets(N)]
-    slope, start = np.polyfit(_budgets(N), gaps, 1)
+    gaps = [timings[f"linear K {k}"].median - timings[f"quadratic K {k}"].median for k in budgets(N)]
+    slope, start = np.polyfit(budgets(N), gaps, 1)
     return float(-start / slope / N)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import decode, environments
+from benchmarks import decode, environments, peers
 from benchmarks.measure import processes_take_turns
-from benchmarks.shapes import CLIP_L_336, LLAMA_1B, LLAVA
+from benchmarks.shapes import CLIP_L_336, LLAMA_1B, LLAVA, Shape
 from benchmarks.speed import Subject, figures, ours, prepare, worker
 
 CLIP = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -78,6 +78,27 @@ def test_decoding_without_a_peer_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     text = decode.table(result)
     assert f"| resprune, fp32 | {short} |" in text
     assert "| onnxruntime-genai, fp32 | ModuleNotFoundError" in text
+
+
+def test_beside_openvino_the_losses_of_our_own_are_told(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepared(shape: Shape, work: Path, bundles: Path, *options: str) -> Subject:
+        return prepare(shape, work, bundles, *options) if "int8" in options else subject
+
+    for name in ("fp32, --optimize ort", "int8, --optimize ort"):
+        monkeypatch.delitem(peers.BUNDLES, name)
+    monkeypatch.setattr(peers, "prepare", prepared)
+    monkeypatch.setattr(peers, "RESULTS", tmp_path)
+    monkeypatch.setattr(environments, "environment", lambda *arguments, **options: Path(sys.executable))
+    monkeypatch.setattr(environments, "openvino_model", lambda python, checkpoint, folder: folder)
+    result = peers.run(tmp_path, SMALL, rounds=1)
+    assert result["lost"]["fp32"]["logits"]["max_diff"] < 1e-4 < result["lost"]["int8"]["logits"]["max_diff"]
+    assert "openvino" in result["engines"]["OpenVINO GenAI, f32"]["fault"]
+    text = peers.table(result)
+    assert "int8: image_features by 0.0" in text
+    assert "| resprune, int8 | all | " in text
+    assert (tmp_path / "openvino.png").exists()
 
 
 def test_a_process_counts_as_the_median_of_its_prompts() -> None:
