@@ -223,8 +223,8 @@ class _Export:
             encoder, selector = split
             self._compared(encoder, verifier.compare(worker, pieces.vision, encoder), "")
             graphs = dict(zip(("vision_select", "vision_encoder", "token_select"), paths, strict=True))
-            counted = verifier.compare_split(worker, graphs, selection)
-            self._compared(selector, [], self._count(counted))
+            differences, counted = verifier.compare_split(worker, graphs, selection)
+            self._compared(selector, differences, self._count(counted))
 
     def _decoder(self, paths: list[Path], pieces: Pieces, verifier: Verifier, worker: OrtWorker) -> None:
         (path,) = paths
@@ -326,8 +326,9 @@ class _Export:
     ) -> None:
         parity: dict[str, Any] = {"level": level, "outputs": {}}
         for row in self.differences:
-            figures = {"max_diff": row.max_diff, "scale": row.scale, "atol": row.atol}
-            parity["outputs"].setdefault(row.graph, {})[row.output] = figures
+            outputs = parity["outputs"].setdefault(row.graph, {})
+            if row.output not in outputs or row.max_diff > outputs[row.output]["max_diff"]:
+                outputs[row.output] = {"max_diff": row.max_diff, "scale": row.scale, "atol": row.atol}
         if self.layers:
             parity["layers"] = self.layers
         parity |= {what.replace(" ", "_"): f"{equal}/{total}" for what, (equal, total) in self.counts.items()}

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resprune.exporter.pieces import Piece
 from resprune.exporter.trace import Traced, trace
+from resprune.runtime.errors import ResPruneError
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
@@ -79,6 +80,10 @@ def _traced(answer: Future[Traced | str], process: ForkProcess) -> Traced:
         traced = answer.result()
     except EOFError:
         process.join()
+        if process.exitcode == -signal.SIGKILL:
+            raise ResPruneError(
+                "the process that traces was killed, most likely for want of memory; use a machine with more"
+            ) from None
         raise RuntimeError(f"the process that traces died (exit status {process.exitcode})") from None
     if isinstance(traced, str):
         raise RuntimeError(f"tracing failed\n{traced}")

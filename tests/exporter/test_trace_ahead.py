@@ -1,6 +1,8 @@
 """Traced in another process: the graphs are the same, what goes wrong is told, and nothing is left running."""
 
 import multiprocessing
+import os
+import signal
 import sys
 
 import pytest
@@ -12,6 +14,7 @@ from resprune.exporter.families import family_of
 from resprune.exporter.pieces import Piece
 from resprune.exporter.trace import trace
 from resprune.exporter.weightless import fake_mode
+from resprune.runtime.errors import ResPruneError
 
 
 @pytest.fixture
@@ -50,6 +53,15 @@ def test_a_graph_that_cannot_be_traced_is_an_error_where_it_is_taken(taken_apart
         with pytest.raises(RuntimeError, match="NotImplementedError: an operator that nobody knows"):
             next(graphs)
     assert multiprocessing.active_children() == []
+
+
+def test_a_process_that_is_killed_was_short_of_memory(taken_apart, monkeypatch):
+    monkeypatch.setattr(trace_ahead, "trace", lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
+    with (
+        trace_ahead.traced_ahead(*taken_apart) as graphs,
+        pytest.raises(ResPruneError, match="killed, most likely for want of memory"),
+    ):
+        next(graphs)
 
 
 def test_a_process_that_dies_is_an_error_as_well(taken_apart, monkeypatch):

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from resprune.exporter import verify
 from resprune.exporter.checkpoint import resolve
 from resprune.exporter.families import family_of
 from resprune.exporter.language import proportional
 from resprune.exporter.reference import keep, kept_counts
-from resprune.exporter.verify import SEEDS, Difference, ParityError, Verifier, require
+from resprune.exporter.verify import SEEDS, Difference, ParityError, Verifier, available_memory, require
 from resprune.exporter.weightless import fake_mode
 from resprune.exporter.weights import find_weights
 from resprune.runtime.manifest import Selection
@@ -59,6 +60,7 @@ def test_another_picture_is_tried_before_picks_and_counts_count_as_wrong(
         return {
             "image_features": rows.numpy(),
             "pick_order": picks.numpy(),
+            "kept_indices": indices.numpy(),
             "kept_counts": counts.numpy(),
         }
 
@@ -70,3 +72,15 @@ def test_another_picture_is_tried_before_picks_and_counts_count_as_wrong(
         assert (equal == total) == (misses < len(SEEDS) or name != what)
     assert len(runs) == min(misses + 1, len(SEEDS))
     assert all(row.max_diff == 0 for row in differences), "rows are compared whatever the picks"
+
+
+def test_a_container_has_less_memory_than_its_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    free = available_memory()
+    assert free > 1 << 20
+    limits = [tmp_path / "none", tmp_path / "max", tmp_path / "limit"]
+    (tmp_path / "max").write_text("max\n")
+    (tmp_path / "limit").write_text("1048576\n")
+    monkeypatch.setattr(verify, "CONTAINER_LIMITS", limits[:2])
+    assert available_memory() > 1 << 20
+    monkeypatch.setattr(verify, "CONTAINER_LIMITS", limits)
+    assert available_memory() == 1 << 20

@@ -1,0 +1,53 @@
+"""The selection by itself, for models whose sample picture has no more tokens than K, so that none is dropped.
+
+A picture with more would take minutes in a tower of real size; the selection needs none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import torch
+
+from resprune.exporter.ort_worker import OrtWorker
+from resprune.exporter.reference import picks_within_rounding, residual_select, text_gain
+from resprune.graphs import token_select_model
+from resprune.runtime.manifest import Selection
+
+TEXT_TOKENS = 5
+
+
+def pruned_picks(worker: OrtWorker, folder: Path, selection: Selection, hidden_size: int) -> tuple[int, int]:
+    """How many of K picks among 2 K seeded tokens are PyTorch's, as far as float32 can tell, and K.
+
+    The graph that is run is written into `folder` and removed again.
+    """
+    generator = torch.Generator().manual_seed(0)
+    visual = torch.randn(1, 2 * selection.k, hidden_size, generator=generator)
+    text = torch.randn(1, TEXT_TOKENS, hidden_size, generator=generator)
+    every = torch.ones(1, TEXT_TOKENS, dtype=torch.bool)
+    gain = text_gain(visual, text, every, None, alpha=selection.alpha, scale=selection.scale)
+    picks = residual_select(visual, gain, selection.k, None)
+    path = folder / "token_select.pruning.onnx"
+    graph = token_select_model(
+        selection.k, alpha=selection.alpha, scale=selection.scale, body=selection.body, form=selection.form
+    )
+    onnx.save(graph, path)
+    try:
+        got = worker.run(
+            path,
+            {
+                "image_features": visual.numpy(),
+                "text_embeds": text.numpy(),
+                "text_mask": every.numpy(),
+                "token_mask": torch.ones(visual.shape[:2], dtype=torch.bool).numpy(),
+            },
+        )
+    finally:
+        path.unlink()
+    order = torch.from_numpy(got["pick_order"])
+    same = order == picks
+    if not same.all():
+        same |= picks_within_rounding(visual, gain, order, None)
+    return int(same.sum()), same.numel()
