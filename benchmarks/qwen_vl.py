@@ -27,6 +27,8 @@ SHARES = (0.111, 0.222, 0.333)  # the paper's budgets
 TIMED = 1296
 PERIODS = 4  # of 8 blocks each, in the 3B and 7B towers
 DEPTH = 32
+BUNDLE = "the bundle's own"
+"""Its K is the share of the largest picture, and it picks that many of a smaller one too, if it has them."""
 
 
 def run(work: Path) -> dict[str, Any]:
@@ -55,6 +57,8 @@ def run(work: Path) -> dict[str, Any]:
         k = share_of(share, TIMED)
         session = selector(k, features.shape)
         calls[f"K {k}"] = lambda session=session: session.run(None, select)
+    own = cpu_session(str(opened.graph_path("token_select")))
+    calls[BUNDLE] = lambda: own.run(None, select)
     timings = take_turns(calls, repeats=3)
     return {
         "shapes": {name: list(array.shape) for name, array in (*feeds.items(), ("image_features", features))},
@@ -63,6 +67,7 @@ def run(work: Path) -> dict[str, Any]:
         "share of the encoder": {
             name: timing.median / (PERIODS * timings["one period"].median) for name, timing in timings.items()
         },
+        "bundle": {"K": opened.manifest.selection.k, "form": opened.manifest.selection.form},
         "parity of the vision graphs": opened.manifest.parity,
     }
 
@@ -89,6 +94,11 @@ def table(result: dict[str, Any]) -> str:
         rows.append(
             f"| {k} ({100 * part:g} %) | {choose_form(k, N, D)} | {timings[f'K {k}']} ms | {share[f'K {k}']:.2%} |"
         )
+    bundle = result["bundle"]
+    rows.append(
+        f"| {bundle['K']}, a bundle of {100 * SHARES[0]:g} % of up to {MERGED[-1]:,} | {bundle['form']} "
+        f"| {timings[BUNDLE]} ms | {share[BUNDLE]:.2%} |"
+    )
     return (
         f"{QWEN25VL_PERIOD['depth']} of the {DEPTH} blocks (seven with windows, one with full attention), fp32: N {N}, "
         f"D {D}, {timings['one period']} ms; the whole encoder is taken as {PERIODS} times that. Memory is what a run "

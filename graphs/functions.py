@@ -101,7 +101,7 @@ def choose_form(k: int, num_tokens: int, hidden_size: int) -> str:
 
     G takes N² D multiplications that a processor does at its full rate, and the linear form N D a pick that wait for
     memory: which wins is a matter of k / N, and of whether V stays in the cache from pick to pick. The bounds are
-    measured (README, "Measured"); a linear form never takes more memory.
+    measured (README, "Measured"); where N is large a linear form takes less memory.
     """
     if 4 * num_tokens**2 > GRAM_BYTES:
         return "linear"
