@@ -1,6 +1,7 @@
 """An answer that comes piece by piece, and what it was made from."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -38,7 +39,10 @@ class Row:
 
 
 class Run:
-    """One run of the language model over one or more questions; it goes on only as far as it is read."""
+    """One run of the language model over one or more questions; it goes on only as far as it is read.
+
+    `fault` is what ended it before its end: every answer of it raises that from then on, so none reads as a whole one.
+    """
 
     def __init__(self, steps: Iterator[list[Piece]], rows: Sequence[Row], timings: dict[str, float]) -> None:
         self._steps = steps
@@ -46,24 +50,39 @@ class Run:
         self.timings = timings
         self.timings["decode"] = 0.0
         self.finished = False
+        self.fault: BaseException | None = None
 
     def advance(self) -> None:
-        """Take what every row gains next."""
+        """Take what every row gains next; raises `fault` if there is one."""
+        if self.fault is not None:
+            raise self.fault
         start = perf_counter()
-        pieces = next(self._steps, None)
+        try:
+            self._take(next(self._steps, None))
+        except BaseException as error:
+            self.fault = error
+            raise
+        self.timings["decode"] += (perf_counter() - start) * 1e3
+
+    def _take(self, pieces: list[Piece] | None) -> None:
         if pieces is None:
-            self.finished = True
             for row in self.rows:
                 row.finish()
+            self.finished = True
         else:
             for row, piece in zip(self.rows, pieces, strict=True):
                 row.push(piece)
-        self.timings["decode"] += (perf_counter() - start) * 1e3
 
     def finish(self) -> None:
         """Go on to the end."""
         while not self.finished:
             self.advance()
+
+    def settle(self) -> None:
+        """Go on to the end, or to a fault, which is kept for whoever reads the answers."""
+        with suppress(Exception):
+            while not self.finished and self.fault is None:
+                self.advance()
 
 
 class Answer:
@@ -93,6 +112,12 @@ class Answer:
         """Let the language model go on to the end."""
         self._run.finish()
         return self
+
+    @property
+    def failed(self) -> bool:
+        """Whether a fault ended it; one that is still being read is finished first."""
+        self._run.settle()
+        return self._run.fault is not None
 
     @property
     def text(self) -> str:

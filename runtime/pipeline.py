@@ -68,6 +68,7 @@ class Pipeline:
         self._embedding = Embedding(self._graphs)
         self._generator = generator(bundle, self._embedding, options)
         self._running: Callable[[], Run | None] = lambda: None
+        self._closed = False
         self.load_ms = 0.0
 
     @classmethod
@@ -172,6 +173,7 @@ class Pipeline:
         With a split bundle (`resprune export --split`) the pictures go through the vision tower here and never
         again; from a fused bundle only their pixels are kept, and the tower runs with each question.
         """
+        self._require_open()
         return View(self, self._vision.look(self._pictures(_listed(image))))
 
     def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
@@ -179,7 +181,14 @@ class Pipeline:
         return self._preprocessor.boxes(image_size)
 
     def close(self) -> None:
-        """Give back the sessions and the cache."""
+        """Give back the sessions and the cache; nothing can be asked afterwards, nor an answer be read further."""
+        if self._closed:
+            return
+        self._closed = True
+        if (running := self._running()) is not None and not running.finished and running.fault is None:
+            running.fault = ResPruneError(
+                "the pipeline was closed before this answer was read to its end; read it before that"
+            )
         self._generator.close()
         self._graphs.close()
 
@@ -196,6 +205,10 @@ class Pipeline:
         """Close."""
         self.close()
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ResPruneError("the pipeline is closed; load it again")
+
     def _pictures(self, images: Sequence[ImageSource]) -> list[Picture]:
         return [self._preprocessor(load_image(image, max_pixels=self._max_pixels)) for image in images]
 
@@ -209,6 +222,7 @@ class Pipeline:
         sampling: Sampling,
     ) -> list[Answer]:
         """Answers to prompts; of the pictures of `looked` the first `counts[0]` belong to the first prompt …."""
+        self._require_open()
         with _stage(timings, "vision"):
             embeds = self._embed(prompts)
             text = [
@@ -222,7 +236,7 @@ class Pipeline:
             spliced = self._splice(embeds, prompts, kept_rows)
             sampling = self._within_context(spliced, sampling)
             if (running := self._running()) is not None:
-                running.finish()
+                running.settle()
             pieces = self._generator.start(Request(prompts, kept_rows, spliced), sampling)
         rows = [Row(TextStream(self._prompter.tokenizer)) for _ in prompts]
         run = Run(pieces, rows, timings)
@@ -314,8 +328,8 @@ class Chat:
 
     @property
     def history(self) -> list[Turn]:
-        """What has been said; the answer being read is finished first."""
-        return [Turn(question, answer.text.strip()) for question, answer in self._turns]
+        """What has been said; the answer being read is finished first, and one that failed was never given."""
+        return [Turn(question, answer.text.strip()) for question, answer in self._turns if not answer.failed]
 
     def ask(
         self,
@@ -326,7 +340,7 @@ class Chat:
         stream: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> Answer:
-        """The next question; one that raises leaves the conversation as it was."""
+        """The next question; one that raises, now or while it is read, leaves the conversation as it was."""
         answer = self._view.ask(
             question, about=about, history=self.history, tokens=tokens, stream=stream, **sampling
         )

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +211,84 @@ def test_an_answer_nobody_holds_costs_no_more_steps(vlm: Pipeline, monkeypatch: 
     vlm.ask(picture(1), QUESTION, max_new_tokens=2, stream=False)
     assert given_up < 20
     assert len(steps) == given_up + 1
+
+
+@pytest.fixture
+def failing(vlm: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Callable[[type[BaseException]], None]:
+    """From then on the language model fails in its second step."""
+
+    def fail(kind: type[BaseException]) -> None:
+        model, steps = vlm._generator.model, []
+        step = type(model).step
+
+        def failed(tokens: np.ndarray) -> np.ndarray:
+            steps.append(1)
+            if len(steps) == 2:
+                raise kind("out of memory")
+            return step(model, tokens)
+
+        monkeypatch.setattr(model, "step", failed)
+
+    return fail
+
+
+@pytest.mark.parametrize("kind", [ResPruneError, KeyboardInterrupt])
+def test_an_answer_that_failed_never_reads_as_a_whole_one(
+    vlm: Pipeline, failing: Callable[[type[BaseException]], None], kind: type[BaseException]
+) -> None:
+    failing(kind)
+    answer = vlm.ask(picture(1), QUESTION, max_new_tokens=STEPS)
+    for _ in range(2):
+        with pytest.raises(kind, match="out of memory"):
+            _ = answer.text
+    with pytest.raises(kind):
+        list(answer)
+
+
+def test_a_fault_is_its_own_answers_alone(
+    vlm: Pipeline, failing: Callable[[type[BaseException]], None]
+) -> None:
+    """The next question finishes the answer before it, whose reader is told, and not who asks."""
+    whole = vlm.ask(picture(2), QUESTION, max_new_tokens=STEPS).token_ids
+    failing(ResPruneError)
+    answer = vlm.ask(picture(1), QUESTION, max_new_tokens=STEPS)
+    assert vlm.ask(picture(2), QUESTION, max_new_tokens=STEPS).token_ids == whole
+    with pytest.raises(ResPruneError, match="out of memory"):
+        answer.finish()
+
+
+def test_an_answer_that_failed_is_no_part_of_the_chat(
+    vlm: Pipeline, failing: Callable[[type[BaseException]], None]
+) -> None:
+    chat = vlm.look(picture(1)).chat()
+    first = chat.ask(QUESTION, max_new_tokens=3)
+    assert len(chat.history) == 1
+    failing(ResPruneError)
+    failed = chat.ask("is there a cat?", max_new_tokens=STEPS)
+    third = chat.ask("how many?", max_new_tokens=3)
+    assert "cat" not in third.prompt.text
+    assert chat.history == [Turn(QUESTION, first.text.strip()), Turn("how many?", third.text.strip())]
+    with pytest.raises(ResPruneError, match="out of memory"):
+        _ = failed.text
+
+
+def test_a_pipeline_that_is_closed_says_so(split: Path) -> None:
+    with Pipeline.load(split) as vlm:
+        view = vlm.look(picture(1))
+        answer, whole = (vlm.ask(picture(1), QUESTION, max_new_tokens=STEPS) for _ in range(2))
+        begun = vlm.ask(picture(1), QUESTION, max_new_tokens=STEPS)
+        next(iter(begun))
+        vlm.close()
+    assert answer.text == whole.text
+    for _ in range(2):
+        with pytest.raises(ResPruneError, match="closed before this answer was read to its end"):
+            _ = begun.text
+    for ask in (partial(vlm.ask, picture(1)), view.ask, view.chat().ask):
+        with pytest.raises(ResPruneError, match="the pipeline is closed; load it again"):
+            ask(QUESTION)
+    with pytest.raises(ResPruneError, match="the pipeline is closed; load it again"):
+        vlm.look(picture(1))
+    assert not vlm._graphs._sessions
 
 
 def test_seeds_repeat_and_differ(vlm: Pipeline) -> None:
