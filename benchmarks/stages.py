@@ -84,9 +84,7 @@ class Stages:
     def prompt(self, question: str) -> tuple[Prompt, Floats]:
         """The prompt of a question about one picture, and its embeddings [S, D]."""
         prompt = self.prompter.prompt(question, 1)
-        ids = np.array(prompt.ids, dtype=np.int64)
-        ids[ids == self.manifest.image_token_id] = 0
-        return prompt, self.embedding(ids[None])[0]
+        return prompt, self.embedding(prompt.ids_to_embed(self.manifest.image_token_id)[None])[0]
 
     def select(
         self, pixels: Picture, features: Floats, prompt: tuple[Prompt, Floats], k: int | None

@@ -116,9 +116,7 @@ class Model:
     def read(self, question: str, pictures: int = 1, *, about: Sequence[str] | None = None) -> Asked:
         """A question's prompt and embeddings; `about` names the words of it that steer, in place of its nouns."""
         prompt = self._prompter.prompt(question, pictures, about=about)
-        ids = np.array([prompt.ids], dtype=np.int64)
-        ids[ids == self.manifest.image_token_id] = 0  # a checkpoint's table may end before its image token
-        embeds = self._stages.embed(ids)[0]
+        embeds = self._stages.embed(prompt.ids_to_embed(self.manifest.image_token_id)[None])[0]
         return Asked(prompt, embeds, embeds[prompt.text_positions])
 
     def select(self, encoded: Encoded, asked: Asked, k: int) -> Ints:
@@ -143,15 +141,10 @@ class Model:
             image_token_id=self.manifest.image_token_id,
             positions=self.manifest.positions,
         )
-        longest, limit = int(spliced.position_ids.max()) + 1, self.manifest.context_length
-        if longest >= limit:
-            raise ResPruneError(
-                f"a question is past the context: {longest} tokens with its pictures, limit {limit}; "
-                "keep fewer tokens, or leave the question out"
-            )
+        room = spliced.room(self.manifest.context_length)
         model = self._stages.language_model
         logits = model.prefill(spliced.inputs_embeds, spliced.position_ids, spliced.attention_mask)
-        sampling = Sampling(max_new_tokens=min(max_new_tokens, limit - longest))
+        sampling = Sampling(max_new_tokens=min(max_new_tokens, room))
         rows: list[list[int]] = [[] for _ in asked]
         for tokens in generate(model, logits, sampling, self._eos):
             for row, token in zip(rows, tokens, strict=True):

@@ -234,7 +234,8 @@ class Pipeline:
             kept_rows = [[next(kept) for _ in range(count)] for count in counts]
         with _stage(timings, "prefill"):
             spliced = self._splice(embeds, prompts, kept_rows)
-            sampling = self._within_context(spliced, sampling)
+            room = spliced.room(self.manifest.context_length)
+            sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
             if (running := self._running()) is not None:
                 running.settle()
             pieces = self._generator.start(Request(prompts, kept_rows, spliced), sampling)
@@ -248,9 +249,7 @@ class Pipeline:
 
     def _embed(self, prompts: Sequence[Prompt]) -> list[Floats]:
         """Input embeddings [S_b, D] of each prompt; those of its image tokens are of no meaning."""
-        ids = np.concatenate([np.asarray(prompt.ids, dtype=np.int64) for prompt in prompts])
-        # A checkpoint's table may end before its image token.
-        ids[ids == self.manifest.image_token_id] = 0
+        ids = np.concatenate([prompt.ids_to_embed(self.manifest.image_token_id) for prompt in prompts])
         embeds = self._embedding(ids[None])[0]  # [S_0 + S_1 + …, D]
         return np.split(embeds, np.cumsum([len(prompt.ids) for prompt in prompts])[:-1])
 
@@ -267,16 +266,6 @@ class Pipeline:
             image_token_id=self.manifest.image_token_id,
             positions=self.manifest.positions,
         )
-
-    def _within_context(self, spliced: Spliced, sampling: Sampling) -> Sampling:
-        """`sampling`, ending where the context ends; `ResPruneError` if the prompt leaves no room for a token."""
-        length, limit = int(spliced.position_ids.max()) + 1, self.manifest.context_length
-        if length >= limit:
-            raise ResPruneError(
-                f"the question is past the context: {length} tokens with its pictures, limit {limit}; "
-                f"ask a shorter question or about fewer pictures"
-            )
-        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, limit - length))
 
 
 class View:

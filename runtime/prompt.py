@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from resprune.runtime.bundle import Bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.nouns import question_terms
+from resprune.runtime.splice import Ints
 from resprune.runtime.template import Message, assistant_message, chat_template, render, user_message
 
 if TYPE_CHECKING:
@@ -43,6 +46,12 @@ class Prompt:
     def text_token_ids(self) -> list[int]:
         """The ids that steer the selection, as they stand in the prompt."""
         return [self.ids[position] for position in self.text_positions]
+
+    def ids_to_embed(self, image_token_id: int) -> Ints:
+        """`ids` [S] with 0 for each image token: a checkpoint's table may end before it, and its row is never used."""
+        ids = np.array(self.ids, dtype=np.int64)
+        ids[ids == image_token_id] = 0
+        return ids
 
 
 class Prompter:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from resprune.runtime.errors import ResPruneError
+
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
@@ -49,6 +51,16 @@ class Spliced:
     inputs_embeds: Floats
     position_ids: Ints
     attention_mask: Ints
+
+    def room(self, context_length: int) -> int:
+        """How many tokens an answer may have; `ResPruneError` if the longest prompt leaves none."""
+        length = int(self.position_ids.max()) + 1
+        if length >= context_length:
+            raise ResPruneError(
+                f"the question is past the context: {length} tokens with its pictures, limit {context_length}; "
+                "ask a shorter one, about fewer pictures, or keep fewer tokens of each"
+            )
+        return context_length - length
 
 
 def cut_picks(

@@ -206,3 +206,12 @@ def test_an_image_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> Non
     texts = {"tokenizer.json": KINDS["byte_level"]().to_str()}
     with pytest.raises(ResPruneError, match="no token 99999"):
         Prompter(bundle_of_files(tmp_path, texts, image_token_id=99999))
+
+
+def test_image_tokens_are_embedded_as_another_token(tmp_path: Path) -> None:
+    """A table may end before them; what they stand for takes their place."""
+    writer = made(tmp_path)
+    prompt = writer.prompt("What is the red square?", 2)
+    embedded = prompt.ids_to_embed(writer.image_token_id)
+    assert prompt.ids.count(writer.image_token_id) == 2
+    assert embedded.tolist() == [0 if id_ == writer.image_token_id else id_ for id_ in prompt.ids]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from resprune.runtime.errors import ResPruneError
 from resprune.runtime.splice import KeptTokens, Picks, cut_picks, splice
 
 IMAGE = 7
@@ -99,3 +100,13 @@ def test_positions_of_three_axes() -> None:
         [0, 1, 2, 2, 3, 4],
         [0, 2, 1, 2, 3, 4],
     ]
+
+
+def test_what_is_left_of_the_context_is_that_of_the_longest_prompt() -> None:
+    ids = [[1, IMAGE, 2, 3], [IMAGE]]
+    pictures = [[kept([0, 1], 4, 100)], [kept([1, 2], 9, 200)]]
+    result = splice([embed(row) for row in ids], ids, pictures, image_token_id=IMAGE, positions="original")
+    assert result.position_ids.max() == 6
+    assert [result.room(limit) for limit in (8, 10)] == [1, 3]
+    with pytest.raises(ResPruneError, match="past the context: 7 tokens with its pictures, limit 7"):
+        result.room(7)
