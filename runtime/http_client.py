@@ -13,6 +13,7 @@ from urllib.parse import SplitResult, urlsplit
 from resprune.runtime.errors import ResPruneError, one_line
 
 CONNECT_SECONDS = 10.0
+LONGEST_SECONDS = 86_400  # a day; a socket takes no time-out of any length
 # Only connecting is tried again: once a request is on its way, nobody knows how much of it has been done.
 CONNECT_ATTEMPTS = 3
 PAUSE_SECONDS = 0.25
@@ -33,13 +34,21 @@ class Server:
     def __post_init__(self) -> None:
         try:
             split = self._split()
-            usable = split.scheme in ("http", "https") and bool(split.hostname)
-        except ValueError:  # a port that is no number, a broken IPv6 address
+            host = (split.hostname or "").encode("idna")
+            # What urlsplit lets pass, and no request can carry.
+            plain = self.url.isascii() and self.url.isprintable() and " " not in self.url
+            usable = split.scheme in ("http", "https") and bool(host) and plain
+        except ValueError:  # a port that is no number, a broken IPv6 address, a label too long or empty
             usable = False
         if not usable:
-            raise ResPruneError(f"{self.url} is not the address of a server; give one like http://host:8000")
-        if not 0 < self.timeout < float("inf"):
-            raise ResPruneError(f"the server's time-out should be above 0 seconds, not {self.timeout}")
+            raise ResPruneError(
+                f"{self.url!a} is not the address of a server; give one like http://host:8000"
+            )
+        if not 0 < self.timeout <= LONGEST_SECONDS:
+            raise ResPruneError(
+                f"the server's time-out should be above 0 and at most {LONGEST_SECONDS:,} seconds, "
+                f"not {self.timeout:g}"
+            )
 
     def get(self, path: str) -> Any:
         """The JSON at `path`; None where there is nothing (404)."""

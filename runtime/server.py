@@ -83,7 +83,7 @@ def server(
     """
     if api not in APIS:
         raise ResPruneError(f"there is no server format {api}; choose from {', '.join(APIS)}")
-    target = Server(url, timeout, os.environ.get(KEY_VARIABLE))
+    target = Server(url, timeout, _key())
 
     def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:
         require_plain_attention(bundle, APIS[api].title)
@@ -91,6 +91,16 @@ def server(
         return ServerGenerator(target, APIS[api], model, bundle.manifest.image_token_id)
 
     return factory
+
+
+def _key() -> str | None:
+    """The key, as a header can carry it; None where there is none."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ResPruneError(
+            f"{KEY_VARIABLE} should be printable ASCII; set it to the server's key, or unset it"
+        )
+    return key or None
 
 
 def check_positions(bundle: Bundle, api: Api) -> None:

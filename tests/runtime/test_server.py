@@ -180,9 +180,19 @@ def test_a_key_is_sent_only_if_there_is_one(
 ) -> None:
     with Wire(tiny_model) as wire:
         remote(bundle, wire).ask(picture(1), QUESTION, max_new_tokens=1, stream=False)
-        monkeypatch.setenv(KEY_VARIABLE, "secret")
-        remote(bundle, wire).ask(picture(1), QUESTION, max_new_tokens=1, stream=False)
-    assert [headers.get("Authorization") for _, headers, _ in wire.seen] == [None, "Bearer secret"]
+        for key in ("secret", "secret\n", " \n"):  # as a file that the shell reads it from may end
+            monkeypatch.setenv(KEY_VARIABLE, key)
+            remote(bundle, wire).ask(picture(1), QUESTION, max_new_tokens=1, stream=False)
+    sent = [headers.get("Authorization") for _, headers, _ in wire.seen]
+    assert sent == [None, "Bearer secret", "Bearer secret", None]
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "ключ", "two\nlines"])
+def test_a_key_that_no_header_can_carry(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with pytest.raises(ResPruneError, match=f"{KEY_VARIABLE} should be printable ASCII; set it") as raised:
+        server("http://host")
+    assert key not in str(raised.value)
 
 
 MESSAGE = "You must set `--enable-mm-embeds` to input `image_embeds`"
@@ -276,7 +286,14 @@ def test_which_model_must_be_clear(bundle: Path, models: list[str]) -> None:
         ("localhost:8000", {}, "is not the address of a server; give one like http"),
         ("http://host:port", {}, "not the address"),
         ("http://", {}, "not the address"),
-        ("http://host", {"timeout": 0}, "time-out should be above 0"),
+        ("http://a..b:8000", {}, "not the address"),
+        (f"http://{'a' * 64}", {}, "not the address"),
+        ("http://h h:8000", {}, "not the address"),
+        ("http://host/ä", {}, "not the address"),
+        ("http://host/\n", {}, "not the address"),
+        ("http://host", {"timeout": 0}, "time-out should be above 0 and at most 86,400 seconds, not 0"),
+        ("http://host", {"timeout": 1e30}, "at most 86,400 seconds"),
+        ("http://host", {"timeout": float("nan")}, "at most 86,400 seconds"),
         ("http://host", {"api": "tgi"}, "no server format tgi; choose from vllm, trtllm, sglang"),
     ],
 )
