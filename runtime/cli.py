@@ -31,17 +31,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets "?" for it
     try:
         status = _dispatch(words)
-        sys.stdout.flush()  # here, where a reader that has gone is still caught
+        print(end="", flush=True)  # here, where a reader that has gone and a full disk are still caught
     except ResPruneError as error:
         print(f"resprune: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The interpreter flushes stdout once more on its way out; that must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return BROKEN_PIPE
+    except OSError as error:
+        if _takes_output():
+            raise
+        _drop_stdout()
+        print(f"resprune: the output cannot be written ({error.strerror}); make room for it", file=sys.stderr)
+        return 2
     return status
+
+
+def _takes_output() -> bool:
+    """Whether stdout takes what is waiting for it."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        return False
+    return True
+
+
+def _drop_stdout() -> None:
+    """The interpreter flushes stdout once more on its way out; that must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(words: Sequence[str]) -> int:

@@ -208,6 +208,22 @@ def test_a_reader_that_goes_away_is_no_traceback(bundle: str, photo: str) -> Non
     assert asking.returncode == 141
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+@pytest.mark.parametrize("command", ["inspect", "ask"])
+def test_a_full_disk_is_one_sentence(bundle: str, photo: str, command: str) -> None:
+    words = [command, bundle, *([photo, QUESTION, "--max-new-tokens", "8"] if command == "ask" else [])]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*COMMAND, *words], stdout=full, stderr=subprocess.PIPE, check=False)
+    sentence = b"resprune: the output cannot be written (No space left on device); make room for it\n"
+    assert (done.returncode, done.stderr) == (2, sentence)
+
+
+def test_an_output_that_is_closed_is_no_traceback(bundle: str) -> None:
+    words = ["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, "inspect", bundle]
+    done = subprocess.run(words, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_ctrl_c_is_no_traceback(bundle: str, photo: str) -> None:
     asking = subprocess.Popen(
         [*COMMAND, "ask", bundle, photo, QUESTION, "--max-new-tokens", "490", "--temperature", "3"],
