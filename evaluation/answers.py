@@ -1,9 +1,11 @@
 """The answers of a run on disk, so that one that was interrupted goes on where it ended."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from resprune.exporter.transaction import lock
 from resprune.runtime.errors import ResPruneError
 
 
@@ -20,7 +22,7 @@ class Answers:
     """`answers-<data>.jsonl` in a directory: a line that says what is asked of what, then answers as they come."""
 
     def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
-        """Open or begin; `ResPruneError` if the directory holds the answers to something else.
+        """Open or begin; `ResPruneError` if the directory holds the answers to something else, or another run writes.
 
         `settings` is what answers depend on beside the question and the run; its `data` has the fingerprint of every
         data set by name.
@@ -30,15 +32,20 @@ class Answers:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             for data, fingerprint in settings["data"].items():
-                self._files[data] = self._open(directory, data, settings | {"data": fingerprint})
+                self._open(directory / f"answers-{data}.jsonl", data, settings | {"data": fingerprint})
         except OSError as error:
             self.close()
             raise ResPruneError(f"{directory} cannot be written ({error}); give another --out") from None
+        except ResPruneError:
+            self.close()
+            raise
 
-    def _open(self, directory: Path, data: str, settings: dict[str, Any]) -> BinaryIO:
-        path = directory / f"answers-{data}.jsonl"
+    def _open(self, path: Path, data: str, settings: dict[str, Any]) -> None:
+        file = self._files[data] = path.open("ab")
+        if not lock(file):
+            raise ResPruneError(f"another run writes {path}; wait for it, or give another --out")
         # A run that was cut off may leave half a line.
-        kept = path.read_bytes() if path.exists() else b""
+        kept = path.read_bytes()
         kept = kept[: kept.rfind(b"\n") + 1]
         try:
             rows = [json.loads(line) for line in kept.splitlines()]
@@ -52,12 +59,9 @@ class Answers:
             raise ResPruneError(
                 f"{path} holds answers of another {', '.join(changed)}; give another --out, or delete it"
             )
-        file = path.open("r+b" if kept else "wb")
         file.truncate(len(kept))
-        file.seek(len(kept))
         if not kept:
             _write(file, settings)
-        return file
 
     def missing(self, run: Run, numbers: list[int]) -> list[int]:
         """Those questions that have no answer yet."""
@@ -65,7 +69,10 @@ class Answers:
         return [number for number in numbers if number not in known]
 
     def add(self, run: Run, answers: dict[int, str]) -> None:
-        """Note answers by the number of their question; another process can read them when this returns."""
+        """Note answers by the number of their question; another process can read them when this returns.
+
+        Raises `ResPruneError` where the disk is full.
+        """
         self._known.setdefault(run, {}).update(answers)
         row = {"selector": run.selector, "k": run.k, "seed": run.seed, "answers": answers}
         _write(self._files[run.data], row)
@@ -77,9 +84,15 @@ class Answers:
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # of a line that could not be written, which `add` has said
+                file.close()
 
 
 def _write(file: BinaryIO, row: dict[str, Any]) -> None:
-    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-    file.flush()
+    try:
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        file.flush()
+    except OSError as error:
+        raise ResPruneError(
+            f"{file.name} cannot be written ({error.strerror}); make room and run the same command again: it goes on"
+        ) from None

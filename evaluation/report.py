@@ -27,7 +27,7 @@ class Score:
     """One selector at one budget on one data set.
 
     `exact_match` is the mean over `draws`, and `low` to `high` Wilson's 95 % interval of it for this many questions;
-    `worst` and `best` are the extremes of the draws. `unpruned` compares each draw with all tokens (empty if those
+    `draws` are the single ones. `unpruned` compares each draw with all tokens (empty if those
     were not asked); `first` with the selector that was named first.
     """
 
@@ -168,7 +168,7 @@ def write(directory: Path, sheets: Sequence[Sheet], plan: Plan, model: Model) ->
             "exact match, %",
         )
     except OSError as error:
-        raise ResPruneError(f"{error.filename} cannot be written: {error.strerror}") from None
+        raise ResPruneError(f"{error.filename or directory} cannot be written: {error.strerror}") from None
 
 
 def panel(sheet: Sheet, plan: Plan, num_tokens: int | None) -> Panel:

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.manifest import MANIFEST_NAME
@@ -136,7 +136,7 @@ def _alive(work: Path) -> bool:
         return False
 
 
-def lock(file: IO[str]) -> bool:
+def lock(file: IO[Any]) -> bool:
     """Take the lock of an open file, until it is closed; False if another process holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,10 +13,12 @@ def test_what_was_added_is_there_again(tmp_path):
     first = Answers(tmp_path / "new" / "out", SETTINGS)
     first.add(RUN, {3: "röt", 5: "two"})
     first.add(RUN._replace(data="two"), {3: "other"})
-    again = Answers(tmp_path / "new" / "out", SETTINGS)  # the first was never closed, as when a process dies
+    del first  # which was never closed, as when a process dies
+    again = Answers(tmp_path / "new" / "out", SETTINGS)
     assert again.missing(RUN, [3, 4, 5]) == [4]
     again.add(RUN, {4: ""})
     assert again.of(RUN, [5, 4, 3]) == ["two", "", "röt"]
+    again.close()
     assert Answers(tmp_path / "new" / "out", SETTINGS).of(RUN._replace(data="two"), [3]) == ["other"]
 
 
@@ -75,3 +77,44 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ResPruneError, match="cannot be written"):
         Answers(tmp_path / "file", SETTINGS)
+
+
+def test_a_second_run_is_refused_while_the_first_writes(tmp_path):
+    first = Answers(tmp_path, SETTINGS)
+    first.add(RUN, {1: "a"})
+    with pytest.raises(ResPruneError, match=r"another run writes .*answers-one.jsonl; wait for it"):
+        Answers(tmp_path, SETTINGS)
+    first.add(RUN, {2: "b"})
+    first.close()
+    assert Answers(tmp_path, SETTINGS).of(RUN, [1, 2]) == ["a", "b"]
+
+
+@pytest.fixture
+def full_disk():
+    """Files that are open take ten more bytes."""
+    resource = pytest.importorskip("resource", reason="POSIX alone limits the size of files")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(path):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+
+    limit.lift = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    yield limit
+    limit.lift()
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on(tmp_path, full_disk):
+    answers = Answers(tmp_path, SETTINGS)
+    answers.add(RUN, {1: "a"})
+    full_disk(tmp_path / "answers-one.jsonl")
+    with pytest.raises(
+        ResPruneError, match=r"answers-one.jsonl cannot be written \(File too large\); make room"
+    ):
+        answers.add(RUN, {2: "b" * 99})
+    answers.close()
+    full_disk.lift()
+    again = Answers(tmp_path, SETTINGS)
+    assert again.missing(RUN, [1, 2]) == [2]
+    again.add(RUN, {2: "c"})
+    again.close()
+    assert Answers(tmp_path, SETTINGS).of(RUN, [1, 2]) == ["a", "c"]

@@ -82,8 +82,10 @@ def test_an_interrupted_run_goes_on(questions, model, tmp_path, monkeypatch):
     total = len(calls)
 
     last[0] = total + 20
+    cut = Answers(tmp_path / "cut", wanted.settings(model))
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, wanted, Answers(tmp_path / "cut", wanted.settings(model)))
+        evaluate(model, wanted, cut)
+    cut.close()
     again = Answers(tmp_path / "cut", wanted.settings(model))
     last[0] = None
     evaluate(model, wanted, again)
