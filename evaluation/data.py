@@ -5,7 +5,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from resprune.runtime.errors import ResPruneError, require_packages
-from resprune.runtime.image import ImageSource
+from resprune.runtime.image import ImageSource, load_image
 
 SCENES, QUESTIONS_A_SCENE = 1000, 2
 FIRST_SCENE = 400_000  # seeds that neither the training nor its checks nor demo.evaluate use
 NAMED = ("easyvqa", "scenes", "crowd")
+PICTURES_READ = 16  # of a set's thousand, for its fingerprint
 CROWD_TYPES = ("color", "shape", "existence", "position")
 
 
@@ -43,7 +44,10 @@ class Question:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Questions in the order of their pictures; `fingerprint` changes when any of them does."""
+    """Questions in the order of their pictures; `fingerprint` changes when any of them does.
+
+    Of the user's pictures it has size and time, of those that are drawn or come in a package the pixels of a few.
+    """
 
     name: str
     fingerprint: str
@@ -88,7 +92,9 @@ def read_jsonl(path: Path) -> DataSet:
     for question in questions:
         order.setdefault(question.picture, len(order))
     questions.sort(key=lambda question: order[question.picture])
-    return DataSet(path.stem, hashlib.sha256(raw).hexdigest(), tuple(questions))
+    stats = [Path(picture).stat() for picture in order]
+    pictures = json.dumps([[stat.st_size, stat.st_mtime_ns] for stat in stats])
+    return DataSet(path.stem, hashlib.sha256(raw + pictures.encode()).hexdigest(), tuple(questions))
 
 
 def _parse(line: bytes, number: int, path: Path) -> Question:
@@ -132,7 +138,7 @@ def _easy_vqa() -> DataSet:
         for number, (text, answer, row) in enumerate(zip(texts, answers, rows, strict=True))
     ]
     questions.sort(key=lambda question: int(question.picture))
-    return DataSet("easyvqa", f"test, {len(texts)}", tuple(questions))
+    return _fingerprinted("easyvqa", questions)
 
 
 def _easy_type(answer: str) -> str:
@@ -161,8 +167,18 @@ def _scenes(name: str) -> DataSet:
             load = partial(scenes.draw, scene)
             asked.append(Question(len(asked), str(seed), load, made.text, (made.answer,), made.type))
             if len(asked) == SCENES * QUESTIONS_A_SCENE:
-                return DataSet(name, f"test, {len(asked)} from {FIRST_SCENE}", tuple(asked))
+                return _fingerprinted(name, asked)
     raise AssertionError  # seeds do not end
+
+
+def _fingerprinted(name: str, questions: Sequence[Question]) -> DataSet:
+    """Of every question, and of the pixels of a few pictures from all over the set."""
+    words = [(question.picture, question.text, question.answers, question.type) for question in questions]
+    digest = hashlib.sha256(json.dumps(words).encode())
+    data = DataSet(name, "", tuple(questions))
+    for question in data.spread(PICTURES_READ):
+        digest.update(np.asarray(load_image(question.load())).tobytes())
+    return replace(data, fingerprint=digest.hexdigest())
 
 
 def _need(data: str, *packages: str) -> None:

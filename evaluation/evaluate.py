@@ -54,10 +54,7 @@ class Plan:
 
     def settings(self, model: Model) -> dict[str, Any]:
         """What answers depend on beside the question, the selector and the budget."""
-        return {
-            "model": model.fingerprint,
-            "positions": model.manifest.positions,
-            "attention": model.manifest.attention,
+        return model.settings | {
             "max_new_tokens": self.max_new_tokens,
             "data": {data.name: data.fingerprint for data in self.data},
         }

@@ -82,12 +82,7 @@ class ResPrune(lmms):  # type: ignore[misc]
         for context, options, _, document, task, split in asked:
             row = json.dumps([document, split, context, options], default=str)
             digests.setdefault(task, hashlib.sha256()).update(row.encode())
-        return {
-            "model": self._model.fingerprint,
-            "positions": self._model.manifest.positions,
-            "attention": self._model.manifest.attention,
-            "data": {task: digest.hexdigest() for task, digest in digests.items()},
-        }
+        return self._model.settings | {"data": {task: digest.hexdigest() for task, digest in digests.items()}}
 
     def _recall(self, answers: Answers, *arguments: Any) -> str:
         _, _, _, document, task, _ = arguments

@@ -103,6 +103,16 @@ class Model:
         """N; None where it depends on the picture."""
         return self.manifest.selection.num_tokens
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What answers depend on beside the data and the tokens kept, as `Answers` compares it."""
+        return {
+            "model": self.fingerprint,
+            "positions": self.manifest.positions,
+            "attention": self.manifest.attention,
+            "resprune": self.engine.versions["resprune"],
+        }
+
     def look(self, sources: Sequence[ImageSource]) -> list[Encoded]:
         """Encode pictures, each with all its tokens."""
         images = [load_image(source) for source in sources]

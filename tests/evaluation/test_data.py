@@ -1,10 +1,14 @@
 """The data sets, and one sentence for each fault of a file."""
 
 import json
+import shutil
 
+import easy_vqa
 import numpy as np
 import pytest
 
+from demo import questions as demo_questions
+from demo import scenes
 from resprune.evaluation.data import DataSet, Question, load_data, read_jsonl
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.image import load_image
@@ -34,6 +38,34 @@ def test_another_file_has_another_fingerprint(questions, tmp_path):
     data = read_jsonl(other)
     assert data.questions[0].answers == ("a", "b")
     assert data.fingerprint != read_jsonl(questions).fingerprint
+
+
+def test_another_picture_of_the_same_name_is_another_fingerprint(questions, tmp_path):
+    copy = shutil.copytree(questions.parent, tmp_path / "copy") / questions.name
+    before = read_jsonl(copy).fingerprint
+    assert read_jsonl(copy).fingerprint == before
+    shutil.copyfile(copy.parent / "1.png", copy.parent / "0.png")
+    assert read_jsonl(copy).fingerprint != before
+
+
+@pytest.mark.parametrize("name", ["scenes", "crowd", "easyvqa"])
+def test_a_change_of_what_is_made_is_another_fingerprint(name, monkeypatch):
+    """A few questions are enough: of another answer, and of another drawing of the same scenes."""
+    monkeypatch.setattr("resprune.evaluation.data.SCENES", 4)
+    before = load_data(name).fingerprint
+    assert load_data(name).fingerprint == before
+    with monkeypatch.context() as changed:
+        if name == "easyvqa":
+            texts, answers, rows = easy_vqa.get_test_questions()
+            wrong = texts, [*answers[:-1], "else"], rows
+            changed.setattr(easy_vqa, "get_test_questions", lambda: wrong)
+        else:
+            changed.setitem(demo_questions._MAKERS, "color", lambda scene, rng: None)
+        assert load_data(name).fingerprint != before
+    if name != "easyvqa":
+        draw = scenes.draw
+        monkeypatch.setattr(scenes, "draw", lambda scene: draw(scene) ^ 1)
+        assert load_data(name).fingerprint != before
 
 
 @pytest.mark.parametrize(

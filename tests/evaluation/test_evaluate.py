@@ -93,6 +93,15 @@ def test_an_interrupted_run_goes_on(questions, model, tmp_path, monkeypatch):
     assert report.score(wanted, again) == report.score(wanted, whole)
 
 
+def test_answers_of_another_resprune_are_not_mixed(questions, bundle, model, tmp_path, monkeypatch):
+    """Its selectors may be others."""
+    wanted = plan(questions)
+    Answers(tmp_path, wanted.settings(model)).close()
+    monkeypatch.setattr("resprune.evaluation.model.version", lambda package: "0.0.1")
+    with pytest.raises(ResPruneError, match="answers of another resprune"):
+        Answers(tmp_path, wanted.settings(open_bundle(bundle)))
+
+
 def test_the_report(questions, model, tmp_path):
     wanted = plan(questions, limit=6)
     answers = Answers(tmp_path, wanted.settings(model))
