@@ -87,7 +87,7 @@ def test_wrong_words(bundle, questions, tmp_path, capsys, words, named):
 
 def test_wrong_data_and_model(bundle, questions, tmp_path, capsys):
     rest = ["-k", "4", "--out", tmp_path / "out"]
-    assert "neither" not in fails(capsys, bundle, "--data", "coco", *rest)
+    assert "coco is none of easyvqa, scenes, crowd" in fails(capsys, bundle, "--data", "coco", *rest)
     assert "--data names none" in fails(capsys, bundle, "--data", ",", *rest)
     assert "is not a directory" in fails(capsys, "nothing here", "--data", questions, *rest)
     bad = tmp_path / "bad.jsonl"
