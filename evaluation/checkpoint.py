@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from resprune.evaluation.model import Encoded, Model, Stages, engine
+from resprune.evaluation.model import Encoded, Model, Stages, check_policies, engine
 from resprune.runtime.bundle import Bundle, describe_files
 from resprune.runtime.errors import ResPruneError, one_line, require_packages
 from resprune.runtime.manifest import FORMAT_VERSION, GraphSpec, Manifest, Selection
@@ -39,6 +40,7 @@ def open_checkpoint(
     the runtime's, as in a bundle. `threads` of the processor are then PyTorch's in this process; 0 leaves them.
     Raises `ResPruneError` for what cannot be found, loaded, or put on `device`.
     """
+    check_policies(positions, attention)
     way = 'install with: pip install "resprune[export,eval]"'
     require_packages(f"{name} is no bundle, and a checkpoint", NEEDED, way)
     import torch
@@ -60,10 +62,10 @@ def open_checkpoint(
             dtype = torch.float32 if device == "cpu" else "auto"
             model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.root, dtype=dtype)
             model = model.to(device).eval()
+            load_processor: Any = AutoImageProcessor.from_pretrained
+            processor = load_processor(checkpoint.root, backend="pil")
         except (RuntimeError, AssertionError, ValueError, OSError) as error:
             raise ResPruneError(f"{name} cannot be loaded on {device} ({one_line(error)})") from None
-        load_processor: Any = AutoImageProcessor.from_pretrained
-        processor = load_processor(checkpoint.root, backend="pil")
         stages = _TorchStages(model, processor, bundle.manifest.selection)
         return Model(
             bundle,
@@ -128,6 +130,18 @@ def _without_graphs(checkpoint: Checkpoint, root: Path, attention: str) -> Bundl
     return Bundle(root, manifest)
 
 
+@contextmanager
+def _faults(what: str, device: Any) -> Iterator[None]:
+    """Turn what PyTorch raises while a model runs, out of memory above all, into one sentence."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        raise ResPruneError(
+            f"PyTorch could not {what} on {device} ({one_line(error)}); where memory is short, take fewer "
+            "questions at once, fewer tokens, or another --device"
+        ) from None
+
+
 class _TorchStages:
     """Encoder, embedding and selection of a Hugging Face model; arrays in, arrays out."""
 
@@ -141,18 +155,18 @@ class _TorchStages:
 
         rows: list[Floats] = []
         for image in images:  # one by one: pictures differ in size, and what one needs is bounded
-            inputs = self._processor(images=[np.asarray(image)], return_tensors="pt").to(self._model.device)
-            with torch.inference_mode():
-                (features,) = self._model.get_image_features(**inputs).pooler_output
-            rows.append(features.float().cpu().numpy())
+            with _faults("encode a picture", self._model.device), torch.inference_mode():
+                inputs = self._processor(images=[np.asarray(image)], return_tensors="pt")
+                (features,) = self._model.get_image_features(**inputs.to(self._model.device)).pooler_output
+                rows.append(features.float().cpu().numpy())
         return rows
 
     def embed(self, ids: Ints) -> Floats:
         import torch
 
-        with torch.inference_mode():
+        with _faults("embed a question", self._model.device), torch.inference_mode():
             rows = self._model.get_input_embeddings()(torch.from_numpy(ids).to(self._model.device))
-        embeds: Floats = rows.float().cpu().numpy()
+            embeds: Floats = rows.float().cpu().numpy()
         return embeds
 
     def select(self, encoded: Encoded, text: Floats, k: int) -> Ints:
@@ -160,12 +174,16 @@ class _TorchStages:
 
         from resprune.exporter.reference import residual_select, text_gain
 
-        visual, words = (
-            torch.from_numpy(rows)[None].to(self._model.device) for rows in (encoded.features, text)
-        )
-        gain = text_gain(visual, words, alpha=self._selection.alpha, scale=self._selection.scale)
-        picks: Ints = residual_select(visual, gain, k)[0].cpu().numpy()
+        with _faults("select tokens", self._model.device):
+            visual, words = (
+                torch.from_numpy(rows)[None].to(self._model.device) for rows in (encoded.features, text)
+            )
+            gain = text_gain(visual, words, alpha=self._selection.alpha, scale=self._selection.scale)
+            picks: Ints = residual_select(visual, gain, k)[0].cpu().numpy()
         return picks[picks >= 0]
+
+
+_ANSWER = "go on with an answer"
 
 
 class _TorchLanguageModel:
@@ -182,8 +200,9 @@ class _TorchLanguageModel:
         self._cache = DynamicCache()
         self._mask = attention_mask
         self._position = position_ids[..., -1:] + 1
-        embeds = torch.from_numpy(inputs_embeds).to(self._model.device, self._model.dtype)
-        return self._run(embeds, position_ids)
+        with _faults(_ANSWER, self._model.device):
+            embeds = torch.from_numpy(inputs_embeds).to(self._model.device, self._model.dtype)
+            return self._run(embeds, position_ids)
 
     def step(self, tokens: Ints) -> Floats:
         import torch
@@ -191,11 +210,11 @@ class _TorchLanguageModel:
         position_ids = self._position
         self._mask = np.concatenate([self._mask, np.ones((len(tokens), 1), np.int64)], axis=1)
         self._position = position_ids + 1
-        with torch.inference_mode():
+        with _faults(_ANSWER, self._model.device), torch.inference_mode():
             embeds = self._model.get_input_embeddings()(
                 torch.from_numpy(tokens[:, None]).to(self._model.device)
             )
-        return self._run(embeds, position_ids)
+            return self._run(embeds, position_ids)
 
     def close(self) -> None:
         self._cache = None

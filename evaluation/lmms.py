@@ -44,6 +44,7 @@ class ResPrune(lmms):  # type: ignore[misc]
     """`model`: a split bundle, or what `resprune export` takes; `k`: a number, a share like 11%, or all.
 
     `answers` is a directory that keeps them as they come, so that a run that was interrupted goes on where it ended.
+    `batch_size` and `max_batch_size` are what lmms-eval gives every model; questions are answered one by one.
     """
 
     def __init__(
@@ -55,11 +56,17 @@ class ResPrune(lmms):  # type: ignore[misc]
         device: str = "cpu",
         answers: str | None = None,
         batch_size: int | str = 1,
-        **ignored: Any,
+        max_batch_size: int | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
-        self._model = open_model(model, positions=positions, attention=attention, device=device)
+        if unknown:
+            raise ResPruneError(
+                f"there is no argument {', '.join(unknown)}; choose from model, k, positions, attention, device and "
+                "answers"
+            )
         self._budget = Budget.parse(str(k))
+        self._model = open_model(model, positions=positions, attention=attention, device=device)
         self._model.check([self._budget], own=True)
         self.engine = self._model.engine
         self._directory = None if answers is None else Path(answers)

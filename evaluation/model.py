@@ -21,7 +21,7 @@ from resprune.runtime.families import family_of
 from resprune.runtime.generate import Sampling, TextStream, eos_token_ids, generate
 from resprune.runtime.image import ImageSource, load_image
 from resprune.runtime.language_model import Embedding, LanguageModel, OrtLanguageModel
-from resprune.runtime.manifest import MANIFEST_NAME, POSITIONS, Manifest
+from resprune.runtime.manifest import ATTENTION, MANIFEST_NAME, POSITIONS, Manifest
 from resprune.runtime.picture import Picture
 from resprune.runtime.prompt import Prompt, Prompter
 from resprune.runtime.session import OrtGraphs, SessionOptions
@@ -207,6 +207,13 @@ def is_bundle(path: str) -> bool:
     return (Path(path) / MANIFEST_NAME).is_file()
 
 
+def check_policies(positions: str | None, attention: str | None) -> None:
+    """`ResPruneError` for a position policy or an attention that there is none of."""
+    for what, value, known in (("positions", positions, POSITIONS), ("attention", attention, ATTENTION)):
+        if value is not None and value not in known:
+            raise ResPruneError(f"{what} should be {' or '.join(known)}, not {value}")
+
+
 def open_bundle(
     path: str | Path, *, positions: str | None = None, attention: str | None = None, threads: int = 0
 ) -> Model:
@@ -217,6 +224,7 @@ def open_bundle(
     """
     import onnxruntime
 
+    check_policies(positions, attention)
     bundle = read_bundle(path)
     if not {"vision_encoder", "token_select"} <= bundle.manifest.graphs.keys():
         raise ResPruneError(f"{path} has no encoder apart from its selection; export it with --split")
@@ -251,7 +259,6 @@ def _with_positions(manifest: Manifest, positions: str | None) -> Manifest:
     """The manifest under another position policy, where the family allows it."""
     if positions is None or positions == manifest.positions:
         return manifest
-    assert positions in POSITIONS
     if positions == "contiguous" and manifest.family.startswith("qwen"):
         raise ResPruneError("Qwen-VL's tokens keep their original positions; leave out --positions")
     return replace(manifest, positions=positions)

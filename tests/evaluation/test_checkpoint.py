@@ -1,7 +1,10 @@
 """A checkpoint in PyTorch: what is wrong with its weights or its device is said, and never answered over."""
 
+import json
 import shutil
+from functools import reduce
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -70,6 +73,50 @@ def test_threads_are_pytorchs(threads, copy):
     assert open_checkpoint(str(copy)).engine.threads == threads
     assert open_checkpoint(str(copy), threads=threads + 1).engine.threads == threads + 1
     assert torch.get_num_threads() == threads + 1
+
+
+def test_an_image_processor_that_transformers_does_not_have(copy):
+    path = copy / "preprocessor_config.json"
+    path = path if path.exists() else copy / "processor_config.json"
+    config = json.loads(path.read_text())
+    (config.get("image_processor") or config)["image_processor_type"] = "NopeProcessor"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ResPruneError, match=r"cannot be loaded on cpu .*processor"):
+        open_checkpoint(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("get_image_features", "encode a picture"),
+        ("get_input_embeddings", "embed a question"),
+        ("select", "select tokens"),
+        ("model.language_model.forward", "go on with an answer"),
+    ],
+)
+def test_too_little_memory_is_one_sentence(tiny_checkpoint, monkeypatch, place, what):
+    """Wherever it runs out, and whatever a GPU's allocator has to say."""
+    model = open_checkpoint(str(tiny_checkpoint("clip-llama")))
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+    if place == "select":
+        monkeypatch.setattr("resprune.exporter.reference.residual_select", full)
+    else:
+        *path, name = place.split(".")
+        monkeypatch.setattr(reduce(getattr, path, model._stages.encode.__self__._model), name, full)
+    with pytest.raises(
+        ResPruneError, match=f"could not {what} on cpu .CUDA out of memory. Tried to"
+    ) as raised:
+        ask(model)
+    assert "\n" not in str(raised.value)
+
+
+def ask(model):
+    (encoded,) = model.look([np.zeros((40, 50, 3), np.uint8)])
+    asked = model.read("what colour is the square?")
+    return model.answer([asked], [[encoded]], [[model.select(encoded, asked, 3)]], 4)
 
 
 @pytest.mark.parametrize("device", ["cuda", "nonsense"])

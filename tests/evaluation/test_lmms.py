@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resprune.evaluation.model import open_bundle
+from resprune.evaluation.budget import Budget
 from resprune.runtime.errors import ResPruneError
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval: make setup")
@@ -36,6 +36,32 @@ def plugin(demo_bundle):
     model = get_model("resprune")(model=str(demo_bundle), k="16")
     model.task_dict = {"task": {"test": [None]}}
     return model
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("postions=original", "there is no argument postions; choose from model, k, positions"),
+        ("positions=orignal", "positions should be contiguous or original, not orignal"),
+        ("attention=proportinal", "attention should be plain or proportional, not proportinal"),
+        ("k=0", "-k 0 is no budget"),
+    ],
+)
+def test_wrong_model_args(words, named, demo_bundle):
+    with pytest.raises(ResPruneError, match=named):
+        by_lmms_eval(f"model={demo_bundle},{words}")
+
+
+def by_lmms_eval(model_args):
+    """The model as lmms-eval's own command opens it, with all that it gives beside `--model_args`."""
+    config = {"batch_size": 1, "max_batch_size": 8, "device": "cpu"}
+    return get_model("resprune").create_from_arg_string(model_args, config)
+
+
+def test_lmms_eval_opens_it_as_well(demo_bundle):
+    model = by_lmms_eval(f"model={demo_bundle},k=11%,positions=original")
+    assert model._budget == Budget(share=0.11)
+    assert model._model.manifest.positions == "original"
 
 
 def test_it_answers(plugin):
@@ -110,8 +136,13 @@ def test_kinds_of_tasks_that_are_not_offered(plugin):
             kind([])
 
 
-def test_a_tasks_instruction_does_not_steer(demo_bundle):
+def test_a_tasks_instruction_does_not_steer(plugin, monkeypatch):
     assert INSTRUCTION.sub("", QUESTION + ASKED) == QUESTION
-    model = open_bundle(demo_bundle)
-    steered = model.read(QUESTION + ASKED, about=["square"]).prompt
-    assert steered.nouns == ["square"]
+    read, asked = plugin._model.read, []
+    monkeypatch.setattr(
+        plugin._model, "read", lambda *words, **how: asked.append(read(*words, **how)) or asked[-1]
+    )
+    plugin.generate_until([request([picture()], QUESTION + ASKED)])
+    (prompt,) = (one.prompt for one in asked)
+    assert prompt.nouns == ["color", "square"] == read(QUESTION).prompt.nouns
+    assert ASKED in prompt.text

@@ -132,6 +132,19 @@ def test_other_words_can_steer(bundle):
     assert set(nouns.prompt.text_positions) < set(words.prompt.text_positions)
 
 
+@pytest.mark.parametrize("opened", [open_bundle, open_checkpoint])
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"positions": "orignal"}, "positions should be contiguous or original, not orignal"),
+        ({"attention": "proportinal"}, "attention should be plain or proportional, not proportinal"),
+    ],
+)
+def test_a_policy_that_there_is_none_of(opened, wrong, sentence, bundle, tiny_checkpoint):
+    with pytest.raises(ResPruneError, match=sentence):
+        opened(str(bundle if opened is open_bundle else tiny_checkpoint("clip-llama")), **wrong)
+
+
 def test_what_a_model_cannot_keep(bundle, tiny_bundle):
     model = open_bundle(tiny_bundle("clip-llama", k=7, split=True))
     model.check([Budget(8), Budget()], own=False)
