@@ -4,7 +4,7 @@ NumPy in float64, written for clarity; the graphs and kernels that a bundle runs
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,8 +51,12 @@ def relevance_alone(of: Candidates, k: int) -> Ints:
 
 
 def negative(of: Candidates, k: int) -> Ints:
-    """The method with low relevance preferred, which helps context according to arXiv 2606.18681."""
-    return expand(of.visual, gain(of, -cosines(of).max(axis=1, initial=-1)), k)
+    """The method with low relevance preferred, which helps context according to arXiv 2606.18681.
+
+    The gain's scale is the bundle's, but `shifted` where that is `clamp`, by which every gain could be 0.
+    """
+    scale = "shifted" if of.scale == "clamp" else of.scale
+    return expand(of.visual, gain(replace(of, scale=scale), -cosines(of).max(axis=1, initial=-1)), k)
 
 
 def mean_relevance(of: Candidates, k: int) -> Ints:

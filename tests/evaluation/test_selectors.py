@@ -1,5 +1,7 @@
 """Each selector against the shared vectors, a brute-force reading of its definition, or Gram-Schmidt by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,15 @@ def test_mean_relevance_is_the_reference_with_the_mean_direction():
 def test_negative_guidance_is_the_reference_with_one_text_token_reversed():
     of = candidates(4, m=1)
     np.testing.assert_array_equal(CONTROLS["negative"](of, 6), reference(of, -of.text))
+
+
+def test_negative_guidance_of_a_clamped_gain_is_shifted():
+    """Clamped, −r of rows that are all near the text is 0, and what remains is the order of their indices."""
+    of = candidates(4, m=1)
+    near = replace(of, visual=of.visual + 9 * of.text, scale="clamp")
+    picks = CONTROLS["negative"](near, 6)
+    np.testing.assert_array_equal(picks, reference(near, -near.text, scale="shifted"))
+    assert picks.tolist() != list(range(6))
 
 
 def test_relevance_alone_is_the_largest_cosines():
