@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from resprune.evaluation.answers import Answers, Run
 from resprune.evaluation.budget import Budget
 from resprune.evaluation.data import DataSet, Question
 from resprune.evaluation.model import Asked, Encoded, Model
+from resprune.evaluation.progress import progress
 from resprune.evaluation.selectors import CONTROLS, Candidates
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.splice import Ints
@@ -88,9 +88,9 @@ def evaluate(model: Model, plan: Plan, answers: Answers) -> None:
         questions, runs = data.spread(plan.limit), plan.runs(data)
         numbers = [question.number for question in questions]
         left = sum(len(answers.missing(run, numbers)) for run in runs)
-        with tqdm(total=left, desc=data.name, unit="answer", leave=False, disable=None) as bar:
+        with progress(left, data.name) as update:
             for chunk in _chunks(questions, plan.batch):
-                _ask(model, plan, chunk, runs, answers, bar)
+                _ask(model, plan, chunk, runs, answers, update)
 
 
 def _chunks(questions: Sequence[Question], least: int) -> Iterator[list[Question]]:
@@ -111,7 +111,7 @@ def _ask(
     chunk: Sequence[Question],
     runs: dict[Run, Budget],
     answers: Answers,
-    bar: tqdm[None],
+    update: Callable[[int], object],
 ) -> None:
     numbers = [question.number for question in chunk]
     todo = {run: missing for run in runs if (missing := answers.missing(run, numbers))}
@@ -132,7 +132,7 @@ def _ask(
                 [asked for _, asked in pairs], [[picture] for picture, _ in pairs], kept, plan.max_new_tokens
             )
             answers.add(run, dict(zip(batch, texts, strict=True)))
-            bar.update(len(batch))
+            update(len(batch))
 
 
 def pick(model: Model, run: Run, budget: Budget, encoded: Encoded, asked: Asked, number: int) -> Ints:

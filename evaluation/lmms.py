@@ -8,20 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lmms_eval.api.model import lmms
 from PIL import Image
-from tqdm import tqdm
 
 from resprune.evaluation.answers import Answers, Run
 from resprune.evaluation.budget import Budget
 from resprune.evaluation.cli import open_model
 from resprune.evaluation.evaluate import OWN
 from resprune.evaluation.model import Asked, Encoded
+from resprune.evaluation.progress import progress
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.nouns import question_terms
 from resprune.runtime.splice import Ints
@@ -74,12 +75,11 @@ class ResPrune(lmms):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Greedy answers, in the order of the requests."""
         asked = [request.args for request in requests]
-        bar = tqdm(asked, desc="answers", disable=None)
         if self._directory is None:
-            return [self._answer(*arguments) for arguments in bar]
+            return _each(self._answer, asked)
         answers = Answers(self._directory, self._settings(asked))
         try:
-            return [self._recall(answers, *arguments) for arguments in bar]
+            return _each(partial(self._recall, answers), asked)
         finally:
             answers.close()
 
@@ -133,3 +133,12 @@ class ResPrune(lmms):  # type: ignore[misc]
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Not offered: the runtime's language model gives the logits of the last position alone."""
         raise ResPruneError("tasks that score given answers are not supported; choose their generative form")
+
+
+def _each(answer: Callable[..., str], asked: Sequence[tuple[Any, ...]]) -> list[str]:
+    texts = []
+    with progress(len(asked), "lmms") as update:
+        for arguments in asked:
+            texts.append(answer(*arguments))
+            update(1)
+    return texts

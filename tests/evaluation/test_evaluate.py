@@ -203,3 +203,10 @@ def test_what_is_no_budget(text):
 def test_budgets_of_a_picture():
     counts = np.array([[Budget(8).of(n), Budget(share=0.11).of(n), Budget().of(n)] for n in (4, 100)])
     np.testing.assert_array_equal(counts, [[4, 1, 4], [8, 11, 100]])
+
+
+def test_a_log_says_how_far_a_run_has_come(questions, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("resprune.evaluation.progress.TENTH_SECONDS", 0.0)
+    wanted = plan(questions, selectors=("stride",))
+    evaluate(model, wanted, Answers(tmp_path, wanted.settings(model)))
+    assert "mine: 27 of 27 answers in " in capsys.readouterr().err

@@ -68,6 +68,12 @@ def test_it_answers(plugin):
     assert plugin.generate_until([request([picture()])]) == ["black"]
 
 
+def test_a_log_says_how_far_it_has_come(plugin, capsys, monkeypatch):
+    monkeypatch.setattr("resprune.evaluation.progress.TENTH_SECONDS", 0.0)
+    plugin.generate_until([request([picture()])] * 2)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("lmms: 2 of 2 answers in ")
+
+
 def test_an_answer_ends_where_the_task_says(plugin):
     assert plugin.generate_until([request([picture()], until=["a"])]) == ["bl"]
     assert plugin.generate_until([request([picture()], until="ck", max_new_tokens=8)]) == ["bla"]
