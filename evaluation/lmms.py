@@ -69,7 +69,7 @@ class ResPrune(lmms):  # type: ignore[misc]
         self._budget = Budget.parse(str(k))
         self._model = open_model(model, positions=positions, attention=attention, device=device)
         self._model.check([self._budget], own=True)
-        self.engine = self._model.engine
+        self.engine, self.fingerprint = self._model.engine, self._model.fingerprint
         self._directory = None if answers is None else Path(answers)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

@@ -16,9 +16,12 @@ from resprune.runtime.errors import ResPruneError, one_line, require_packages
 from resprune.runtime.manifest import ATTENTION, POSITIONS
 
 if TYPE_CHECKING:
-    from resprune.evaluation.model import Engine
+    from resprune.evaluation.lmms import ResPrune
 
 NEEDED = ("lmms_eval", "accelerate", "datasets", "evaluate", "loguru", "pytz", "sacrebleu", "tenacity")
+
+FOUND = ("results", "n-samples", "configs")
+"""What `results.json` keeps of lmms-eval's own results, each by task."""
 
 
 def register_lmms(subparsers: Any) -> None:
@@ -74,7 +77,7 @@ def run_lmms(arguments: argparse.Namespace) -> int:
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
     try:
-        results, engine = _evaluate(names, arguments)
+        results, model = _evaluate(names, arguments)
     except RetryError as error:  # of the download of a task's data
         reason = one_line(error.last_attempt.exception())
         raise ResPruneError(
@@ -85,12 +88,12 @@ def run_lmms(arguments: argparse.Namespace) -> int:
         raise ResPruneError(
             f"a task needs the package {error.name}; install it beside lmms-eval, with pip"
         ) from None
-    _write(results, engine, arguments)
+    _write(results, model, arguments)
     return 0
 
 
-def _evaluate(names: list[str], arguments: argparse.Namespace) -> tuple[dict[str, Any], Engine]:
-    """What lmms-eval found, and what ran the model."""
+def _evaluate(names: list[str], arguments: argparse.Namespace) -> tuple[dict[str, Any], ResPrune]:
+    """What lmms-eval found, and the model it asked."""
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.models import get_model
 
@@ -99,7 +102,7 @@ def _evaluate(names: list[str], arguments: argparse.Namespace) -> tuple[dict[str
     manager = index(names)
     with tempfile.TemporaryDirectory(prefix="resprune-") as work:
         tasks = find_tasks(names, manager, arguments.limit, Path(work))
-        model = get_model("resprune")(
+        model: ResPrune = get_model("resprune")(
             model=arguments.model,
             k=arguments.k,
             positions=arguments.positions,
@@ -118,11 +121,11 @@ def _evaluate(names: list[str], arguments: argparse.Namespace) -> tuple[dict[str
             # What tasks read of lmms-eval's own command line: where a file for a server's judge goes.
             cli_args=argparse.Namespace(output_path=str(arguments.out), process_with_media=False),
         )
-    return results, model.engine
+    return results, model
 
 
-def _write(results: dict[str, Any], engine: Engine, arguments: argparse.Namespace) -> None:
-    """`results.json`, `samples-<task>.jsonl`, and a table to stdout."""
+def _write(results: dict[str, Any], model: ResPrune, arguments: argparse.Namespace) -> None:
+    """`results.json`, where tasks that were asked before stay, `samples-<task>.jsonl`, and a table to stdout."""
     from lmms_eval.utils import handle_non_serializable
 
     def text(value: Any, indent: int | None = None) -> str:
@@ -130,27 +133,44 @@ def _write(results: dict[str, Any], engine: Engine, arguments: argparse.Namespac
 
     settings = {
         "model": arguments.model,
+        "fingerprint": model.fingerprint,
         "k": arguments.k,
         "positions": arguments.positions,
         "attention": arguments.attention,
         "limit": arguments.limit,
-        "device": engine.device,
-        "threads": engine.threads,
-        "versions": engine.versions | {"lmms-eval": version("lmms-eval")},
+        "device": model.engine.device,
+        "threads": model.engine.threads,
+        "versions": model.engine.versions | {"lmms-eval": version("lmms-eval")},
     }
-    summary = {"settings": settings} | {key: results[key] for key in ("results", "n-samples", "configs")}
+    path = arguments.out / "results.json"
+    found = _found_before(path, settings)
+    summary = {key: found.get(key, {}) | results[key] for key in FOUND}
     try:
-        (arguments.out / "results.json").write_text(text(summary, 1), encoding="utf-8")
+        whole = path.with_suffix(".new")
+        whole.write_text(text({"settings": settings} | summary, 1), encoding="utf-8")
+        whole.replace(path)
         for task, samples in results["samples"].items():
             lines = [
                 {"number": row["doc_id"], "target": row["target"], "answer": row["filtered_resps"][0]}
                 for row in samples
             ]
-            path = arguments.out / f"samples-{task}.jsonl"
-            path.write_text("".join(map(text, lines)), encoding="utf-8")
+            samples_file = arguments.out / f"samples-{task}.jsonl"
+            samples_file.write_text("".join(map(text, lines)), encoding="utf-8")
     except OSError as error:
-        raise ResPruneError(f"{error.filename} cannot be written: {error.strerror}") from None
-    print(table(results))
+        raise ResPruneError(
+            f"{error.filename or arguments.out} cannot be written: {error.strerror}"
+        ) from None
+    print(table(summary))
+
+
+def _found_before(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What `results.json` has of other tasks under the same settings; nothing where it is another's, or damaged."""
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(found, dict) and all(isinstance(found.get(key), dict) for key in FOUND)
+    return found if whole and found.get("settings") == settings else {}
 
 
 def table(results: dict[str, Any]) -> str:

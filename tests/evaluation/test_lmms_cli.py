@@ -2,9 +2,12 @@
 
 import json
 import re
+import shutil
+from dataclasses import asdict
 
 import pytest
 
+from resprune.runtime.bundle import describe_files
 from resprune.runtime.cli import main
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval: make setup")
@@ -42,6 +45,35 @@ def test_its_figures_are_those_of_resprune_eval(name, k, request, tmp_path, caps
     versions = found["settings"]["versions"]
     assert versions == report["settings"]["versions"] | {"lmms-eval": versions["lmms-eval"]}
     assert answers(tmp_path / "lmms", "resprune_scenes") == asked(tmp_path / "eval")
+
+
+def test_tasks_that_are_asked_one_by_one_fill_one_table(demo_bundle, tmp_path, capsys):
+    """With the same model and settings; of others nothing is mixed in."""
+    bundle = shutil.copytree(demo_bundle, tmp_path / "bundle")
+
+    def ask(task, k="8"):
+        words = ["--tasks", task, "-k", k, "--limit", "2", "--out", str(tmp_path)]
+        assert main(["lmms", str(bundle), *words]) == 0
+        printed = re.findall(r"\| (resprune_\w+) \| 2 \| exact_match \| (\S+) \|", capsys.readouterr().out)
+        found = json.loads((tmp_path / "results.json").read_text())
+        assert found["configs"].keys() == found["n-samples"].keys() == found["results"].keys()
+        shown = {task: f"{row['exact_match,none']:.4f}" for task, row in found["results"].items()}
+        assert dict(printed) == shown
+        return shown
+
+    first = ask("resprune_easyvqa")
+    both = ask("resprune_scenes")
+    assert both.keys() == {"resprune_easyvqa", "resprune_scenes"}
+    assert first.items() <= both.items()
+    assert ask("resprune_scenes") == both
+    assert ask("resprune_scenes", k="4").keys() == {"resprune_scenes"}
+    (tmp_path / "results.json").write_text("{")
+    assert ask("resprune_easyvqa") == first
+    manifest = json.loads((bundle / "resprune.json").read_text())
+    (bundle / "chat_template.jinja").write_text((bundle / "chat_template.jinja").read_text() + "\n")
+    manifest["files"] |= {"chat_template.jinja": asdict(describe_files(bundle)["chat_template.jinja"])}
+    (bundle / "resprune.json").write_text(json.dumps(manifest))
+    assert ask("resprune_crowd").keys() == {"resprune_crowd"}, "the bundle is another one"
 
 
 def answers(folder, task):
