@@ -97,7 +97,7 @@ def _without_graphs(checkpoint: Checkpoint, root: Path, attention: str) -> Bundl
     import torch
 
     from resprune.exporter.families import family_of
-    from resprune.exporter.sidefiles import check_side_files, copy_side_files
+    from resprune.exporter.sidefiles import check_side_files, copy_side_files, read_tokenizer
     from resprune.exporter.weightless import fake_mode
     from resprune.exporter.weights import find_weights
 
@@ -105,7 +105,7 @@ def _without_graphs(checkpoint: Checkpoint, root: Path, attention: str) -> Bundl
     check_side_files(checkpoint)
     pieces = family.take_apart(checkpoint, torch.float32, fake_mode())
     find_weights(checkpoint, pieces.model)  # transformers fills those that are missing with random values
-    copy_side_files(checkpoint, root)
+    copy_side_files(checkpoint, read_tokenizer(checkpoint), root)
     most = pieces.num_tokens or pieces.max_tokens
     assert most is not None
     # Qwen-VL's preprocessor asks this graph for its windows, which PyTorch makes itself.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -66,13 +67,31 @@ class Checkpoint:
 
 def parse_config(config_class: Any, checkpoint: Checkpoint) -> Any:
     """The checkpoint's config as an object of transformers; `ResPruneError` if it has what that class refuses."""
+    with config_faults(checkpoint):
+        return config_class.from_dict(checkpoint.config)
+
+
+@contextmanager
+def config_faults(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what transformers raises for a config, when it reads it or builds its model, into one sentence."""
     from huggingface_hub.errors import StrictDataclassError
 
+    kinds = (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+        RuntimeError,
+    )
     try:
-        return config_class.from_dict(checkpoint.config)
-    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
+        yield
+    except (StrictDataclassError, *kinds) as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise ResPruneError(
-            f"{checkpoint.root / 'config.json'} is not a valid {config_class.model_type} config ({one_line(error)})"
+            f"{checkpoint.root / 'config.json'} is not a valid {checkpoint.config['model_type']} config ({reason}); "
+            "correct it, or download it again"
         ) from None
 
 

@@ -22,7 +22,7 @@ from resprune.exporter.ort_worker import OrtWorker
 from resprune.exporter.pieces import Piece, Pieces
 from resprune.exporter.quantize import quantize
 from resprune.exporter.shards import read_soon
-from resprune.exporter.sidefiles import check_side_files, copy_side_files
+from resprune.exporter.sidefiles import check_side_files, copy_side_files, read_tokenizer
 from resprune.exporter.trace import Traced
 from resprune.exporter.trace_ahead import traced_ahead
 from resprune.exporter.transaction import new_directory, require_space
@@ -127,6 +127,7 @@ class _Export:
         mode = fake_mode()
         dtype = precision.DTYPES[self.options.dtype]
         pieces = family.take_apart(checkpoint, dtype, mode)
+        tokenizer = read_tokenizer(checkpoint)
         if self.options.attention == "proportional":
             pieces = proportional(pieces)
         if self.options.optimize:
@@ -166,7 +167,7 @@ class _Export:
             self._line("generation", None, note)
             verify.require(self.differences, self.counts, exact=verifier.exact)
 
-        copy_side_files(checkpoint, self.work)
+        copy_side_files(checkpoint, tokenizer, self.work)
         if language is not None:
             self._language(language)
         self._manifest(checkpoint, family, pieces, selection, positions, verifier.level, writer)

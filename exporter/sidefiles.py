@@ -27,13 +27,14 @@ COPIED = (
 
 def image_processor_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The image processor's settings; transformers 5 keeps them inside processor_config.json, and that goes first."""
-    inside: dict[str, Any] = checkpoint.json("processor_config.json").get("image_processor", {})
-    settings = inside or checkpoint.json("preprocessor_config.json")
+    settings = checkpoint.json("processor_config.json").get("image_processor")
+    if not isinstance(settings, dict):
+        settings = checkpoint.json("preprocessor_config.json")
     return settings and settings | checkpoint.image_processor
 
 
 def check_side_files(checkpoint: Checkpoint) -> None:
-    """`ResPruneError` if the checkpoint lacks what the runtime cannot do without, or one of its files is broken."""
+    """`ResPruneError` if the checkpoint lacks what the runtime cannot do without, or has a file that does not parse."""
     if not (checkpoint.root / "tokenizer.json").is_file():
         raise ResPruneError(
             f"{checkpoint.root} has no tokenizer.json; write one with "
@@ -47,16 +48,15 @@ def check_side_files(checkpoint: Checkpoint) -> None:
         if name.endswith(".json"):
             checkpoint.json(name)
     chat_template(checkpoint)
-    _tokenizer(checkpoint)
 
 
-def copy_side_files(checkpoint: Checkpoint, destination: Path) -> None:
+def copy_side_files(checkpoint: Checkpoint, tokenizer: Tokenizer, destination: Path) -> None:
     """Copy what is there, and give the image processor and the chat template the files of their own."""
     for name in COPIED:
         if (checkpoint.root / name).is_file():
             # A copy, also of what the hub's cache has as a link: a bundle may not point outside itself.
             shutil.copyfile(checkpoint.root / name, destination / name)
-    _tokenizer(checkpoint).save(str(destination / "tokenizer.json"))
+    tokenizer.save(str(destination / "tokenizer.json"))
     processor = image_processor_config(checkpoint)
     _write_json(destination / "preprocessor_config.json", processor)
     whole = checkpoint.json("processor_config.json")
@@ -67,10 +67,11 @@ def copy_side_files(checkpoint: Checkpoint, destination: Path) -> None:
         (destination / TEMPLATE_FILE).write_text(template, encoding="utf-8")
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """tokenizer.json as transformers reads it.
+def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """tokenizer.json as transformers reads it; `ResPruneError` if it is broken.
 
     Some classes put other parts in place of the file's, and a token may stand in tokenizer_config.json alone.
+    transformers looks into config.json first, so that this should have been parsed.
     """
     path = checkpoint.root / "tokenizer.json"
     try:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from resprune.exporter.attention import register_attention
-from resprune.exporter.checkpoint import Checkpoint, parse_config
+from resprune.exporter.checkpoint import Checkpoint, config_faults, parse_config
 from resprune.exporter.language import check_language, decoder_piece, embed_piece
 from resprune.exporter.pieces import Piece, Pieces, Sizes
 from resprune.exporter.precision import lower
 from resprune.exporter.sidefiles import image_processor_config
 from resprune.exporter.weightless import build
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line
+from resprune.runtime.image import ImageProcessor
 from resprune.runtime.manifest import TensorSpec
 
 TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2")
@@ -56,7 +58,8 @@ def take_apart(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode)
     check_language(config.text_config)
     check_tower(config.vision_config)
     config._attn_implementation = register_attention(dtype)
-    model: Any = build(LlavaForConditionalGeneration, config, mode)
+    with config_faults(checkpoint):
+        model: Any = build(LlavaForConditionalGeneration, config, mode)
     lower(model, dtype, mode)
     vision = _vision_piece(model, config, pixel_size(checkpoint), mode)
     return Pieces(
@@ -79,25 +82,10 @@ def check_tower(config: Any) -> None:
 
 
 def pixel_size(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Height and width of the pictures that the checkpoint's image processor makes.
-
-    What it crops to, else what it resizes to; without an image processor, the tower's own size.
-    """
-    processor = image_processor_config(checkpoint)
-    for switch, key in (("do_center_crop", "crop_size"), ("do_resize", "size")):
-        size = processor.get(key)
-        if not processor.get(switch, True) or size is None:
-            continue
-        if isinstance(size, int):
-            return size, size
-        if {"height", "width"} <= size.keys():
-            return int(size["height"]), int(size["width"])
-        raise ResPruneError(
-            f"the checkpoint's image processor makes pictures of varying shape ({key} is {size}); "
-            "LLaVA needs a height and a width there"
-        )
-    size = checkpoint.config["vision_config"].get("image_size", 224)
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    """Height and width of the pictures that the runtime makes by the checkpoint's image processor."""
+    processor = ImageProcessor.from_config(image_processor_config(checkpoint))
+    pixels = processor(Image.new("RGB", (32, 32)))
+    return pixels.shape[1], pixels.shape[2]
 
 
 def _vision_piece(model: Any, config: Any, size: tuple[int, int], mode: FakeTensorMode) -> Piece:
@@ -114,11 +102,11 @@ def _vision_piece(model: Any, config: Any, size: tuple[int, int], mode: FakeTens
     try:
         with mode:
             _, num_tokens, hidden_size = module(torch.empty(1, 3, *size))[0].shape
-    except (
-        ValueError,
-        IndexError,
-    ) as error:  # pictures of a size that the tower refuses, or a layer it lacks
-        raise ResPruneError(f"the checkpoint's config does not fit its vision tower: {error}") from None
+    except (ValueError, IndexError, RuntimeError) as error:  # a size it refuses, or a layer it lacks
+        raise ResPruneError(
+            f"the checkpoint's config does not fit its vision tower, which gets {size[0]} x {size[1]} pixels: "
+            f"{one_line(error)}"
+        ) from None
     pixels = TensorSpec("pixel_values", "float32", ("batch_size", 3, *size))
     features = TensorSpec("image_features", "float32", ("batch_size", num_tokens, hidden_size))
     return Piece("vision_encoder", module, (pixels,), (features,), samples, _reference, module.blocks)

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from resprune.exporter.attention import register_attention
-from resprune.exporter.checkpoint import Checkpoint, parse_config
+from resprune.exporter.checkpoint import Checkpoint, config_faults, parse_config
 from resprune.exporter.families.llava import Vision, check_tower
 from resprune.exporter.language import check_language, decoder_piece, embed_piece
 from resprune.exporter.pieces import Piece, Pieces, Sizes
@@ -23,7 +23,7 @@ from resprune.exporter.precision import lower
 from resprune.exporter.sidefiles import image_processor_config
 from resprune.exporter.weightless import build
 from resprune.runtime.anyres import AnyResolution
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.manifest import TensorSpec
 
 
@@ -53,7 +53,8 @@ def take_apart(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode)
     check_tower(config.vision_config)
     anyres = _any_resolution(checkpoint, config)
     config._attn_implementation = register_attention(dtype)
-    model: Any = build(LlavaNextForConditionalGeneration, config, mode)
+    with config_faults(checkpoint):
+        model: Any = build(LlavaNextForConditionalGeneration, config, mode)
     lower(model, dtype, mode)
     return Pieces(
         model=model,
@@ -71,16 +72,18 @@ def take_apart(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode)
 def _any_resolution(checkpoint: Checkpoint, config: Any) -> AnyResolution:
     """What the runtime will do with pictures; `ResPruneError` where the processor's resolutions are not the model's."""
     tower = config.vision_config
-    if not isinstance(tower.image_size, int) or not isinstance(tower.patch_size, int):
-        raise ResPruneError("the vision tower's image_size or patch_size is not one number; tiles are square")
+    if not all(isinstance(size, int) and size > 0 for size in (tower.image_size, tower.patch_size)):
+        raise ResPruneError(
+            "the vision tower's image_size or patch_size is not one number from 1; tiles are square"
+        )
     anyres = AnyResolution.from_config(
         image_processor_config(checkpoint), image_size=tower.image_size, patch_size=tower.patch_size
     )
-    resolutions = tuple(tuple(pair) for pair in config.image_grid_pinpoints)
-    if resolutions != anyres.resolutions:
+    resolutions = [list(pair) for pair in anyres.resolutions]
+    if config.image_grid_pinpoints != resolutions:
         raise ResPruneError(
             "image_grid_pinpoints differ between config.json and preprocessor_config.json "
-            f"({list(resolutions)} and {list(anyres.resolutions)}); make them the same"
+            f"({config.image_grid_pinpoints} and {resolutions}); make them the same"
         )
     return anyres
 
@@ -112,8 +115,11 @@ def _vision_piece(model: Any, config: Any, anyres: AnyResolution, mode: FakeTens
     try:
         with mode:
             _, patches, hidden_size = tiles(torch.empty(1, 3, *size))[0].shape
-    except (ValueError, IndexError) as error:  # a size that the tower refuses, or a layer it lacks
-        raise ResPruneError(f"the checkpoint's config does not fit its vision tower: {error}") from None
+    except (ValueError, IndexError, RuntimeError) as error:  # a size it refuses, or a layer it lacks
+        raise ResPruneError(
+            f"the checkpoint's config does not fit its vision tower, which gets {size[0]} x {size[1]} pixels: "
+            f"{one_line(error)}"
+        ) from None
     if patches != anyres.side**2:
         raise ResPruneError(
             f"the vision tower gives {patches} rows a tile where {anyres.side} x {anyres.side} patches are packed; "

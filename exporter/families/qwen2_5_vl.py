@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from resprune.exporter.attention import grouped_attention, register_attention
-from resprune.exporter.checkpoint import Checkpoint, parse_config
+from resprune.exporter.checkpoint import Checkpoint, config_faults, parse_config
 from resprune.exporter.language import check_language, decoder_piece, embed_piece
 from resprune.exporter.pieces import Piece, Pieces, Sizes
 from resprune.exporter.precision import lower, scale_outliers
@@ -137,16 +137,19 @@ def take_apart(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode)
     processor = DynamicResolution.from_config(image_processor_config(checkpoint))
     _check_processor(processor, config.vision_config)
     config._attn_implementation = register_attention(dtype)
-    model: Any = build(model_class, config, mode)
+    with config_faults(checkpoint):
+        model: Any = build(model_class, config, mode)
     lower(model, dtype, mode)
     # The last layer of these models' MLPs gives values past 65504, in the tower (TensorRT-LLM #3223, vLLM #13968) and
     # in the language model (transformers #33312).
     scale_outliers(
         layer for name, layer in model.named_modules() if name.endswith(("mlp.down_proj", "mlp.fc2"))
     )
+    with config_faults(checkpoint):
+        vision = _vision_piece(model, config, dtype)
     return Pieces(
         model=model,
-        vision=_vision_piece(model, config, dtype),
+        vision=vision,
         embed=embed_piece(model.get_input_embeddings(), config.text_config),
         decoder=decoder_piece(model.model.language_model, model.lm_head, config.text_config, dtype, (3,)),
         num_tokens=None,

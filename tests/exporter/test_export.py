@@ -225,19 +225,82 @@ REFUSED: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "pictures of any shape": (
         "preprocessor_config.json",
         lambda config: config.update(do_center_crop=False),
-        "makes pictures of varying shape",
+        "leaves pictures of different sizes",
     ),
-    "config": ("config.json", lambda config: config.update(text_config=7), "config.json"),
+    "picture size left out": (  # which is 224
+        "preprocessor_config.json",
+        lambda config: [config.pop(key) for key in ("size", "crop_size")],
+        "does not fit its vision tower, which gets 224 x 224 pixels",
+    ),
+    "image processor": (
+        "preprocessor_config.json",
+        lambda config: config.update(image_processor_type="ViTImageProcessor"),
+        "the image processor ViTImageProcessor is not supported",
+    ),
+    "no size": (
+        "preprocessor_config.json",
+        lambda config: config.update(size="96"),
+        r"size in preprocessor_config\.json cannot be '96'",
+    ),
+    "no height": (
+        "preprocessor_config.json",
+        lambda config: config.update(crop_size={"height": None, "width": 32}),
+        r"crop_size in preprocessor_config\.json cannot be None",
+    ),
+}
+# All of these are config.json's fault, which the tokenizer's class reads before its own.
+REFUSED |= {
+    name: ("config.json", change, r"/config\.json is not a valid llava config \(.+\); correct it")
+    for name, change in {
+        "text config": lambda config: config.update(text_config=7),
+        "positions": lambda config: config["text_config"].update(max_position_embeddings=None),
+        "hidden size": lambda config: config["text_config"].update(hidden_size=49),
+        "no heads": lambda config: config["text_config"].update(num_attention_heads=0),
+        "activation": lambda config: config["text_config"].update(hidden_act="foo"),
+        "projector's activation": lambda config: config.update(projector_hidden_act="foo"),
+        "no patches": lambda config: config["vision_config"].update(patch_size=0),
+        "padding token": lambda config: config["text_config"].update(pad_token_id=10**6),
+        "negative width": lambda config: config["vision_config"].update(intermediate_size=-1),
+    }.items()
 }
 
 
 @pytest.mark.parametrize(("name", "change", "sentence"), REFUSED.values(), ids=REFUSED.keys())
 def test_a_config_that_no_graph_can_carry(name, change, sentence, tiny_checkpoint, tmp_path):
     root = changed(tiny_checkpoint("clip-llama"), tmp_path / "copy", name, change)
-    with pytest.raises(ResPruneError, match=sentence):
+    with pytest.raises(ResPruneError, match=sentence) as told:
         export(str(root), tmp_path / "out", Options(k=3))
+    assert "\n" not in str(told.value)
     assert not (tmp_path / "out").exists()
     assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("factor", [2, 0.5])
+def test_pictures_of_another_size_than_the_tower_takes(factor, tiny_checkpoint, tmp_path):
+    """CLIP's tower looks at the size; SigLIP's does not, and has no positions for them."""
+
+    def resize(config: dict[str, Any]) -> None:
+        side = int(42 * factor)
+        config["image_processor"]["size"] = {"height": side, "width": side}
+
+    root = changed(tiny_checkpoint("siglip-mistral"), tmp_path / "copy", "processor_config.json", resize)
+    with pytest.raises(ResPruneError, match=r"does not fit its vision tower, which gets .* pixels: ") as told:
+        export(str(root), tmp_path / "out", Options(k=3))
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config["vision_config"].update(patch_size=0),
+        lambda config: config.update(image_grid_pinpoints=[1, 2]),
+        lambda config: config.update(image_grid_pinpoints=[[32, 32]]),
+    ],
+)
+def test_tiles_that_a_config_cannot_mean(change, tiny_checkpoint, tmp_path):
+    root = changed(tiny_checkpoint("next-llama"), tmp_path / "copy", "config.json", change)
+    with pytest.raises(ResPruneError, match=r"patch_size is not one number|image_grid_pinpoints differ"):
+        export(str(root), tmp_path / "out", Options(k=3))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])

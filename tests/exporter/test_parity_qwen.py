@@ -295,6 +295,16 @@ def test_a_processor_of_another_model_is_refused(checkpoint, tmp_path):
         export(str(other), tmp_path / "out", Options(k=4))
 
 
+def test_a_tower_without_blocks_is_refused(checkpoint, tmp_path):
+    other = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint("qwen25"), other)
+    config = json.loads((other / "config.json").read_text())
+    config["vision_config"]["depth"] = 0
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ResPruneError, match="is not a valid qwen2_5_vl config"):
+        export(str(other), tmp_path / "out", Options(k=4))
+
+
 class LargestTensor(torch.overrides.TorchFunctionMode):
     """Watches how many numbers the largest result of any operation has."""
 

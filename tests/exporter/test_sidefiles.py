@@ -4,13 +4,21 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlavaProcessor
 
 from resprune.exporter.checkpoint import resolve
-from resprune.exporter.sidefiles import COPIED, chat_template, check_side_files, copy_side_files
+from resprune.exporter.sidefiles import (
+    COPIED,
+    chat_template,
+    check_side_files,
+    copy_side_files,
+    image_processor_config,
+    read_tokenizer,
+)
 from resprune.runtime import template
 from resprune.runtime.bundle import Bundle, describe_files
 from resprune.runtime.errors import ResPruneError
@@ -18,9 +26,14 @@ from tests.runtime.bundles import MANIFEST
 from tests.tiny import CHAT_TEMPLATE, VARIANTS
 
 
+def copy(root: Path, bundle: Path) -> None:
+    checkpoint = resolve(str(root))
+    copy_side_files(checkpoint, read_tokenizer(checkpoint), bundle)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_side_files_of_every_age(variant, tiny_checkpoint, tmp_path):
-    copy_side_files(resolve(str(tiny_checkpoint(variant))), tmp_path)
+    copy(tiny_checkpoint(variant), tmp_path)
     written = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "preprocessor_config.json"} <= written
     processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
@@ -52,7 +65,7 @@ def test_the_chat_template_is_the_one_that_transformers_takes(names, form, tiny_
         expected = expected["default"]
     bundle = tmp_path / "bundle"
     bundle.mkdir()
-    copy_side_files(resolve(str(root)), bundle)
+    copy(root, bundle)
     assert chat_template(resolve(str(root))) == expected
     manifest = replace(MANIFEST, files=describe_files(bundle))
     assert template.chat_template(Bundle(bundle, manifest)) == expected
@@ -65,11 +78,21 @@ def test_a_token_that_only_the_tokenizers_config_names(tiny_checkpoint, tmp_path
     (root / "tokenizer_config.json").write_text(json.dumps(config))
     bundle = tmp_path / "bundle"
     bundle.mkdir()
-    copy_side_files(resolve(str(root)), bundle)
+    copy(root, bundle)
     text = "USER: <image>\nwhat is the <region> ASSISTANT:"
     expected = AutoTokenizer.from_pretrained(root)(text).input_ids
     assert Tokenizer.from_file(str(bundle / "tokenizer.json")).encode(text).ids == expected
     assert Tokenizer.from_file(str(root / "tokenizer.json")).encode(text).ids != expected, "shows nothing"
+
+
+@pytest.mark.parametrize("nested", [[1], None, "CLIPImageProcessor"])
+def test_an_image_processor_is_nested_where_it_is_an_object(nested, tiny_checkpoint, tmp_path):
+    """As the runtime and transformers have it, for which null is none."""
+    root = shutil.copytree(tiny_checkpoint("clip-llama"), tmp_path / "checkpoint")
+    config = json.loads((root / "processor_config.json").read_text())
+    (root / "processor_config.json").write_text(json.dumps(config | {"image_processor": nested}))
+    settings = json.loads((root / "preprocessor_config.json").read_text())
+    assert image_processor_config(resolve(str(root))) == settings
 
 
 BROKEN = {name: (name, b"{", f"{name} is not valid JSON") for name in COPIED if name.endswith(".json")} | {
@@ -93,9 +116,15 @@ def test_a_broken_file_is_named_before_anything_is_written(
     name, content, sentence, tiny_checkpoint, tmp_path
 ):
     root = shutil.copytree(tiny_checkpoint("clip-llama"), tmp_path / "checkpoint")
-    check_side_files(resolve(str(root)))
+
+    def check() -> None:
+        checkpoint = resolve(str(root))
+        check_side_files(checkpoint)
+        read_tokenizer(checkpoint)
+
+    check()
     (root / name).write_bytes(content)
     with pytest.raises(ResPruneError, match=sentence) as told:
-        check_side_files(resolve(str(root)))
+        check()
     assert "\n" not in str(told.value)
     assert "download" in str(told.value)
