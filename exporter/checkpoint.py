@@ -23,7 +23,7 @@ ALIASES = {
     "qwen25vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
     "qwen25vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
 }
-DOWNLOADED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
+DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,12 @@ def resolve(model: str, *, revision: str | None = None) -> Checkpoint:
 
     Raises `ResPruneError`: no such alias or directory, hub unreachable, gated, or no such repository or revision.
     """
+    here = model == DEMO or Path(model).is_dir()
+    if here and revision is not None:
+        raise ResPruneError(f"--revision is for a hub id, and {model} is a directory; leave it out")
     if model == DEMO:
         return Checkpoint(_demo_directory(), DEMO)
-    if Path(model).is_dir():
-        if revision is not None:
-            raise ResPruneError(f"--revision is for a hub id, and {model} is a directory; leave it out")
+    if here:
         return Checkpoint(Path(model), Path(model).resolve().name)
     repository = ALIASES.get(model, model)
     if not _is_hub_id(repository):

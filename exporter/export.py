@@ -287,6 +287,10 @@ class _Export:
             raise ResPruneError(
                 f"{family.title} brings every picture to sizes of its own; leave out --max-pixels"
             )
+        if self.options.max_pixels < 1:
+            raise ResPruneError(
+                f"--max-pixels {self.options.max_pixels} is no size of a picture; give a number from 1"
+            )
         return replace(checkpoint, image_processor={"max_pixels": self.options.max_pixels})
 
     def _positions(self, family: Family) -> str:

@@ -212,7 +212,7 @@ def axis_names(axis: int | str) -> list[str]:
 
 def share_of(share: float, num_tokens: int) -> int:
     """A share of a picture's tokens, rounded up; not by the rounding errors of a decimal fraction, though."""
-    return math.ceil(round(share * num_tokens, 6))
+    return max(1, math.ceil(round(share * num_tokens, 6)))
 
 
 def safe_name(name: str) -> str:

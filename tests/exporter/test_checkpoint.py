@@ -55,9 +55,10 @@ def test_a_missing_directory_is_not_looked_for_on_the_hub(name):
         resolve(name)
 
 
-def test_a_revision_is_for_the_hub(tmp_path):
+@pytest.mark.parametrize("name", [None, "demo"])
+def test_a_revision_is_for_the_hub(name, tmp_path):
     with pytest.raises(ResPruneError, match="--revision is for a hub id"):
-        resolve(str(directory(tmp_path, {})), revision="main")
+        resolve(name or str(directory(tmp_path, {})), revision="main")
 
 
 def test_a_directory_without_config(tmp_path):

@@ -276,6 +276,8 @@ def test_max_pixels_is_refused_where_it_means_nothing(checkpoint, tiny_checkpoin
         export(str(tiny_checkpoint("clip-llama")), tmp_path / "out", Options(k=4, max_pixels=10_000))
     with pytest.raises(ResPruneError, match="max_pixels 100 is below min_pixels 784"):
         export(str(checkpoint("qwen25")), tmp_path / "out", Options(k=4, max_pixels=100))
+    with pytest.raises(ResPruneError, match="--max-pixels 0 is no size of a picture"):
+        export(str(checkpoint("qwen25")), tmp_path / "out", Options(k=4, max_pixels=0))
 
 
 def test_a_grid_past_the_exported_limit_is_refused(bundle):

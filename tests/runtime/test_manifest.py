@@ -237,7 +237,15 @@ def test_a_manifest_with_one_byte_changed_is_read_or_refused(data: st.DataObject
 
 @pytest.mark.parametrize(
     ("share", "num_tokens", "kept"),
-    [(0.11, 100, 11), (0.11, 101, 12), (0.11, 1, 1), (0.07, 100, 7), (1.0, 1296, 1296), (0.333, 1296, 432)],
+    [
+        (0.11, 100, 11),
+        (0.11, 101, 12),
+        (0.11, 1, 1),
+        (0.07, 100, 7),
+        (1.0, 1296, 1296),
+        (0.333, 1296, 432),
+        (1e-9, 576, 1),
+    ],
 )
 def test_a_share_is_rounded_up_but_not_by_rounding_errors(share: float, num_tokens: int, kept: int) -> None:
     assert share_of(share, num_tokens) == kept
