@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from resprune.exporter.shards import DTYPES, INDEX_NAME, SINGLE_NAME, StoredTensor
+from resprune.exporter.sidefiles import write_json
 from resprune.exporter.weights import Progress
 from resprune.runtime.errors import ResPruneError
 
@@ -50,7 +51,7 @@ class LanguageCheckpoint:
             if (side_files / name).is_file():
                 shutil.copyfile(side_files / name, destination / name)
         dtype = str(next(iter(self.weights.values())).dtype).removeprefix("torch.")
-        _write_json(destination / "config.json", plain_config(self.config, dtype))
+        write_json(destination / "config.json", plain_config(self.config, dtype))
         shards = list(_shards(self.weights))
         if len(shards) == 1:
             _write_safetensors(destination / SINGLE_NAME, shards[0], progress)
@@ -61,7 +62,7 @@ class LanguageCheckpoint:
             weight_map |= dict.fromkeys(shard, name)
             _write_safetensors(destination / name, shard, progress)
         index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
-        _write_json(destination / INDEX_NAME, index)
+        write_json(destination / INDEX_NAME, index)
 
 
 def language_checkpoint(model: Any, stored: Mapping[str, StoredTensor]) -> LanguageCheckpoint:
@@ -92,10 +93,6 @@ def plain_config(config: Any, dtype: str) -> dict[str, Any]:
     theta = rope.pop("rope_theta")
     scaling = None if rope.get("rope_type", "default") == "default" else rope
     return table | {"torch_dtype": dtype, "rope_theta": theta, "rope_scaling": scaling}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _shards(weights: Mapping[str, StoredTensor]) -> Iterator[dict[str, StoredTensor]]:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from resprune.runtime.manifest import SCALES
+
 TIE = 1e-5
 """Scores within a factor (1 - TIE) of the largest are tied; the lowest index among them is picked. Cosines within TIE
 of the largest are tied as well, and the lowest index has the token."""
@@ -25,8 +27,6 @@ ROUNDING = 1e-5
 
 STRAYS = 8
 """How many tokens float32 may still pick by noise, before it notices that the span is exhausted."""
-
-SCALES = ("minmax", "clamp", "shifted")
 
 
 def text_gain(

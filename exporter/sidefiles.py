@@ -58,10 +58,10 @@ def copy_side_files(checkpoint: Checkpoint, tokenizer: Tokenizer, destination: P
             shutil.copyfile(checkpoint.root / name, destination / name)
     tokenizer.save(str(destination / "tokenizer.json"))
     processor = image_processor_config(checkpoint)
-    _write_json(destination / "preprocessor_config.json", processor)
+    write_json(destination / "preprocessor_config.json", processor)
     whole = checkpoint.json("processor_config.json")
     if checkpoint.image_processor and "image_processor" in whole:
-        _write_json(destination / "processor_config.json", whole | {"image_processor": processor})
+        write_json(destination / "processor_config.json", whole | {"image_processor": processor})
     template = chat_template(checkpoint)
     if template is not None:
         (destination / TEMPLATE_FILE).write_text(template, encoding="utf-8")
@@ -94,7 +94,8 @@ def _reason(error: Exception) -> str:
     return one_line(f"{type(error).__name__}: {error}")
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """A JSON file as Hugging Face lays one out, but for a line break at its end."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
