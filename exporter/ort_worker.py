@@ -7,6 +7,7 @@ nor transformers, so that it starts at once.
 from __future__ import annotations
 
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import onnx
 from numpy.typing import NDArray
 
 from resprune.graphs.widen import widen
+from resprune.runtime.errors import ResPruneError
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -57,8 +59,14 @@ class OrtWorker:
             pickle.dump(request, self._process.stdin)
             self._process.stdin.flush()
             failure, answer = pickle.load(self._process.stdout)  # noqa: S301 - our own child
-        except (EOFError, BrokenPipeError):
-            raise RuntimeError(f"ONNX Runtime's process died (exit status {self._process.wait()})") from None
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # the last of an answer that is cut off
+            status = self._process.wait()
+            if status == -signal.SIGKILL:
+                raise ResPruneError(
+                    "ONNX Runtime's process was killed, most likely for want of memory; export with --verify layers, "
+                    "or on a larger machine"
+                ) from None
+            raise RuntimeError(f"ONNX Runtime's process died (exit status {status})") from None
         if failure is not None:
             raise RuntimeError(failure)
         return answer
@@ -141,4 +149,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the terminal's Ctrl-C is for the exporter, which ends this one
     _serve(sys.stdin.buffer, sys.stdout.buffer)

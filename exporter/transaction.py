@@ -51,6 +51,10 @@ def new_directory(out: Path, *, force: bool) -> Iterator[Path]:
     except OSError as error:
         if error.errno in NO_SPACE:
             raise _refusal(out, error) from error
+        if isinstance(error, PermissionError):
+            raise ResPruneError(
+                f"{error.filename} cannot be opened ({error.strerror}); give this user the right to"
+            ) from error
         raise  # of something else that the block read or wrote
     finally:
         shutil.rmtree(work, ignore_errors=True)

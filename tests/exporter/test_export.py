@@ -311,6 +311,24 @@ def test_a_missing_side_file_is_named(name, tiny_checkpoint, tmp_path):
         export(str(tmp_path / "copy"), tmp_path / "out", Options(k=3))
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer_config.json", "processor_config.json", "model.safetensors"]
+)
+def test_a_file_that_may_not_be_read_is_named(name, tiny_checkpoint, tmp_path, monkeypatch):
+    """The tests may be run by root, who may read anything."""
+    usual = Path.open
+
+    def refuse(self: Path, *arguments: Any, **keywords: Any) -> Any:
+        if self.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return usual(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ResPruneError, match=rf"/{name} cannot be opened \(Permission denied\); give"):
+        export(str(tiny_checkpoint("clip-llama")), tmp_path / "out", Options(k=3))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_too_small_is_known_beforehand(tiny_checkpoint, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
