@@ -29,9 +29,9 @@ BUNDLES = {
 }
 """Their precision that is the same as ours, and how ours is exported."""
 PROCESSES = 5
-PROMPTS = 3
+PROMPTS = 2
 """Of each length in a process; its figure is their median."""
-TOKENS = 64
+TOKENS = 32
 
 
 def run(work: Path, shape: Shape = LLAVA, processes: int = PROCESSES) -> dict[str, Any]:
