@@ -55,6 +55,7 @@ def _measure(name: str, work: Path) -> dict[str, Any]:
         exporting = _watch([*RESPRUNE, "export", *options, "--dtype", DTYPE])
         shutil.rmtree(bundle, ignore_errors=True)
         copying = [before, _copy(weights, copy)]
+        _forget(weights)
         quantizing = _watch([*RESPRUNE, "export", *options, "--dtype", ASKED, "--optimize", "ort"])
         ask = [
             *RESPRUNE,

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from resprune.exporter.cli import POSIX
 from resprune.runtime.errors import ResPruneError, require_packages
 from resprune.runtime.manifest import ATTENTION, POSITIONS
 
@@ -66,6 +67,7 @@ def register_eval(subparsers: Any) -> None:
 def run_eval(arguments: argparse.Namespace) -> int:
     """Evaluate and write the report; raises `ResPruneError` for what the user can put right."""
     require_packages("eval", NEEDED, 'install with: pip install "resprune[eval]"')
+    require_packages("eval", *POSIX)
     for name, least in LEAST.items():
         value = getattr(arguments, name)
         if value is not None and value < least:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resprune.evaluation.budget import Budget
+from resprune.exporter.cli import POSIX
 from resprune.runtime.errors import ResPruneError, one_line, require_packages
 from resprune.runtime.manifest import ATTENTION, POSITIONS
 
@@ -60,6 +61,7 @@ def run_lmms(arguments: argparse.Namespace) -> int:
     """Run the tasks and write what they found; raises `ResPruneError` for what the user can put right."""
     way = 'pip install "resprune[lmms]", then pip install --no-deps lmms-eval'
     require_packages("lmms", NEEDED, f"`make eval` installs it, and so do: {way}")
+    require_packages("lmms", *POSIX)
     Budget.parse(arguments.k)
     if arguments.limit is not None and arguments.limit < 1:
         raise ResPruneError(f"--limit should be 1 or more, not {arguments.limit}")

@@ -15,7 +15,7 @@ from resprune.runtime.manifest import ATTENTION, BODIES, FORMS, OPTIMIZE, POSITI
 
 NEEDED = ("torch", "transformers", "onnx", "onnxscript", "huggingface_hub", "tqdm")
 POSIX = (("fcntl",), "it is part of Python on Linux and macOS, so on Windows take WSL")
-"""For `require_packages`: what locks files, here and for `resprune build`."""
+"""For `require_packages`: what locks files, here and for `build`, `eval` and `lmms`."""
 
 
 def register_export(subparsers: Any) -> None:

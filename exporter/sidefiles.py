@@ -28,7 +28,7 @@ COPIED = (
 def image_processor_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The image processor's settings; transformers 5 keeps them inside processor_config.json, and that goes first."""
     settings = checkpoint.json("processor_config.json").get("image_processor")
-    if not isinstance(settings, dict):
+    if not settings or not isinstance(settings, dict):
         settings = checkpoint.json("preprocessor_config.json")
     return settings and settings | checkpoint.image_processor
 

@@ -78,7 +78,7 @@ def _trace_all(
 def _traced(answer: Future[Traced | str], process: ForkProcess) -> Traced:
     try:
         traced = answer.result()
-    except EOFError:
+    except (EOFError, OSError):  # the latter in the middle of an answer
         process.join()
         if process.exitcode == -signal.SIGKILL:
             raise ResPruneError(

@@ -30,8 +30,8 @@ def new_directory(out: Path, *, force: bool) -> Iterator[Path]:
     """Yields an empty directory that becomes `out` when the block ends without an exception.
 
     With `force` an existing bundle at `out` stays in place until then. Raises `ResPruneError` if `out` exists, is
-    something other than a bundle, cannot be made, or the disk is full; and if `out` was taken meanwhile, which is
-    left alone, and what the block made is put beside it.
+    something other than a bundle, cannot be made, or the disk is full; and if `out` was taken meanwhile by
+    what may not be replaced: that is left alone, and what the block made is put beside it.
     """
     out = out.parent.resolve() / out.name  # the place itself, should it be a link
     work = out.parent / f".{out.name}{NEW}{uuid.uuid4().hex[:12]}"
@@ -51,9 +51,9 @@ def new_directory(out: Path, *, force: bool) -> Iterator[Path]:
     except OSError as error:
         if error.errno in NO_SPACE:
             raise _refusal(out, error) from error
-        if isinstance(error, PermissionError):
+        if isinstance(error, PermissionError) and error.filename:
             raise ResPruneError(
-                f"{error.filename} cannot be opened ({error.strerror}); give this user the right to"
+                f"{error.filename} cannot be used ({error.strerror}); give this user the right to"
             ) from error
         raise  # of something else that the block read or wrote
     finally:
@@ -98,7 +98,7 @@ def _put_in_place(work: Path, out: Path, *, force: bool) -> None:
     except ResPruneError:
         place = out.parent / f"{out.name}-{uuid.uuid4().hex[:12]}"
     old = out.parent / f".{out.name}{OLD}{uuid.uuid4().hex[:12]}"
-    if place.exists():
+    if force and place.exists():
         place.rename(old)  # killed here, the next export to this place puts it back
     work.rename(place)
     (place / LOCK).unlink()  # not before: whoever finds `work` without a lock removes it
@@ -144,7 +144,7 @@ def lock(file: IO[Any]) -> bool:
     """Take the lock of an open file, until it is closed; False if another process holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
     return True
 

@@ -54,8 +54,11 @@ ATOL = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 1e-1, "int8": 0.5, "q4": 0.5}
 """Largest difference allowed, relative to the largest magnitude of the output where that is above 1."""
 
 
-CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""What a container may use, in versions 2 and 1 of control groups: /proc/meminfo is the host's."""
+CONTAINERS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+"""What a container may use and does, in versions 2 and 1 of control groups: /proc/meminfo is the host's."""
 
 Counted = tuple[int, int]
 """How many are equal, and how many there are."""
@@ -213,20 +216,16 @@ class Verifier:
         token_mask = np.ones(features.shape[:2], bool) if candidates is None else _numpy(candidates)
         inputs |= {"image_features": features, "token_mask": token_mask}
         split = worker.run(graphs["token_select"], inputs)
-        counted = {
-            "split picks": _count(
-                torch.from_numpy(
-                    np.stack([fused[name] == split[name] for name in ("pick_order", "kept_indices")]).all(
-                        axis=0
-                    )
-                )
-            )
-        }
+        every, order = torch.from_numpy(features), torch.from_numpy(split["pick_order"])
+        wanted = torch.from_numpy(fused["pick_order"])
+        # Against the rows of its own picks, as `compare_selection` does.
+        rows, indices = keep(every, order)
+        same = (order == wanted) & (torch.from_numpy(split["kept_indices"]) == indices)
+        counted = {"split picks": _count(same[(order >= 0) | (wanted >= 0)])}
         if self._pieces.proportional:
-            every = torch.from_numpy(features)
             counted["split counts"] = _equal_counts(split, num_kept, every, candidates)
-        rows = torch.from_numpy(fused["image_features"])
-        return [self._difference("token_select", "kept_features", split["kept_features"], rows)], counted
+        graph = graphs["token_select"].stem
+        return [self._difference(graph, "kept_features", split["kept_features"], rows)], counted
 
     def compare_greedy(
         self, worker: OrtWorker, graphs: Mapping[str, Path], selection: Selection, positions: str
@@ -398,10 +397,17 @@ def available_memory() -> int:
         free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         free = int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE")) // 2
-    for limit in CONTAINER_LIMITS:
+    for folder, limit, used in CONTAINERS:
         with suppress(OSError, ValueError):  # there is none, or it says "max"
-            free = min(free, int(limit.read_text()))
-    return free
+            taken = int((folder / used).read_text()) - _cached(folder / "memory.stat")
+            free = min(free, int((folder / limit).read_text()) - taken)
+    return max(0, free)
+
+
+def _cached(statistics: Path) -> int:
+    """Of what a container uses the files that the system will forget when memory is wanted."""
+    lines = dict(line.split() for line in statistics.read_text().splitlines())
+    return int(lines["inactive_file"])
 
 
 def _shares(k: int, batch_size: int) -> Tensor:
@@ -416,11 +422,12 @@ def _equal_counts(
     order, counts = torch.from_numpy(got["pick_order"]), torch.from_numpy(got["kept_counts"])
     first = order.masked_fill(torch.arange(order.shape[1]) >= num_kept[:, None], -1)
     _, indices = keep(features, order)
+    real = indices >= 0
     indices = indices.masked_fill((indices[:, :, None] != first[:, None, :]).all(dim=2), -1)
     same = counts == kept_counts(features, indices, candidates)
     if not same.all():
         same |= counts_within_rounding(features, indices, counts, candidates)
-    return _count(same)
+    return _count(same[real])
 
 
 def _count(same: Tensor) -> Counted:

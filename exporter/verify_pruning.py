@@ -16,22 +16,26 @@ from resprune.graphs import token_select_model
 from resprune.runtime.manifest import Selection
 
 TEXT_TOKENS = 5
+PICKS = 128
+"""Twice a segment of the Loop: more would take minutes for the budgets of the largest pictures, and try nothing new."""
 
 
 def pruned_picks(worker: OrtWorker, folder: Path, selection: Selection, hidden_size: int) -> tuple[int, int]:
-    """How many of K picks among 2 K seeded tokens are PyTorch's, as far as float32 can tell, and K.
+    """How many picks among twice as many seeded tokens are PyTorch's, as far as float32 can tell, and all of them.
 
-    The graph that is run is written into `folder` and removed again.
+    There are K, or PICKS if that is fewer, in a graph like the bundle's for so many. It is written into `folder` and
+    removed again.
     """
+    k = min(selection.k, PICKS)
     generator = torch.Generator().manual_seed(0)
-    visual = torch.randn(1, 2 * selection.k, hidden_size, generator=generator)
+    visual = torch.randn(1, 2 * k, hidden_size, generator=generator)
     text = torch.randn(1, TEXT_TOKENS, hidden_size, generator=generator)
     every = torch.ones(1, TEXT_TOKENS, dtype=torch.bool)
     gain = text_gain(visual, text, every, None, alpha=selection.alpha, scale=selection.scale)
-    picks = residual_select(visual, gain, selection.k, None)
+    picks = residual_select(visual, gain, k, None)
     path = folder / "token_select.pruning.onnx"
     graph = token_select_model(
-        selection.k, alpha=selection.alpha, scale=selection.scale, body=selection.body, form=selection.form
+        k, alpha=selection.alpha, scale=selection.scale, body=selection.body, form=selection.form
     )
     onnx.save(graph, path)
     try:

@@ -30,8 +30,8 @@ Result = TypeVar("Result")
 def ahead() -> Iterator[Callable[[Iterable[Callable[[], Result]]], Iterator[Result]]]:
     """A function that returns what jobs return, in order; a thread does the next while the caller is busy with one.
 
-    Elsewhere than on Linux each is done when it is asked for: there they trace, and that must not be beside others
-    (trace_ahead.py). Leaving the context waits for the job that is under way.
+    Elsewhere than on Linux each is done when it is asked for: there they trace, and nobody may build a model beside
+    that (trace_ahead.py). Leaving the context waits for the job that is under way.
     """
     if sys.platform != "linux":
         yield lambda jobs: (job() for job in jobs)

@@ -105,7 +105,7 @@ def image_processor_config(bundle: Bundle) -> dict[str, Any]:
     """The settings of the bundle's image processor: transformers 5 nests them, and that goes first."""
     if "processor_config.json" in bundle.manifest.files:
         nested = bundle.json("processor_config.json").get("image_processor")
-        if isinstance(nested, dict):
+        if nested and isinstance(nested, dict):
             return nested
     return bundle.json("preprocessor_config.json")
 

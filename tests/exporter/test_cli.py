@@ -64,9 +64,7 @@ def test_a_parity_miss_is_status_1_with_a_table_and_no_bundle(tiny_checkpoint, t
     first, second = (f"model.multi_modal_projector.linear_{layer}.bias" for layer in (1, 2))
 
     def wrong(traced: Any, path: Path, stored: dict[str, Any], progress: Any) -> Any:
-        return write_weights(
-            traced, path, stored | {first: stored[second], second: stored[first]} if stored else {}, progress
-        )
+        return write_weights(traced, path, stored | {first: stored[second], second: stored[first]}, progress)
 
     monkeypatch.setattr(writer_module, "write_weights", wrong)
     status, told = run(capsys, tiny_checkpoint("clip-llama"), tmp_path / "out", "-k", 16, "--alpha", 0)

@@ -324,7 +324,7 @@ def test_a_file_that_may_not_be_read_is_named(name, tiny_checkpoint, tmp_path, m
         return usual(self, *arguments, **keywords)
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(ResPruneError, match=rf"/{name} cannot be opened \(Permission denied\); give"):
+    with pytest.raises(ResPruneError, match=rf"/{name} cannot be used \(Permission denied\); give"):
         export(str(tiny_checkpoint("clip-llama")), tmp_path / "out", Options(k=3))
     assert list(tmp_path.iterdir()) == []
 

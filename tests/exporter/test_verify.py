@@ -75,12 +75,13 @@ def test_another_picture_is_tried_before_picks_and_counts_count_as_wrong(
 
 
 def test_a_container_has_less_memory_than_its_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    free = available_memory()
-    assert free > 1 << 20
-    limits = [tmp_path / "none", tmp_path / "max", tmp_path / "limit"]
-    (tmp_path / "max").write_text("max\n")
-    (tmp_path / "limit").write_text("1048576\n")
-    monkeypatch.setattr(verify, "CONTAINER_LIMITS", limits[:2])
     assert available_memory() > 1 << 20
-    monkeypatch.setattr(verify, "CONTAINER_LIMITS", limits)
-    assert available_memory() == 1 << 20
+    monkeypatch.setattr(
+        verify, "CONTAINERS", [(tmp_path, "limit", "used"), (tmp_path / "none", "limit", "used")]
+    )
+    (tmp_path / "used").write_text("3000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000000\ninactive_file 2000000\n")
+    (tmp_path / "limit").write_text("max\n")
+    assert available_memory() > 1 << 20
+    (tmp_path / "limit").write_text("4000000\n")
+    assert available_memory() == 3000000
