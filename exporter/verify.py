@@ -50,7 +50,7 @@ PROMPT_TOKENS = 8
 GREEDY_TOKENS = 32
 SELECTED = ("picks", "kept counts", "split picks", "split counts")
 COUNTED = (*SELECTED, "greedy tokens")
-ATOL = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 1e-1, "int8": 0.5, "q4": 0.5}
+ATOL = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 1e-1, "int8": 0.5, "q4": 0.75}
 """Largest difference allowed, relative to the largest magnitude of the output where that is above 1."""
 
 

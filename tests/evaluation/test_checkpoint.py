@@ -75,13 +75,22 @@ def test_threads_are_pytorchs(threads, copy):
     assert torch.get_num_threads() == threads + 1
 
 
-def test_an_image_processor_that_transformers_does_not_have(copy):
+def test_an_image_processor_that_the_runtime_does_not_know(copy):
     path = copy / "preprocessor_config.json"
     path = path if path.exists() else copy / "processor_config.json"
     config = json.loads(path.read_text())
     (config.get("image_processor") or config)["image_processor_type"] = "NopeProcessor"
     path.write_text(json.dumps(config))
-    with pytest.raises(ResPruneError, match=r"cannot be loaded on cpu .*processor"):
+    with pytest.raises(ResPruneError, match=r"NopeProcessor is not supported"):
+        open_checkpoint(str(copy))
+
+
+def test_an_image_processor_that_transformers_cannot_make(copy, monkeypatch):
+    def unknown(*arguments: object, **options: object) -> None:
+        raise ValueError("Unrecognized image processor")
+
+    monkeypatch.setattr("transformers.AutoImageProcessor.from_pretrained", unknown)
+    with pytest.raises(ResPruneError, match=r"cannot be loaded on cpu \(Unrecognized image processor\)"):
         open_checkpoint(str(copy))
 
 
