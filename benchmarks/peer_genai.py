@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnxruntime_genai as og
 
-from benchmarks.measure import THREADS, Samples, peak_megabytes, reset_peak
+from benchmarks.measure import THREADS, sample_decoding
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
@@ -18,29 +19,17 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": THREADS}}}}))
     model = og.Model(config)
     rng = np.random.default_rng(0)
-    samples, warm_up = Samples(), Samples()
-    memory: dict[str, float] = {}
-    lengths = sorted(spec["lengths"].items(), key=lambda case: case[1])
-    runs = [(warm_up, *lengths[0]), *((samples, *case) for case in lengths for _ in range(spec["prompts"]))]
-    for clock, case, length in runs:
-        reset_peak()
+
+    def begin(length: int) -> Callable[[], object]:
         longest = length + spec["tokens"] + 1
         parameters = og.GeneratorParams(model)
         parameters.set_search_options(max_length=longest, min_length=longest, do_sample=False)
         generator = og.Generator(model, parameters)
         generator.append_tokens(rng.integers(1000, 20000, length).astype(np.int32))
         generator.generate_next_token()
-        with clock.time("decode", case):
-            for _ in range(spec["tokens"]):
-                generator.generate_next_token()
-        memory[case] = peak_megabytes()
-    return {
-        "samples": samples.values,
-        "prompts": spec["prompts"],
-        "tokens": spec["tokens"],
-        "memory": memory,
-        "versions": {"onnxruntime-genai": og.__version__},
-    }
+        return generator.generate_next_token
+
+    return sample_decoding(spec, begin) | {"versions": {"onnxruntime-genai": og.__version__}}
 
 
 if __name__ == "__main__":

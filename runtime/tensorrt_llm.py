@@ -293,5 +293,5 @@ def _faults(what: str) -> Iterator[None]:
     """Turn what TensorRT-LLM raises into one sentence."""
     try:
         yield
-    except (RuntimeError, ValueError, OSError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, OSError, AssertionError) as error:
         raise ResPruneError(f"TensorRT-LLM could not {what} ({one_line(error)})") from None
