@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from time import perf_counter
@@ -152,7 +153,8 @@ class _Export:
         ):
             room = verify.available_memory() // 2
             Thread(target=read_soon, args=(stored.values(), room), daemon=True).start()
-            written = in_turn(self._writing(pieces, part, graphs, selection, writer) for part in parts)
+            write = partial(self._write, pieces, graphs, selection, writer)
+            written = in_turn(partial(write, part) for part in parts)
             verifier = Verifier(pieces, stored, self.options.dtype, self.options.verify)
             self._embed(next(written), pieces, verifier, worker)
             self._vision(next(written), pieces, selection, verifier, worker)
@@ -175,35 +177,31 @@ class _Export:
         of = selection.num_tokens or f"up to {selection.max_tokens}"
         self._line(str(self.out), total, f"K {selection.k} of {of}")
 
-    def _writing(
+    def _write(
         self,
         pieces: Pieces,
-        piece: Piece,
         graphs: Iterator[Traced],
         selection: Selection,
         writer: GraphWriter,
-    ) -> Callable[[], list[Path]]:
-        """The job of writing the next of `graphs`, which is of `piece`: returns the paths of what it becomes.
+        piece: Piece,
+    ) -> list[Path]:
+        """Write the next of `graphs`, which is of `piece`; returns the paths of what it becomes.
 
         The vision graph becomes vision_select, and with --split the encoder and the selector apart as well.
         """
-
-        def write() -> list[Path]:
-            traced = next(graphs)
-            if (form := precision.precision_of(piece.name, self.options.dtype)) in precision.QUANTIZED:
-                traced = quantize(traced, form)
-            if piece is not pieces.vision:
-                return [writer.write(piece.name, traced)]
-            how: Any = {name: getattr(selection, name) for name in ("alpha", "scale", "body", "form")}
-            how["counts"] = pieces.proportional
-            attached = attach_selection(traced.model, selection.k, **how, padding=pieces.padding)
-            paths = [writer.write("vision_select", Traced(attached, traced.weights))]
-            if self.options.split:
-                paths.append(writer.write("vision_encoder", traced))
-                paths.append(writer.write("token_select", Traced(token_select_model(selection.k, **how), {})))
-            return paths
-
-        return write
+        traced = next(graphs)
+        if (form := precision.precision_of(piece.name, self.options.dtype)) in precision.QUANTIZED:
+            traced = quantize(traced, form)
+        if piece is not pieces.vision:
+            return [writer.write(piece.name, traced)]
+        how: Any = {name: getattr(selection, name) for name in ("alpha", "scale", "body", "form")}
+        how["counts"] = pieces.proportional
+        attached = attach_selection(traced.model, selection.k, **how, padding=pieces.padding)
+        paths = [writer.write("vision_select", Traced(attached, traced.weights))]
+        if self.options.split:
+            paths.append(writer.write("vision_encoder", traced))
+            paths.append(writer.write("token_select", Traced(token_select_model(selection.k, **how), {})))
+        return paths
 
     def _embed(self, paths: list[Path], pieces: Pieces, verifier: Verifier, worker: OrtWorker) -> None:
         (path,) = paths

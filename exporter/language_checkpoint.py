@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from resprune.exporter.shards import DTYPES, INDEX_NAME, SINGLE_NAME, StoredTensor
 from resprune.exporter.sidefiles import write_json
-from resprune.exporter.weights import Progress
 from resprune.runtime.errors import ResPruneError
 
+Progress = Callable[[int], object]
 CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 SHARD_BYTES = 5 * 10**9
 CHUNK_BYTES = 16 << 20

@@ -36,7 +36,7 @@ from resprune.exporter.verify_layers import (
     reference_outputs,
     unlike_layers,
 )
-from resprune.exporter.verify_pruning import pruned_picks
+from resprune.exporter.verify_pruning import TEXT_TOKENS, pruned_picks
 from resprune.exporter.weightless import blank, fill, lay_over
 from resprune.runtime.manifest import Selection
 
@@ -45,7 +45,6 @@ SIZES = {"batch_size": 3, "sequence_length": 4, "past_sequence_length": 6}
 SEEDS = (20, 21, 22)
 """The first is enough, unless two scores or two logits are so close that rounding decides between them: then another
 picture is tried. A graph that is wrong misses with all."""
-TEXT_TOKENS = 5
 PROMPT_TOKENS = 8
 GREEDY_TOKENS = 32
 SELECTED = ("picks", "kept counts", "split picks", "split counts")

@@ -38,8 +38,6 @@ OVERHEAD_BYTES = 32 << 20
 # Written by older versions of transformers, recomputed by the model itself.
 COMPUTED = (".position_ids", ".rotary_emb.inv_freq")
 
-Progress = Callable[[int], object]
-
 
 def find_weights(checkpoint: Checkpoint, model: nn.Module) -> dict[str, StoredTensor]:
     """Parameter name of the Hugging Face model → stored weight, for every parameter.

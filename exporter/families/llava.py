@@ -73,6 +73,22 @@ def take_apart(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode)
     )
 
 
+def tower_output(tower: nn.Module, size: tuple[int, int], mode: FakeTensorMode) -> tuple[int, int]:
+    """N and D of what a weightless tower and its projector make of pictures of `size`, height and width.
+
+    Raises `ResPruneError` where the tower refuses that size, or lacks a layer that the config names.
+    """
+    try:
+        with mode:
+            _, num_tokens, hidden_size = tower(torch.empty(1, 3, *size))[0].shape
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise ResPruneError(
+            f"the checkpoint's config does not fit its vision tower, which gets {size[0]} x {size[1]} pixels: "
+            f"{one_line(error)}"
+        ) from None
+    return num_tokens, hidden_size
+
+
 def check_tower(config: Any) -> None:
     """`ResPruneError` unless the vision tower is of a kind whose rows `Vision` can take."""
     if config.model_type not in TOWERS:
@@ -99,14 +115,7 @@ def _vision_piece(model: Any, config: Any, size: tuple[int, int], mode: FakeTens
     def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
         return (torch.randn((sizes["batch_size"], 3, *size), generator=generator),)
 
-    try:
-        with mode:
-            _, num_tokens, hidden_size = module(torch.empty(1, 3, *size))[0].shape
-    except (ValueError, IndexError, RuntimeError) as error:  # a size it refuses, or a layer it lacks
-        raise ResPruneError(
-            f"the checkpoint's config does not fit its vision tower, which gets {size[0]} x {size[1]} pixels: "
-            f"{one_line(error)}"
-        ) from None
+    num_tokens, hidden_size = tower_output(module, size, mode)
     pixels = TensorSpec("pixel_values", "float32", ("batch_size", 3, *size))
     features = TensorSpec("image_features", "float32", ("batch_size", num_tokens, hidden_size))
     return Piece("vision_encoder", module, (pixels,), (features,), samples, _reference, module.blocks)

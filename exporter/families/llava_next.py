@@ -16,14 +16,14 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from resprune.exporter.attention import register_attention
 from resprune.exporter.checkpoint import Checkpoint, config_faults, parse_config
-from resprune.exporter.families.llava import Vision, check_tower
+from resprune.exporter.families.llava import Vision, check_tower, tower_output
 from resprune.exporter.language import check_language, decoder_piece, embed_piece
 from resprune.exporter.pieces import Piece, Pieces, Sizes
 from resprune.exporter.precision import lower
 from resprune.exporter.sidefiles import image_processor_config
 from resprune.exporter.weightless import build
 from resprune.runtime.anyres import AnyResolution
-from resprune.runtime.errors import ResPruneError, one_line
+from resprune.runtime.errors import ResPruneError
 from resprune.runtime.manifest import TensorSpec
 
 
@@ -112,14 +112,7 @@ def _vision_piece(model: Any, config: Any, anyres: AnyResolution, mode: FakeTens
         packed = model.get_image_features(pixel_values, torch.tensor(sizes)).pooler_output
         return (nn.utils.rnn.pad_sequence(list(packed), batch_first=True),)
 
-    try:
-        with mode:
-            _, patches, hidden_size = tiles(torch.empty(1, 3, *size))[0].shape
-    except (ValueError, IndexError, RuntimeError) as error:  # a size it refuses, or a layer it lacks
-        raise ResPruneError(
-            f"the checkpoint's config does not fit its vision tower, which gets {size[0]} x {size[1]} pixels: "
-            f"{one_line(error)}"
-        ) from None
+    patches, hidden_size = tower_output(tiles, size, mode)
     if patches != anyres.side**2:
         raise ResPruneError(
             f"the vision tower gives {patches} rows a tile where {anyres.side} x {anyres.side} patches are packed; "
