@@ -19,6 +19,7 @@ from resprune.exporter.families import Family, family_of
 from resprune.exporter.grouped_query import optimize_decoder
 from resprune.exporter.language import proportional
 from resprune.exporter.language_checkpoint import CLASSES, LanguageCheckpoint, language_checkpoint
+from resprune.exporter.memory import available_memory
 from resprune.exporter.ort_worker import OrtWorker
 from resprune.exporter.pieces import Piece, Pieces
 from resprune.exporter.quantize import quantize
@@ -151,7 +152,7 @@ class _Export:
             OrtWorker(widened=self.options.dtype == "bf16") as worker,
             writer,
         ):
-            room = verify.available_memory() // 2
+            room = available_memory() // 2
             Thread(target=read_soon, args=(stored.values(), room), daemon=True).start()
             write = partial(self._write, pieces, graphs, selection, writer)
             written = in_turn(partial(write, part) for part in parts)

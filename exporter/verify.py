@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resprune.exporter.language import decode
+from resprune.exporter.memory import available_memory
 from resprune.exporter.ort_worker import OrtWorker
 from resprune.exporter.pieces import Piece, Pieces
 from resprune.exporter.precision import SUFFIXES, precision_of
@@ -52,12 +51,6 @@ COUNTED = (*SELECTED, "greedy tokens")
 ATOL = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 1e-1, "int8": 0.5, "q4": 0.75}
 """Largest difference allowed, relative to the largest magnitude of the output where that is above 1."""
 
-
-CONTAINERS = (
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
-)
-"""What a container may use and does, in versions 2 and 1 of control groups: /proc/meminfo is the host's."""
 
 Counted = tuple[int, int]
 """How many are equal, and how many there are."""
@@ -386,27 +379,6 @@ def require(
             table.append(f"  {row.graph:24} {row.output:24} {row.max_diff:10.1e} {allowed:10.1e}{mark}")
         table += [f"  {what:49} {equal} of {total} equal" for what, (equal, total) in counts.items()]
         raise ParityError("the graphs differ from PyTorch, so no bundle was written\n" + "\n".join(table))
-
-
-def available_memory() -> int:
-    """Bytes of memory that can be taken without swapping, as far as the system and its container tell."""
-    try:
-        with Path("/proc/meminfo").open() as file:
-            fields = dict(line.split(":", 1) for line in file)
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        free = int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE")) // 2
-    for folder, limit, used in CONTAINERS:
-        with suppress(OSError, ValueError):  # there is none, or it says "max"
-            taken = int((folder / used).read_text()) - _cached(folder / "memory.stat")
-            free = min(free, int((folder / limit).read_text()) - taken)
-    return max(0, free)
-
-
-def _cached(statistics: Path) -> int:
-    """Of what a container uses the files that the system will forget when memory is wanted."""
-    lines = dict(line.split() for line in statistics.read_text().splitlines())
-    return int(lines["inactive_file"])
 
 
 def _shares(k: int, batch_size: int) -> Tensor:

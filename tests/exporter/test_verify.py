@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from resprune.exporter import verify
 from resprune.exporter.checkpoint import resolve
 from resprune.exporter.families import family_of
 from resprune.exporter.language import proportional
 from resprune.exporter.reference import keep, kept_counts
-from resprune.exporter.verify import SEEDS, Difference, ParityError, Verifier, available_memory, require
+from resprune.exporter.verify import SEEDS, Difference, ParityError, Verifier, require
 from resprune.exporter.weightless import fake_mode
 from resprune.exporter.weights import find_weights
 from resprune.runtime.manifest import Selection
@@ -72,16 +71,3 @@ def test_another_picture_is_tried_before_picks_and_counts_count_as_wrong(
         assert (equal == total) == (misses < len(SEEDS) or name != what)
     assert len(runs) == min(misses + 1, len(SEEDS))
     assert all(row.max_diff == 0 for row in differences), "rows are compared whatever the picks"
-
-
-def test_a_container_has_less_memory_than_its_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert available_memory() > 1 << 20
-    monkeypatch.setattr(
-        verify, "CONTAINERS", [(tmp_path, "limit", "used"), (tmp_path / "none", "limit", "used")]
-    )
-    (tmp_path / "used").write_text("3000000\n")
-    (tmp_path / "memory.stat").write_text("anon 1000000\ninactive_file 2000000\n")
-    (tmp_path / "limit").write_text("max\n")
-    assert available_memory() > 1 << 20
-    (tmp_path / "limit").write_text("4000000\n")
-    assert available_memory() == 3000000
