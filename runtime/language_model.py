@@ -76,9 +76,10 @@ class OrtLanguageModel:
         self._embedding = embedding
         self._in_place = bundle.manifest.optimize == "ort"
         self._past_names, self._empty = _empty_cache(spec)
-        self._output_names = ["logits", *(_present(name) for name in self._past_names)]
+        self._present_names = [name.replace("past_key_values", "present", 1) for name in self._past_names]
         self._device = cache_device(self._session)
         self._past: list[onnxruntime.OrtValue] = []
+        self._binding: onnxruntime.IOBinding | None = None
         self._mask = np.zeros((0, 0), np.int64)
         self._position = np.zeros((0, 0), np.int64)
 
@@ -86,7 +87,7 @@ class OrtLanguageModel:
         """Logits [B, vocabulary] after the prompt (see `LanguageModel`)."""
         import onnxruntime as ort
 
-        self._past = []  # the old cache goes before the new one is made
+        self._past, self._binding = [], None  # the old cache goes before the new one is made
         batch = len(inputs_embeds)
         past = [
             ort.OrtValue.ortvalue_from_shape_and_type((batch, *shape), element_type)
@@ -105,32 +106,40 @@ class OrtLanguageModel:
 
     def close(self) -> None:
         """Give back the cache and the session."""
-        self._past = []
+        self._past, self._binding = [], None
         del self._session
 
     def _run(self, inputs_embeds: Floats, position_ids: Ints, past: "list[onnxruntime.OrtValue]") -> Floats:
         if self._in_place and past[0].shape()[2] < self._mask.shape[1]:
-            past = [self._enlarged(value) for value in past]
-        binding = self._session.io_binding()
+            past, self._binding = [self._enlarged(value) for value in past], None
+        binding = self._binding or self._bound(past)
         binding.bind_cpu_input("inputs_embeds", inputs_embeds)
         binding.bind_cpu_input("attention_mask", self._mask)
         binding.bind_cpu_input("position_ids", position_ids)
+        # Anew each time, or the next run writes over what this one returns.
+        binding.bind_output("logits", "cpu")
+        with graph_faults("decoder_model_merged"):
+            self._session.run_with_iobinding(binding)
+        if self._in_place:
+            self._past, self._binding = past, binding
+        else:
+            self._past = binding.get_outputs()[1:]
+        logits = binding.get_outputs_as_ortvaluevector()[0]
+        last: Floats = logits.numpy()[:, -1]  # [B, 1, V], of older bundles [B, S, V] → [B, V]
+        return last
+
+    def _bound(self, past: "list[onnxruntime.OrtValue]") -> "onnxruntime.IOBinding":
+        """A binding of the cache; a decoder that writes in place keeps it from step to step."""
+        binding = self._session.io_binding()
         for name, value in zip(self._past_names, past, strict=True):
             binding.bind_ortvalue_input(name, value)
-        binding.bind_output("logits", "cpu")
-        for name, value in zip(self._output_names[1:], past, strict=True):
+        binding.bind_output("logits", "cpu")  # the first of the outputs
+        for name, value in zip(self._present_names, past, strict=True):
             if self._in_place:
                 binding.bind_ortvalue_output(name, value)
             else:
                 binding.bind_output(name, self._device)
-        with graph_faults("decoder_model_merged"):
-            self._session.run_with_iobinding(binding)
-        logits, *present = binding.get_outputs()
-        self._past = (
-            past if self._in_place else present
-        )  # the former own their memory, the latter only look at it
-        last: Floats = logits.numpy()[:, -1]  # [B, 1, V], of older bundles [B, S, V] → [B, V]
-        return last
+        return binding
 
     def _enlarged(self, past: "onnxruntime.OrtValue") -> "onnxruntime.OrtValue":
         """A buffer with the past at its start and room for this run's tokens and CACHE_ROOM more."""
@@ -158,7 +167,3 @@ def _empty_cache(spec: GraphSpec) -> tuple[list[str], list[tuple[tuple[int, int,
         names.append(tensor.name)
         empty.append(((heads, 0, width), _ELEMENT_TYPES[tensor.dtype]))
     return names, empty
-
-
-def _present(past_name: str) -> str:
-    return past_name.replace("past_key_values", "present", 1)

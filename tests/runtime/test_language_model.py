@@ -17,9 +17,12 @@ OPTIONS = SessionOptions(threads=1)
 IDS = np.array([[1, 300, 301, 302, 303, 304, 305]])
 
 
-@pytest.fixture
-def bundle(tiny_bundle: Callable[..., Path]) -> Bundle:
-    return read_bundle(tiny_bundle("clip-llama", k=7, split=True))
+@pytest.fixture(params=[None, "ort"])
+def bundle(request: pytest.FixtureRequest, tiny_bundle: Callable[..., Path]) -> Bundle:
+    """The portable decoder, and the one that writes its cache in place."""
+    if request.param is None:
+        return read_bundle(tiny_bundle("clip-llama", k=7, split=True))
+    return read_bundle(tiny_bundle("clip-llama-wide", k=7, optimize=request.param))
 
 
 @pytest.fixture
@@ -46,6 +49,14 @@ def test_a_prefill_forgets_the_sequence_before(model: OrtLanguageModel) -> None:
     fresh = prefill(model, IDS[:, :3])
     model.step(np.array([300]))
     np.testing.assert_array_equal(prefill(model, IDS[:, :3]), fresh)
+
+
+def test_the_logits_of_a_run_stay_as_they_are_when_the_next_one_has_run(model: OrtLanguageModel) -> None:
+    first = prefill(model, IDS[:, :3])
+    second = model.step(np.array([300]))
+    kept = [first.copy(), second.copy()]
+    model.step(np.array([301]))
+    np.testing.assert_array_equal([first, second], kept)
 
 
 def test_what_fills_up_a_shorter_row_changes_nothing(model: OrtLanguageModel) -> None:
