@@ -1,106 +1,93 @@
-"""Tokens per second of the decoder, beside onnxruntime-genai on the same weights.
-
-How fast a decoder reads its weights depends on where they happen to lie in memory: the same graph differs by several
-per cent from one process to the next. So a sample is a process, and what is compared are medians of processes.
-"""
+"""Tokens per second of the decoder, beside onnxruntime-genai on the same weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
 from benchmarks import environments
+from benchmarks.bursts import Engine, take_bursts
 from benchmarks.environments import UnavailableError
-from benchmarks.measure import exported, processes_take_turns, timing
-from benchmarks.peers import versions_of, versions_said
+from benchmarks.measure import exported, timing
+from benchmarks.peers import versions_said
 from benchmarks.shapes import LLAVA, QUESTION, Shape, write_language_model
 from benchmarks.speed import checkpoint_of, command, ratio
 from resprune.runtime.bundle import read_bundle
 from resprune.runtime.prompt import Prompter
 
 BUNDLES = {
-    "fp32": ("fp32", []),
-    "fp32, --optimize ort": ("fp32", ["--optimize", "ort"]),
-    "q4, --optimize ort": ("int4", ["--dtype", "q4", "--optimize", "ort"]),
+    "fp32": {"fp32": [], "fp32, --optimize ort": ["--optimize", "ort"]},
+    "int4": {"q4, --optimize ort": ["--dtype", "q4", "--optimize", "ort"]},
 }
-"""Their precision that is the same as ours, and how ours is exported."""
+"""How ours are exported, by the precision of theirs that is the same: all of one precision are in memory together."""
 PROCESSES = 5
 PROMPTS = 2
-"""Of each length in a process; its figure is their median."""
-TOKENS = 32
+"""Of each length in a process."""
+BURSTS = 4
+TOKENS = 8
+"""In a burst."""
 
 
 def run(work: Path, shape: Shape = LLAVA, processes: int = PROCESSES) -> dict[str, Any]:
     """Tokens/s after a prompt of N/9 visual tokens and of all."""
-    with TemporaryDirectory(dir=work) as bundles:
+    engines: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
+    with TemporaryDirectory(dir=work) as folder:
+        bundles = Path(folder)
         try:
-            commands, lengths = _commands(shape, work, Path(bundles))
+            python = environments.environment("genai", work)
+            checkpoint, language_model = checkpoint_of(shape, work), bundles / "language-model"
+            write_language_model(checkpoint, language_model)
+            models = {
+                precision: environments.genai_model(python, language_model, bundles / precision, precision)
+                for precision in BUNDLES
+            }
         except UnavailableError as error:
             return {"skipped": f"onnxruntime-genai is not compared: {error}"}
-        replies = processes_take_turns(commands, processes)
-    engines = {name: figures(reply) for name, reply in replies.items()}
-    for name, (precision, _) in BUNDLES.items():
-        compare(engines[f"resprune, {name}"], engines[f"onnxruntime-genai, {precision}"])
+        for precision, ours in BUNDLES.items():
+            spec = {"model": str(models[precision]), "tokens": BURSTS * TOKENS}
+            theirs = Engine(command("peer_genai", spec, python=str(python)))
+            group = {f"onnxruntime-genai, {precision}": theirs}
+            for name, options in ours.items():
+                how = ("-k", str(shape.budgets[0]), "--verify", "layers", *options)
+                bundle = exported(checkpoint, bundles / f"bundle-{len(group)}", *how)
+                group[f"resprune, {name}"] = Engine(command("decoder", {"bundle": str(bundle)}))
+            lengths = prompt_tokens(bundle, shape)
+            take_bursts(
+                [*group.values()], lengths, processes=processes, prompts=PROMPTS, bursts=BURSTS, tokens=TOKENS
+            )
+            engines |= {name: figures(engine, theirs) for name, engine in group.items()}
+            versions |= {name: engine.versions for name, engine in group.items()}
     return {
         "words": shape.words,
         "processes": processes,
         "prompt tokens": lengths,
         "engines": engines,
-        "versions": versions_of(replies),
+        "versions": versions,
     }
 
 
-def _commands(shape: Shape, work: Path, bundles: Path) -> tuple[dict[str, list[str]], dict[str, int]]:
-    """What is run, by subject, and the lengths of the prompts."""
-    python = environments.environment("genai", work)
-    checkpoint = checkpoint_of(shape, work)
-    language_model, k = bundles / "language-model", shape.budgets[0]
-    write_language_model(checkpoint, language_model)
-    ours = {
-        name: exported(checkpoint, bundles / f"bundle-{number}", "-k", str(k), "--verify", "layers", *options)
-        for number, (name, (_, options)) in enumerate(BUNDLES.items())
-    }
-    text = len(Prompter(read_bundle(ours["fp32"], check_hashes=False)).prompt(QUESTION, 1).ids) - 1
-    lengths = {str(k): text + k, "all": text + shape.num_tokens}
-    asked = {"lengths": lengths, "prompts": PROMPTS, "tokens": TOKENS}
-    commands = {
-        f"resprune, {name}": command("decoder", {"bundle": str(bundle), **asked})
-        for name, bundle in ours.items()
-    }
-    for precision in dict.fromkeys(precision for precision, _ in BUNDLES.values()):
-        model = environments.genai_model(python, language_model, bundles / f"genai-{precision}", precision)
-        spec = {"model": str(model), **asked}
-        commands[f"onnxruntime-genai, {precision}"] = command("peer_genai", spec, python=str(python))
-    return commands, lengths
+def prompt_tokens(bundle: Path, shape: Shape) -> dict[str, int]:
+    """The length of the question's prompt by case: with the fewest of the visual tokens, and with all."""
+    text = len(Prompter(read_bundle(bundle, check_hashes=False)).prompt(QUESTION, 1).ids) - 1
+    return {str(shape.budgets[0]): text + shape.budgets[0], "all": text + shape.num_tokens}
 
 
-def figures(reply: Mapping[str, Any]) -> dict[str, Any]:
-    """What a subject's processes sampled, by case: tokens/s of every process, and their median and quartiles."""
-    if "fault" in reply:
-        return dict(reply)
+def figures(engine: Engine, theirs: Engine) -> dict[str, Any]:
+    """What an engine sampled, by case: tokens/s, of each prompt too, and what part of `theirs` that is."""
+    if engine.fault:
+        return {"fault": engine.fault}
     cases: dict[str, Any] = {}
-    for case, stages in reply["samples"].items():
-        prompts = 1e3 * reply["tokens"] / np.array(stages["decode"]).reshape(-1, reply["prompts"])
-        rates = np.median(prompts, axis=1).tolist()
+    for case, rates in engine.rates.items():
         cases[case] = {
             "tokens per second": timing(rates),
-            "of each process": rates,
-            "of each prompt": prompts.tolist(),
-            "resident megabytes": reply["memory"][case],
+            "of each prompt": rates,
+            "resident megabytes": engine.megabytes[case],
         }
+        if engine is not theirs and not theirs.fault:
+            cases[case]["of theirs"] = ratio(rates, theirs.rates[case])
     return cases
-
-
-def compare(ours: dict[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Note of each case of `ours` what part of theirs it is, round by round."""
-    if "fault" in ours or "fault" in theirs:
-        return
-    for case, found in ours.items():
-        found["of theirs"] = ratio(found["of each process"], theirs[case]["of each process"])
 
 
 def table(result: dict[str, Any]) -> str:
@@ -108,8 +95,9 @@ def table(result: dict[str, Any]) -> str:
     if "skipped" in result:
         return str(result["skipped"])
     rows = [
-        f"The language model of **{result['words']}**; {result['processes']} processes of {PROMPTS} prompts of each "
-        f"length and {TOKENS} tokens after each; a process counts as the median of its prompts.",
+        f"The language model of **{result['words']}**; {BURSTS} bursts of {TOKENS} tokens after each of {PROMPTS} "
+        f"prompts of each length in each of {result['processes']} processes; all of one precision are in memory "
+        "together and take turns burst by burst. Medians (quartiles) over the prompts.",
         "",
         "| | prompt | tokens/s | of onnxruntime-genai in the same precision | resident |",
         "|---|---|---|---|---|",

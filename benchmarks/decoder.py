@@ -1,4 +1,4 @@
-"""The runtime's decoder by itself: `python -m benchmarks.decoder SPEC` times it and prints JSON."""
+"""The runtime's decoder by itself, for `bursts`: `python -m benchmarks.decoder SPEC`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from benchmarks.measure import THREADS, sample_decoding
+from benchmarks.bursts import serve
+from benchmarks.measure import THREADS
 from resprune.runtime.bundle import read_bundle
 from resprune.runtime.language_model import Embedding, OrtLanguageModel
 from resprune.runtime.session import OrtGraphs, SessionOptions
 
 
-def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """`spec`: `bundle`, and what `sample_decoding` takes. The prompts are random embeddings."""
+def main(spec: dict[str, Any]) -> None:
+    """`spec`: `bundle`. The prompts are random embeddings."""
     bundle = read_bundle(Path(spec["bundle"]), check_hashes=False)
     options = SessionOptions(threads=THREADS)
     model = OrtLanguageModel(bundle, Embedding(OrtGraphs(bundle, options)), options)
@@ -35,8 +36,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
         return step
 
-    return sample_decoding(spec, begin) | {"versions": {"onnxruntime": ort.__version__}}
+    serve({"onnxruntime": ort.__version__}, begin)
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(json.loads(sys.argv[1]))))
+    main(json.loads(sys.argv[1]))

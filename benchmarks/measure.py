@@ -138,31 +138,6 @@ def sample_stages(model: Staged, spec: Mapping[str, Any], budgets: Iterable[int]
     }
 
 
-def sample_decoding(spec: Mapping[str, Any], begin: Callable[[int], Callable[[], object]]) -> dict[str, Any]:
-    """Tokens after prompts of several lengths; `begin(length)` reads a prompt and returns what makes one more token.
-
-    `spec`: `lengths` (tokens of the prompt by case), `prompts` of each, `tokens` to decode after each. The shortest
-    goes ahead once, to warm up.
-    """
-    samples = Samples()
-    memory: dict[str, float] = {}
-    lengths = sorted(spec["lengths"].items(), key=lambda case: case[1])
-    every = [(samples, *case) for case in lengths for _ in range(spec["prompts"])]
-    for clock, case, length in [(Samples(), *lengths[0]), *every]:
-        reset_peak()
-        step = begin(length)
-        with clock.time("decode", case):
-            for _ in range(spec["tokens"]):
-                step()
-        memory[case] = peak_megabytes()
-    return {
-        "samples": samples.values,
-        "prompts": spec["prompts"],
-        "tokens": spec["tokens"],
-        "memory": memory,
-    }
-
-
 def processes_take_turns(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, dict[str, Any]]:
     """Run each command `rounds` times, in turn; each prints JSON with `samples` as its last line.
 

@@ -1,4 +1,4 @@
-"""onnxruntime-genai on a language model: `python -m benchmarks.peer_genai SPEC` prints JSON, as `decoder` does."""
+"""onnxruntime-genai on a language model, for `bursts`: `python -m benchmarks.peer_genai SPEC`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 
-from benchmarks.measure import THREADS, sample_decoding
+from benchmarks.bursts import serve
+from benchmarks.measure import THREADS
 
 
-def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """As `decoder.measure`, of `model`; the prompts are random ids."""
+def main(spec: dict[str, Any]) -> None:
+    """`spec`: `model`, and `tokens` that there is to be room for after a prompt. The prompts are random ids."""
     config = og.Config(spec["model"])
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": THREADS}}}}))
     model = og.Model(config)
@@ -29,8 +30,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         generator.generate_next_token()
         return generator.generate_next_token
 
-    return sample_decoding(spec, begin) | {"versions": {"onnxruntime-genai": og.__version__}}
+    serve({"onnxruntime-genai": og.__version__}, begin)
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(json.loads(sys.argv[1]))))
+    main(json.loads(sys.argv[1]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -63,18 +62,19 @@ def test_ours_and_pytorch_go_the_same_way(subject: Subject) -> None:
 
 def test_decoding_without_a_peer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """onnxruntime-genai is not among the tests' packages: its faults stand beside our own figures."""
-    monkeypatch.delitem(decode.BUNDLES, "fp32, --optimize ort")
+    monkeypatch.delitem(decode.BUNDLES["fp32"], "fp32, --optimize ort")
     monkeypatch.setattr(environments, "environment", lambda *arguments: Path(sys.executable))
     monkeypatch.setattr(environments, "genai_model", lambda python, model, folder, precision: folder)
     result = decode.run(tmp_path, SMALL, processes=2)
     short, long = result["prompt tokens"].values()
     assert long - short == 32
     assert "onnxruntime_genai" in result["engines"]["onnxruntime-genai, int4"]["fault"]
-    for name in decode.BUNDLES:
+    for name in ("fp32", "q4, --optimize ort"):
         for case in ("4", "all"):
             found = result["engines"][f"resprune, {name}"][case]
-            assert len(found["of each process"]) == found["tokens per second"].repeats == 2
-            assert [len(prompts) for prompts in found["of each prompt"]] == [decode.PROMPTS] * 2
+            assert len(found["of each prompt"]) == found["tokens per second"].repeats == 2 * decode.PROMPTS
+            assert found["resident megabytes"] > 10
+            assert "of theirs" not in found
     text = decode.table(result)
     assert f"| resprune, fp32 | {short} |" in text
     assert "| onnxruntime-genai, fp32 | ModuleNotFoundError" in text
@@ -99,14 +99,3 @@ def test_beside_openvino_the_losses_of_our_own_are_told(
     assert "int8: image_features by 0.0" in text
     assert "| resprune, int8 | all | " in text
     assert (tmp_path / "openvino.png").exists()
-
-
-def test_a_process_counts_as_the_median_of_its_prompts() -> None:
-    def reply(*milliseconds: float) -> dict[str, Any]:
-        samples = {"all": {"decode": list(milliseconds)}}
-        return {"samples": samples, "tokens": 10, "prompts": 3, "memory": {"all": 1.0}}
-
-    own, other = decode.figures(reply(10, 20, 90, 40, 40, 50)), decode.figures(reply(10, 10, 10, 20, 20, 20))
-    assert own["all"]["of each process"] == [500.0, 250.0]
-    decode.compare(own, other)
-    assert (own["all"]["of theirs"].low, own["all"]["of theirs"].median) == (0.5, 0.5)
