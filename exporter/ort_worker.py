@@ -33,7 +33,10 @@ class OrtWorker:
 
     def __init__(self, *, widened: bool = False) -> None:
         command = [sys.executable, "-m", "resprune.exporter.ort_worker", *(["widened"] if widened else [])]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # In a process group of its own: the terminal's Ctrl-C is for the exporter, which ends this one.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
+        )
 
     def run(self, graph: Path, inputs: Arrays) -> Arrays:
         """Outputs of one run of `graph` by name."""
@@ -149,7 +152,5 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the terminal's Ctrl-C is for the exporter, which ends this one
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # an exporter that was killed waits for no answer
     _serve(sys.stdin.buffer, sys.stdout.buffer)

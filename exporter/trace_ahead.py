@@ -59,11 +59,11 @@ def _trace_all(
     receiver: Connection, sender: Connection, pieces: Sequence[Piece], whole: nn.Module, mode: FakeTensorMode
 ) -> None:
     """The other process. It ends with its work, so it collects no garbage; the terminal's Ctrl-C is not for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Of what it inherits it may hold nothing: the lock of the bundle that is being made, its own pipe's other end.
     receiver.close()
     os.closerange(3, sender.fileno())
     os.closerange(sender.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.disable()
     torch.set_num_threads(1)  # OpenMP's threads do not live on in a fork
     try:

@@ -60,13 +60,43 @@ def test_an_answer_that_is_cut_off_is_a_death_too(doubling, monkeypatch):
                 worker.run(doubling, {})
 
 
-def test_ctrl_c_is_not_for_it(doubling, capfd):
-    """The terminal sends it to every process that it runs."""
-    with OrtWorker() as worker:
-        worker.run(doubling, {"x": np.zeros(1, np.float32)})
-        worker._process.send_signal(signal.SIGINT)
-        assert worker.run(doubling, {"x": np.array([1], np.float32)})["y"].tolist() == [2]
-    assert capfd.readouterr().err == ""
+CTRL_C = """
+import os, signal, sys
+import numpy as np
+from resprune.exporter.ort_worker import OrtWorker
+signal.signal(signal.SIGINT, lambda *_: None)  # and not SIG_IGN, which a child would inherit
+with OrtWorker() as worker:
+    os.killpg(0, signal.SIGINT)  # while it imports
+    graph = sys.argv[1]
+    print(*worker.run(graph, {"x": np.ones(1, np.float32)})["y"])
+    os.killpg(0, signal.SIGINT)
+    print(*worker.run(graph, {"x": np.ones(1, np.float32)})["y"])
+"""
+
+
+def test_ctrl_c_is_not_for_it(doubling):
+    """The terminal sends it to every process of the group in front."""
+    command = [sys.executable, "-c", CTRL_C, str(doubling)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=True)
+    assert (done.stdout, done.stderr) == ("2.0\n2.0\n", "")
+
+
+KILLED = """
+import os, pickle, signal, sys
+from resprune.exporter.ort_worker import OrtWorker
+with OrtWorker() as worker:
+    if sys.argv[1] == "waited for":
+        pickle.dump(("run", "missing.onnx", {}), worker._process.stdin)
+        worker._process.stdin.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("answer", ["not asked for", "waited for"])
+def test_it_ends_without_a_word_when_the_exporter_is_killed(answer):
+    killed = subprocess.Popen([sys.executable, "-c", KILLED, answer], stderr=subprocess.PIPE)
+    _, said = killed.communicate(timeout=60)  # until no process has this end any more
+    assert (killed.returncode, said) == (-signal.SIGKILL, b"")
 
 
 def test_it_is_light():
