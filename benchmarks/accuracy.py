@@ -49,7 +49,7 @@ def run(work: Path) -> dict[str, Any]:
         model.close()
         if (positions, attention) == ("original", "plain"):
             panels = [panel(sheet, plan, model.num_tokens) for sheet in of_run]
-            draw(HERE / "accuracy.png", panels, "exact match, %")
+            (HERE / "accuracy.png").write_bytes(draw(panels, "exact match, %"))
     return {
         "tables": {title: markdown(of_run) for title, of_run in sheets.items()},
         "scores": {title: [asdict(sheet) for sheet in of_run] for title, of_run in sheets.items()},

@@ -50,7 +50,8 @@ def run(work: Path) -> dict[str, Any]:
         Panel(name, {line: Line(steps, [100 * share for share in shares[1:]]) for line, shares in of.items()})
         for name, of in curves.items()
     ]
-    draw(HERE / "reconstruction.png", panels, "energy outside the kept span, %", dense=True)
+    plot = draw(panels, "energy outside the kept span, %", dense=True)
+    (HERE / "reconstruction.png").write_bytes(plot)
     return {"pictures": {name: len(shown) for name, shown in sources.items()}, "outside": curves}
 
 

@@ -1,12 +1,30 @@
 """The answers of a run on disk, so that one that was interrupted goes on where it ended."""
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from resprune.exporter.transaction import lock
 from resprune.runtime.errors import ResPruneError
+
+
+@contextmanager
+def output(directory: Path) -> Iterator[None]:
+    """Make a directory, which is taken away again if nothing was written into it; `ResPruneError` if it cannot be."""
+    made = False
+    try:
+        made = not directory.exists()
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResPruneError(f"{directory} cannot be written ({error.strerror}); give another --out") from None
+    try:
+        yield
+    finally:
+        if made:
+            with suppress(OSError):  # there is something in it
+                directory.rmdir()
 
 
 class Run(NamedTuple):
@@ -29,6 +47,7 @@ class Answers:
         """
         self._known: dict[Run, dict[int, str]] = {}
         self._files: dict[str, BinaryIO] = {}
+        self._begun: list[str] = []
         try:
             directory.mkdir(parents=True, exist_ok=True)
             for data, fingerprint in settings["data"].items():
@@ -41,9 +60,11 @@ class Answers:
             raise
 
     def _open(self, path: Path, data: str, settings: dict[str, Any]) -> None:
-        file = self._files[data] = path.open("ab")
+        file = path.open("ab")
         if not lock(file):
+            file.close()
             raise ResPruneError(f"another run writes {path}; wait for it, or give another --out")
+        self._files[data] = file
         # A run that was cut off may leave half a line.
         kept = path.read_bytes()
         kept = kept[: kept.rfind(b"\n") + 1]
@@ -61,6 +82,7 @@ class Answers:
             )
         file.truncate(len(kept))
         if not kept:
+            self._begun.append(data)
             _write(file, settings)
 
     def missing(self, run: Run, numbers: list[int]) -> list[int]:
@@ -82,7 +104,10 @@ class Answers:
         return [self._known[run][number] for number in numbers]
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; of what was begun without an answer nothing is left."""
+        for data in set(self._begun) - {run.data for run in self._known}:
+            with suppress(OSError):
+                Path(self._files[data].name).unlink()
         for file in self._files.values():
             with suppress(OSError):  # of a line that could not be written, which `add` has said
                 file.close()

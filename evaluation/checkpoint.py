@@ -15,7 +15,7 @@ from PIL import Image
 
 from resprune.evaluation.model import Encoded, Model, Stages, check_policies, engine
 from resprune.runtime.bundle import Bundle, describe_files
-from resprune.runtime.errors import ResPruneError, one_line, require_packages
+from resprune.runtime.errors import ResPruneError, one_line, permission_faults, require_packages
 from resprune.runtime.manifest import FORMAT_VERSION, GraphSpec, Manifest, Selection
 from resprune.runtime.picture import Picture
 from resprune.runtime.splice import Floats, Ints
@@ -55,8 +55,8 @@ def open_checkpoint(
     quiet.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
-    checkpoint = resolve(name)
-    with tempfile.TemporaryDirectory(prefix="resprune-") as folder:
+    with permission_faults(), tempfile.TemporaryDirectory(prefix="resprune-") as folder:
+        checkpoint = resolve(name)
         bundle = _without_graphs(checkpoint, Path(folder), attention or "plain")
         try:
             dtype = torch.float32 if device == "cpu" else "auto"

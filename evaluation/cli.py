@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from resprune.evaluation.budget import Budget
 from resprune.exporter.cli import POSIX
 from resprune.runtime.errors import ResPruneError, require_packages
 from resprune.runtime.manifest import ATTENTION, POSITIONS
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from resprune.evaluation.model import Model
 
 NEEDED = ("matplotlib", "scipy", "tqdm")
-LEAST = {"limit": 1, "batch": 1, "max_new_tokens": 1, "seed": 0, "threads": 0}
+LEAST = {"limit": 1, "batch": 1, "max_new_tokens": 1, "seed": 0}
 
 
 def register_eval(subparsers: Any) -> None:
@@ -72,43 +73,52 @@ def run_eval(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ResPruneError(f"--{name.replace('_', '-')} should be {least} or more, not {value}")
-    from resprune.evaluation.answers import Answers
-    from resprune.evaluation.budget import Budget
+    from resprune.evaluation.answers import Answers, output
     from resprune.evaluation.data import load_data
     from resprune.evaluation.evaluate import SELECTORS, Plan, evaluate
     from resprune.evaluation.report import markdown, score, write
+    from resprune.runtime.session import check_threads
 
-    budgets = _words(arguments.k) or _none("-k names no budget; give numbers, shares, or all")
-    names = SELECTORS if arguments.selectors == "all" else _words(arguments.selectors)
+    check_threads(arguments.threads)
+    budgets = read_budgets(arguments.k)
+    names = SELECTORS if arguments.selectors == "all" else words(arguments.selectors)
     plan = Plan(
-        data=[load_data(name) for name in _words(arguments.data) or _none("--data names none")],
+        data=[load_data(name) for name in words(arguments.data) or _none("--data names none")],
         selectors=names or _none(f"--selectors names none; choose from {', '.join(SELECTORS)}"),
-        budgets=[Budget.parse(word) for word in budgets],
+        budgets=budgets,
         limit=arguments.limit,
         seed=arguments.seed,
         batch=arguments.batch,
         max_new_tokens=arguments.max_new_tokens,
     )
-    model = open_model(
-        arguments.model,
-        positions=arguments.positions,
-        attention=arguments.attention,
-        device=arguments.device,
-        threads=arguments.threads,
-    )
-    answers = Answers(arguments.out, plan.settings(model))
-    try:
-        evaluate(model, plan, answers)
-    finally:
-        answers.close()
-        model.close()
-    sheets = score(plan, answers)
-    write(arguments.out, sheets, plan, model)
+    with output(arguments.out):
+        model = open_model(
+            arguments.model,
+            positions=arguments.positions,
+            attention=arguments.attention,
+            device=arguments.device,
+            threads=arguments.threads,
+        )
+        answers = Answers(arguments.out, plan.settings(model))
+        try:
+            evaluate(model, plan, answers)
+        finally:
+            answers.close()
+            model.close()
+        sheets = score(plan, answers)
+        write(arguments.out, sheets, plan, model)
     print(markdown(sheets), end="")
     return 0
 
 
-def _words(text: str) -> list[str]:
+def read_budgets(text: str) -> list[Budget]:
+    """What -k names; `ResPruneError` for nothing, and for what is no budget."""
+    found = words(text) or _none("-k names no budget; give numbers, shares, or all")
+    return [Budget.parse(word) for word in found]
+
+
+def words(text: str) -> list[str]:
+    """Words between commas, each once."""
     return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 

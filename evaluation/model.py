@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,18 @@ from resprune.runtime.prompt import Prompt, Prompter
 from resprune.runtime.session import OrtGraphs, SessionOptions
 from resprune.runtime.splice import Floats, Ints, KeptTokens, Picks, splice
 from resprune.runtime.vision import Looked, Vision
+
+ROOMS = ("evaluation", "exporter", "runtime")
+
+
+@cache
+def code(root: Path = Path(__file__).parents[1]) -> str:
+    """A fingerprint of the sources that answers may depend on: of two checkouts the version can be the same."""
+    digest = hashlib.sha256()
+    for room in ROOMS:
+        for path in sorted((root / room).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -110,7 +124,7 @@ class Model:
             "model": self.fingerprint,
             "positions": self.manifest.positions,
             "attention": self.manifest.attention,
-            "resprune": self.engine.versions["resprune"],
+            "resprune": code(),
         }
 
     def look(self, sources: Sequence[ImageSource]) -> list[Encoded]:
@@ -204,7 +218,7 @@ class Model:
 
 def is_bundle(path: str) -> bool:
     """Whether a word on the command line is a bundle rather than a checkpoint."""
-    return (Path(path) / MANIFEST_NAME).is_file()
+    return os.path.isfile(Path(path) / MANIFEST_NAME)  # noqa: PTH113 - Path.is_file raises for a closed folder
 
 
 def check_policies(positions: str | None, attention: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 # The method stands out; the controls are told apart by colour and marker, so that a print in grey can be read too.
@@ -45,8 +45,8 @@ class Panel:
     xlabel: str = "K, visual tokens kept"
 
 
-def draw(path: Path, panels: Sequence[Panel], ylabel: str, *, dense: bool = False) -> None:
-    """Write a PNG with the panels side by side and one legend for all.
+def draw(panels: Sequence[Panel], ylabel: str, *, dense: bool = False) -> bytes:
+    """A PNG with the panels side by side and one legend for all.
 
     `dense` is for many points that fall over orders of magnitude: no markers, and y is logarithmic too.
     """
@@ -81,4 +81,6 @@ def draw(path: Path, panels: Sequence[Panel], ylabel: str, *, dense: bool = Fals
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel(ylabel)
     figure.legend(list(handles.values()), list(handles), loc="outside right center", frameon=False)
-    figure.savefig(path)
+    file = BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()

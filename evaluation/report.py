@@ -20,6 +20,7 @@ from resprune.evaluation.model import Model
 from resprune.evaluation.plot import Line, Panel, draw
 from resprune.evaluation.statistics import Paired, paired, wilson
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.whole import write_whole
 
 
 @dataclass(frozen=True)
@@ -158,15 +159,11 @@ def write(directory: Path, sheets: Sequence[Sheet], plan: Plan, model: Model) ->
     manifest = model.manifest
     title = f"{manifest.model}: exact match against K, {manifest.positions} positions, {manifest.attention} attention"
     try:
-        (directory / "report.json").write_text(to_json(sheets, settings), encoding="utf-8")
-        (directory / "REPORT.md").write_text(
-            f"# {title}\n\n![](accuracy.png)\n\n{markdown(sheets)}", encoding="utf-8"
-        )
-        draw(
-            directory / "accuracy.png",
-            [panel(sheet, plan, model.num_tokens) for sheet in sheets],
-            "exact match, %",
-        )
+        write_whole(directory / "report.json", to_json(sheets, settings).encode())
+        text = f"# {title}\n\n![](accuracy.png)\n\n{markdown(sheets)}"
+        write_whole(directory / "REPORT.md", text.encode())
+        panels = [panel(sheet, plan, model.num_tokens) for sheet in sheets]
+        write_whole(directory / "accuracy.png", draw(panels, "exact match, %"))
     except OSError as error:
         raise ResPruneError(f"{error.filename or directory} cannot be written: {error.strerror}") from None
 

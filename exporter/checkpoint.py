@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -100,7 +101,7 @@ def resolve(model: str, *, revision: str | None = None) -> Checkpoint:
 
     Raises `ResPruneError`: no such alias or directory, hub unreachable, gated, or no such repository or revision.
     """
-    here = model == DEMO or Path(model).is_dir()
+    here = model == DEMO or os.path.isdir(model)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
     if here and revision is not None:
         raise ResPruneError(f"--revision is for a hub id, and {model} is a directory; leave it out")
     if model == DEMO:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, permission_faults
 from resprune.runtime.manifest import MANIFEST_NAME
 
 NEW = ".resprune-new-"
@@ -43,7 +43,7 @@ def new_directory(out: Path, *, force: bool) -> Iterator[Path]:
     except OSError as error:
         raise _refusal(out, error) from error
     try:
-        with (work / LOCK).open("w") as held:
+        with permission_faults(), (work / LOCK).open("w") as held:
             lock(held)
             yield work
             _flush_tree(work)  # of a large bundle this takes long, under the lock
@@ -51,10 +51,6 @@ def new_directory(out: Path, *, force: bool) -> Iterator[Path]:
     except OSError as error:
         if error.errno in NO_SPACE:
             raise _refusal(out, error) from error
-        if isinstance(error, PermissionError) and error.filename:
-            raise ResPruneError(
-                f"{error.filename} cannot be used ({error.strerror}); give this user the right to"
-            ) from error
         raise  # of something else that the block read or wrote
     finally:
         shutil.rmtree(work, ignore_errors=True)

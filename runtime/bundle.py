@@ -14,6 +14,7 @@ from typing import Any
 
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.manifest import MANIFEST_NAME, FileSpec, Manifest, safe_name
+from resprune.runtime.whole import write_whole
 
 # A manifest lists a few dozen files: anything near this size is not one.
 MAX_MANIFEST_BYTES = 4 << 20
@@ -60,12 +61,16 @@ def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
     `ResPruneError`, naming the file, for one that is missing, altered, or outside the directory.
     """
     root = Path(path)
-    if not root.is_dir():
+    if not os.path.isdir(root):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         raise ResPruneError(f"{root} is not a directory; give the directory that resprune export wrote")
-    if not (root / MANIFEST_NAME).exists():
+    try:
+        (root / MANIFEST_NAME).stat()
+    except FileNotFoundError:
         raise ResPruneError(
             f"{root} has no {MANIFEST_NAME}, so it is not a bundle; make one with resprune export"
-        )
+        ) from None
+    except OSError as error:
+        raise ResPruneError(f"{root / MANIFEST_NAME} cannot be read: {error.strerror}") from None
     if _plain_file_size(root, MANIFEST_NAME) > MAX_MANIFEST_BYTES:
         raise ResPruneError(
             f"{root / MANIFEST_NAME} is larger than {MAX_MANIFEST_BYTES} bytes; export it again"
@@ -96,12 +101,7 @@ def write_manifest(root: str | Path, manifest: Manifest) -> None:
     """Write `resprune.json` into `root`, after reading back that this version accepts it; the old one or the new."""
     text = manifest.to_json()
     Manifest.from_json(text)
-    new = Path(root) / f".{MANIFEST_NAME}.new"
-    with new.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(Path(root) / MANIFEST_NAME)
+    write_whole(Path(root) / MANIFEST_NAME, text.encode())
 
 
 def describe_files(root: str | Path, known: Mapping[Path, FileSpec] | None = None) -> dict[str, FileSpec]:

@@ -1,7 +1,8 @@
 """The one error type that a user can cause."""
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class ResPruneError(Exception):
@@ -14,6 +15,19 @@ def one_line(error: object) -> str:
     if not text and isinstance(error, BaseException):
         text = type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+@contextmanager
+def permission_faults() -> Iterator[None]:
+    """Turn a file that this user may not use into one sentence."""
+    try:
+        yield
+    except PermissionError as error:
+        if not error.filename:
+            raise
+        raise ResPruneError(
+            f"{error.filename} cannot be used ({error.strerror}); give this user the right to"
+        ) from error
 
 
 def require_packages(what: str, packages: Iterable[str], way: str) -> None:

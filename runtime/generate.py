@@ -57,9 +57,9 @@ def next_token_probabilities(logits: Floats, temperature: float, top_p: float) -
     The nucleus is the fewest most likely tokens whose probabilities reach `top_p`; the token that crosses it
     belongs to it, and equal probabilities stand in order of id.
     """
-    scaled = logits.astype(np.float64) / temperature
-    scaled -= scaled.max(axis=-1, keepdims=True)
-    weights = np.exp(scaled)
+    below = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    with np.errstate(over="ignore"):  # at a temperature of almost 0 that is minus infinity
+        weights: npt.NDArray[np.float64] = np.exp(below / temperature)
     weights /= weights.sum(axis=-1, keepdims=True)  # [B, V]
     if top_p < 1:
         order = np.argsort(-weights, axis=-1, kind="stable")

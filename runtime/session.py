@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 Array = npt.NDArray[Any]
+MAX_THREADS = 1024
+"""ONNX Runtime starts as many as it is told, and with thousands hangs."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,13 @@ class SessionOptions:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise ResPruneError(f"threads should be 0 (one a physical core) or more, not {self.threads}")
+        check_threads(self.threads)
+
+
+def check_threads(threads: int) -> None:
+    """`ResPruneError` for a number of threads that nothing can run with."""
+    if not 0 <= threads <= MAX_THREADS:
+        raise ResPruneError(f"threads should be 0 (one a physical core) to {MAX_THREADS}, not {threads}")
 
 
 def open_session(bundle: Bundle, graph: str, options: SessionOptions) -> "onnxruntime.InferenceSession":

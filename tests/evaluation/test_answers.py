@@ -2,7 +2,7 @@
 
 import pytest
 
-from resprune.evaluation.answers import Answers, Run
+from resprune.evaluation.answers import Answers, Run, output
 from resprune.runtime.errors import ResPruneError
 
 SETTINGS = {"model": "m", "positions": "original", "data": {"one": "1", "two": "2"}}
@@ -56,9 +56,28 @@ def test_another_data_set_may_be_added_later(tmp_path):
     ],
 )
 def test_answers_of_something_else_are_refused(tmp_path, settings, named):
-    Answers(tmp_path, SETTINGS).close()
+    answers = Answers(tmp_path, SETTINGS)
+    for data in SETTINGS["data"]:
+        answers.add(RUN._replace(data=data), {1: "a"})
+    answers.close()
     with pytest.raises(ResPruneError, match=f"answers of another {named}; give another --out"):
         Answers(tmp_path, settings)
+
+
+def test_nothing_is_left_of_a_run_that_did_not_begin(tmp_path):
+    with output(tmp_path / "out"):
+        Answers(tmp_path / "out", SETTINGS).close()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    with output(tmp_path / "out"):
+        pass
+    (tmp_path / "out").rmdir()
+    answers = Answers(tmp_path, SETTINGS | {"data": {"two": "2"}})
+    answers.add(RUN._replace(data="two"), {1: "a"})
+    answers.close()
+    with pytest.raises(ResPruneError, match=r"answers-two.jsonl holds answers of another data"):
+        Answers(tmp_path, SETTINGS | {"data": {"one": "1", "two": "3"}})
+    assert [path.name for path in tmp_path.iterdir()] == ["answers-two.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -66,17 +85,23 @@ def test_answers_of_something_else_are_refused(tmp_path, settings, named):
 )
 def test_a_damaged_file_is_named(tmp_path, line):
     answers = Answers(tmp_path, SETTINGS)
+    answers.add(RUN, {1: "a"})
     answers.close()
     path = tmp_path / "answers-one.jsonl"
     path.write_bytes(path.read_bytes() + line.encode(errors="surrogatepass"))
+    damaged = path.read_bytes()
     with pytest.raises(ResPruneError, match=r"answers-one.jsonl is damaged"):
         Answers(tmp_path, SETTINGS)
+    assert path.read_bytes() == damaged
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ResPruneError, match="cannot be written"):
         Answers(tmp_path / "file", SETTINGS)
+    with pytest.raises(ResPruneError, match="cannot be written"), output(tmp_path / "file"):
+        pass
+    assert (tmp_path / "file").is_file()
 
 
 def test_a_second_run_is_refused_while_the_first_writes(tmp_path):

@@ -1,8 +1,10 @@
 """A checkpoint in PyTorch: what is wrong with its weights or its device is said, and never answered over."""
 
+import errno
 import json
 import shutil
 from functools import reduce
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +41,34 @@ def test_a_truncated_file_of_weights(copy):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ResPruneError, match="truncated or corrupt"):
+        open_checkpoint(str(copy))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_file_that_may_not_be_read_is_named(name, copy, monkeypatch):
+    """The tests may be run by root, who may read anything."""
+    usual = Path.open
+
+    def refuse(self, *arguments, **keywords):
+        if self.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return usual(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ResPruneError, match=rf"/{name} cannot be used \(Permission denied\); give"):
+        open_checkpoint(str(copy))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_what_is_no_file_is_named(name, copy):
+    """A link to nothing, and a folder."""
+    (copy / name).unlink()
+    (copy / name).symlink_to("nowhere")
+    with pytest.raises(ResPruneError, match=rf"{copy} has n.* {name}"):
+        open_checkpoint(str(copy))
+    (copy / name).unlink()
+    (copy / name).mkdir()
+    with pytest.raises(ResPruneError, match=rf"{copy} has n.* {name}"):
         open_checkpoint(str(copy))
 
 

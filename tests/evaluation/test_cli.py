@@ -75,7 +75,8 @@ def test_a_report_of_proportional_attention(tiny_bundle, tiny_checkpoint, questi
         (["-k", "4", "--max-new-tokens", "0"], "--max-new-tokens should be 1 or more"),
         (["-k", "4", "--selectors", "random", "--seed", "-1"], "--seed should be 0 or more, not -1"),
         (["-k", "4", "--device", "cuda"], "runs bundles on the CPU; leave out --device cuda"),
-        (["-k", "4", "--threads", "-1"], "--threads should be 0 or more"),
+        (["-k", "4", "--threads", "-1"], "threads should be 0 (one a physical core) to 1024"),
+        (["-k", "4", "--threads", "9" * 11], "to 1024, not 99999999999"),
         (["-k", "17"], "more than the 16 visual tokens"),
         (["-k", ","], "-k names no budget"),
         (["-k", "4", "--selectors", ","], "--selectors names none"),
@@ -83,6 +84,7 @@ def test_a_report_of_proportional_attention(tiny_bundle, tiny_checkpoint, questi
 )
 def test_wrong_words(bundle, questions, tmp_path, capsys, words, named):
     assert named in fails(capsys, bundle, "--data", questions, "--out", tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_data_and_model(bundle, questions, tmp_path, capsys):

@@ -93,13 +93,13 @@ def test_an_interrupted_run_goes_on(questions, model, tmp_path, monkeypatch):
     assert report.score(wanted, again) == report.score(wanted, whole)
 
 
-def test_answers_of_another_resprune_are_not_mixed(questions, bundle, model, tmp_path, monkeypatch):
+def test_answers_of_another_resprune_are_not_mixed(questions, model, tmp_path, monkeypatch):
     """Its selectors may be others."""
     wanted = plan(questions)
-    Answers(tmp_path, wanted.settings(model)).close()
-    monkeypatch.setattr("resprune.evaluation.model.version", lambda package: "0.0.1")
+    evaluate(model, wanted, Answers(tmp_path, wanted.settings(model)))
+    monkeypatch.setattr("resprune.evaluation.model.code", lambda: "edited")
     with pytest.raises(ResPruneError, match="answers of another resprune"):
-        Answers(tmp_path, wanted.settings(open_bundle(bundle)))
+        Answers(tmp_path, wanted.settings(model))
 
 
 def test_the_report(questions, model, tmp_path):

@@ -2,14 +2,16 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from resprune.evaluation import model
 from resprune.evaluation.budget import Budget
 from resprune.evaluation.checkpoint import open_checkpoint
-from resprune.evaluation.model import engine, open_bundle
+from resprune.evaluation.model import code, engine, open_bundle
 from resprune.runtime.bundle import read_bundle, write_manifest
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
@@ -197,3 +199,13 @@ def test_a_question_past_the_context(bundle):
     asked = model.read("what colour? " * 2000)
     with pytest.raises(ResPruneError, match="past the context"):
         model.answer([asked], [[encoded]], [[np.arange(16)]], STEPS)
+
+
+def test_the_fingerprint_of_the_sources_changes_with_any_of_them(tmp_path):
+    """Though the version stays what it is."""
+    shutil.copytree(Path(model.__file__).parent, tmp_path / "evaluation")
+    before = code(tmp_path)
+    source = tmp_path / "evaluation" / "selectors.py"
+    source.write_text(source.read_text().replace("0", "1", 1))
+    code.cache_clear()
+    assert code(tmp_path) != before

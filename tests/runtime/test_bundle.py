@@ -1,6 +1,8 @@
 import dataclasses
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +56,20 @@ def test_no_directory_no_manifest(tmp_path: Path, root: Path) -> None:
     assert "is not a directory" in refused(tmp_path / "nothing")
     assert "is not a directory" in refused(root / "config.json")
     assert "has no resprune.json" in refused(tmp_path)
+    assert "is not a directory" in refused(tmp_path / ("a" * 256))
+
+
+def test_a_folder_that_is_closed_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests may be run by root, who may read anything."""
+    usual = os.stat
+
+    def refuse(path: Any, **keywords: Any) -> os.stat_result:
+        if Path(path).parent == root:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return usual(path, **keywords)
+
+    monkeypatch.setattr("os.stat", refuse)
+    assert refused(root) == f"{root / MANIFEST_NAME} cannot be read: Permission denied"
 
 
 def test_a_huge_manifest_is_not_read(root: Path) -> None:

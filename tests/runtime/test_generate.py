@@ -132,7 +132,12 @@ def test_sampling_follows_the_probabilities_and_its_seed() -> None:
 
 def test_a_low_temperature_and_a_narrow_nucleus_are_greedy_and_nothing_overflows() -> None:
     logits = np.array([[1e4, -1e4, 1e4 - 1, 0]], np.float32)
-    for sampling in (Sampling(), Sampling(temperature=1e-4), Sampling(temperature=5, top_p=1e-9)):
+    for sampling in (
+        Sampling(),
+        Sampling(temperature=1e-4),
+        Sampling(temperature=1e-320),
+        Sampling(temperature=5, top_p=1e-9),
+    ):
         assert sample(logits, sampling, np.random.default_rng(0)).tolist() == [0]
 
 
