@@ -56,7 +56,7 @@ gpu-check: setup
 
 eval: $(VENV)/lmms
 	$(BIN)/resprune lmms $(MODEL) --tasks $(TASKS) -k $(K) --device $(DEVICE) \
-		--out build/lmms/$(notdir $(MODEL))-k$(K)$(if $(LIMIT),-limit$(LIMIT) --limit $(LIMIT))
+		--out build/lmms/$(notdir $(MODEL))$(if $(LIMIT),-limit$(LIMIT) --limit $(LIMIT))
 
 export: setup
 	$(BIN)/resprune export $(MODEL) $(OUT) -k $(K)

@@ -66,11 +66,15 @@ class ResPrune(lmms):  # type: ignore[misc]
                 f"there is no argument {', '.join(unknown)}; choose from model, k, positions, attention, device and "
                 "answers"
             )
-        self._budget = Budget.parse(str(k))
+        self.budget = Budget.parse(str(k))
         self._model = open_model(model, positions=positions, attention=attention, device=device)
-        self._model.check([self._budget], own=True)
-        self.engine, self.fingerprint = self._model.engine, self._model.fingerprint
+        self.check([self.budget])
+        self.engine, self.settings = self._model.engine, self._model.settings
         self._directory = None if answers is None else Path(answers)
+
+    def check(self, budgets: Sequence[Budget]) -> None:
+        """`ResPruneError` for what `budget` cannot be: more than the model can keep."""
+        self._model.check(budgets, own=True)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Greedy answers, in the order of the requests."""
@@ -89,11 +93,11 @@ class ResPrune(lmms):  # type: ignore[misc]
         for context, options, _, document, task, split in asked:
             row = json.dumps([document, split, context, options], default=str)
             digests.setdefault(task, hashlib.sha256()).update(row.encode())
-        return self._model.settings | {"data": {task: digest.hexdigest() for task, digest in digests.items()}}
+        return self.settings | {"data": {task: digest.hexdigest() for task, digest in digests.items()}}
 
     def _recall(self, answers: Answers, *arguments: Any) -> str:
         _, _, _, document, task, _ = arguments
-        run = Run(task, OWN, str(self._budget), 0)
+        run = Run(task, OWN, str(self.budget), 0)
         if answers.missing(run, [document]):
             answers.add(run, {document: self._answer(*arguments)})
         (text,) = answers.of(run, [document])
@@ -122,9 +126,9 @@ class ResPrune(lmms):  # type: ignore[misc]
 
     def _keep(self, picture: Encoded, asked: Asked) -> Ints:
         count = len(picture.features)
-        if self._budget.everything:
+        if self.budget.everything:
             return np.arange(count)
-        return self._model.select(picture, asked, self._budget.of(count))
+        return self._model.select(picture, asked, self.budget.of(count))
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Not offered: a later round's questions depend on the answers before."""

@@ -11,10 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resprune.evaluation.answers import output
 from resprune.evaluation.budget import Budget
+from resprune.evaluation.cli import read_budgets, words
 from resprune.exporter.cli import POSIX
 from resprune.runtime.errors import ResPruneError, one_line, require_packages
 from resprune.runtime.manifest import ATTENTION, POSITIONS
+from resprune.runtime.whole import write_whole
 
 if TYPE_CHECKING:
     from resprune.evaluation.lmms import ResPrune
@@ -44,7 +47,9 @@ def register_lmms(subparsers: Any) -> None:
         help="by commas: names of lmms-eval's tasks, files of tasks in its format (.yaml), and resprune_scenes, "
         "resprune_crowd, resprune_easyvqa, which need no network",
     )
-    parser.add_argument("-k", required=True, metavar="K", help="a number, a share like 11%%, or all")
+    parser.add_argument(
+        "-k", required=True, metavar="LIST", help="budgets by commas: numbers, shares like 11%%, and all"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIRECTORY", help="where the results go")
     parser.add_argument("--limit", type=int, metavar="N", help="questions of each task")
     parser.add_argument("--positions", choices=POSITIONS, help="in place of the model's own policy")
@@ -62,16 +67,12 @@ def run_lmms(arguments: argparse.Namespace) -> int:
     way = 'pip install "resprune[lmms]", then pip install --no-deps lmms-eval'
     require_packages("lmms", NEEDED, f"`make eval` installs it, and so do: {way}")
     require_packages("lmms", *POSIX)
-    Budget.parse(arguments.k)
+    budgets = read_budgets(arguments.k)
     if arguments.limit is not None and arguments.limit < 1:
         raise ResPruneError(f"--limit should be 1 or more, not {arguments.limit}")
-    names = list(dict.fromkeys(word.strip() for word in arguments.tasks.split(",") if word.strip()))
+    names = words(arguments.tasks)
     if not names:
         raise ResPruneError("--tasks names none; give names of lmms-eval's tasks, or resprune_scenes")
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResPruneError(f"{arguments.out} cannot be written: {error.strerror}") from None
 
     from loguru import logger
     from tenacity import RetryError
@@ -79,7 +80,8 @@ def run_lmms(arguments: argparse.Namespace) -> int:
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
     try:
-        results, model = _evaluate(names, arguments)
+        with output(arguments.out):
+            found = _evaluate(names, budgets, arguments)
     except RetryError as error:  # of the download of a task's data
         reason = one_line(error.last_attempt.exception())
         raise ResPruneError(
@@ -90,12 +92,12 @@ def run_lmms(arguments: argparse.Namespace) -> int:
         raise ResPruneError(
             f"a task needs the package {error.name}; install it beside lmms-eval, with pip"
         ) from None
-    _write(results, model, arguments)
+    print(table(found))
     return 0
 
 
-def _evaluate(names: list[str], arguments: argparse.Namespace) -> tuple[dict[str, Any], ResPrune]:
-    """What lmms-eval found, and the model it asked."""
+def _evaluate(names: list[str], budgets: list[Budget], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Ask every task with one budget after the other, and write what lmms-eval finds; returns that by budget."""
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.models import get_model
 
@@ -106,39 +108,45 @@ def _evaluate(names: list[str], arguments: argparse.Namespace) -> tuple[dict[str
         tasks = find_tasks(names, manager, arguments.limit, Path(work))
         model: ResPrune = get_model("resprune")(
             model=arguments.model,
-            k=arguments.k,
+            k=budgets[0],
             positions=arguments.positions,
             attention=arguments.attention,
             device=arguments.device,
             answers=str(arguments.out),
         )
-        results: dict[str, Any] = simple_evaluate(
-            model=model,
-            tasks=tasks,
-            task_manager=manager,
-            limit=arguments.limit,
-            batch_size=1,
-            log_samples=True,
-            verbosity="WARNING",
-            # What tasks read of lmms-eval's own command line: where a file for a server's judge goes.
-            cli_args=argparse.Namespace(output_path=str(arguments.out), process_with_media=False),
-        )
-    return results, model
+        model.check(budgets)
+        found: dict[str, Any] = {}
+        for model.budget in budgets:
+            folder = arguments.out / f"k{model.budget}"
+            results: dict[str, Any] = simple_evaluate(
+                model=model,
+                tasks=tasks,
+                task_manager=manager,
+                limit=arguments.limit,
+                batch_size=1,
+                log_samples=True,
+                verbosity="WARNING",
+                # What tasks read of lmms-eval's own command line: where a file for a server's judge goes.
+                cli_args=argparse.Namespace(output_path=str(folder), process_with_media=False),
+            )
+            found = _write(results, model, folder, arguments)
+    return found
 
 
-def _write(results: dict[str, Any], model: ResPrune, arguments: argparse.Namespace) -> None:
-    """`results.json`, where tasks that were asked before stay, `samples-<task>.jsonl`, and a table to stdout."""
+def _write(
+    results: dict[str, Any], model: ResPrune, folder: Path, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """`results.json`, where budgets and tasks that were asked before stay, and `samples-<task>.jsonl` in `folder`.
+
+    Returns what `results.json` now has by budget.
+    """
     from lmms_eval.utils import handle_non_serializable
 
     def text(value: Any, indent: int | None = None) -> str:
         return json.dumps(value, default=handle_non_serializable, ensure_ascii=False, indent=indent) + "\n"
 
-    settings = {
-        "model": arguments.model,
-        "fingerprint": model.fingerprint,
-        "k": arguments.k,
-        "positions": arguments.positions,
-        "attention": arguments.attention,
+    settings = model.settings | {
+        "name": arguments.model,
         "limit": arguments.limit,
         "device": model.engine.device,
         "threads": model.engine.threads,
@@ -146,45 +154,47 @@ def _write(results: dict[str, Any], model: ResPrune, arguments: argparse.Namespa
     }
     path = arguments.out / "results.json"
     found = _found_before(path, settings)
-    summary = {key: found.get(key, {}) | results[key] for key in FOUND}
+    before = found.get(str(model.budget), {})
+    found[str(model.budget)] = {key: before.get(key, {}) | results[key] for key in FOUND}
     try:
-        whole = path.with_suffix(".new")
-        whole.write_text(text({"settings": settings} | summary, 1), encoding="utf-8")
-        whole.replace(path)
+        write_whole(path, text({"settings": settings, "k": found}, 1).encode())
+        folder.mkdir(exist_ok=True)
         for task, samples in results["samples"].items():
             lines = [
                 {"number": row["doc_id"], "target": row["target"], "answer": row["filtered_resps"][0]}
                 for row in samples
             ]
-            samples_file = arguments.out / f"samples-{task}.jsonl"
-            samples_file.write_text("".join(map(text, lines)), encoding="utf-8")
+            write_whole(folder / f"samples-{task}.jsonl", "".join(map(text, lines)).encode())
     except OSError as error:
         raise ResPruneError(
             f"{error.filename or arguments.out} cannot be written: {error.strerror}"
         ) from None
-    print(table(summary))
+    return found
 
 
 def _found_before(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What `results.json` has of other tasks under the same settings; nothing where it is another's, or damaged."""
+    """What `results.json` has by budget under the same settings; nothing where it is another's, or damaged."""
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    whole = isinstance(found, dict) and all(isinstance(found.get(key), dict) for key in FOUND)
-    return found if whole and found.get("settings") == settings else {}
+    if not isinstance(found, dict) or found.get("settings") != settings:
+        return {}
+    of_budget: dict[str, Any] = found.get("k", {})
+    return of_budget
 
 
-def table(results: dict[str, Any]) -> str:
-    """Every number that lmms-eval found, with its standard error, as Markdown."""
-    rows = ["| task | questions | metric | value | standard error |", "|---|---|---|---|---|"]
-    for task, found in results["results"].items():
-        questions = results["n-samples"].get(task, {}).get("effective", "")
-        for name, value in found.items():
-            metric, _, filtered = name.partition(",")
-            if "_stderr" in metric or not isinstance(value, numbers.Real):
-                continue
-            error = found.get(f"{metric}_stderr,{filtered}")
-            spread = f"{error:.4f}" if isinstance(error, numbers.Real) else ""
-            rows.append(f"| {task} | {questions} | {metric} | {value:.4f} | {spread} |")
+def table(found: dict[str, Any]) -> str:
+    """Every number that lmms-eval found, by budget, with its standard error, as Markdown."""
+    rows = ["| K | task | questions | metric | value | standard error |", "|---|---|---|---|---|---|"]
+    for k, results in found.items():
+        for task, values in results["results"].items():
+            questions = results["n-samples"].get(task, {}).get("effective", "")
+            for name, value in values.items():
+                metric, _, filtered = name.partition(",")
+                if "_stderr" in metric or not isinstance(value, numbers.Real):
+                    continue
+                error = values.get(f"{metric}_stderr,{filtered}")
+                spread = f"{error:.4f}" if isinstance(error, numbers.Real) else ""
+                rows.append(f"| {k} | {task} | {questions} | {metric} | {value:.4f} | {spread} |")
     return "\n".join(rows)

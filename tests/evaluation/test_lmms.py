@@ -60,7 +60,7 @@ def by_lmms_eval(model_args):
 
 def test_lmms_eval_opens_it_as_well(demo_bundle):
     model = by_lmms_eval(f"model={demo_bundle},k=11%,positions=original")
-    assert model._budget == Budget(share=0.11)
+    assert model.budget == Budget(share=0.11)
     assert model._model.manifest.positions == "original"
 
 

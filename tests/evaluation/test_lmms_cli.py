@@ -25,55 +25,64 @@ def fails(capsys, *words):
     return sentence
 
 
-@pytest.mark.parametrize(("name", "k"), [("bundle", "8"), ("bundle", "all"), ("demo", "8")])
+@pytest.mark.parametrize(("name", "k"), [("bundle", "8,all"), ("demo", "8")])
 def test_its_figures_are_those_of_resprune_eval(name, k, request, tmp_path, capsys):
-    """Of a bundle, and of a checkpoint by its alias, in PyTorch."""
+    """Of a bundle, and of a checkpoint by its alias, in PyTorch; with one budget after the other."""
     model = str(request.getfixturevalue("demo_bundle")) if name == "bundle" else name
     rest = ["-k", k, "--limit", str(QUESTIONS), "--out"]
     assert main(["lmms", model, "--tasks", "resprune_scenes", *rest, str(tmp_path / "lmms")]) == 0
-    (printed,) = re.findall(r"\| resprune_scenes \| 24 \| exact_match \| (\S+) \|", capsys.readouterr().out)
+    rows = re.findall(
+        r"\| (\S+) \| resprune_scenes \| 24 \| exact_match \| (\S+) \|", capsys.readouterr().out
+    )
     assert main(["eval", model, "--data", "scenes", *rest, str(tmp_path / "eval")]) == 0
     report = json.loads((tmp_path / "eval" / "report.json").read_text())
-    wanted = report["data"][0]["scores"][0]["exact_match"]
-    assert wanted > 0.5
+    wanted = {row["k"]: row["exact_match"] for row in report["data"][0]["scores"]}
+    assert [k for k, _ in rows] == list(wanted) == k.split(",")
+    assert min(wanted.values()) > 0.5
     found = json.loads((tmp_path / "lmms" / "results.json").read_text())
-    assert found["results"]["resprune_scenes"]["exact_match,none"] == pytest.approx(wanted)
-    assert float(printed) == pytest.approx(wanted, abs=1e-4)
-    assert found["settings"]["k"] == k
+    for k, value in rows:
+        assert found["k"][k]["results"]["resprune_scenes"]["exact_match,none"] == pytest.approx(wanted[k])
+        assert float(value) == pytest.approx(wanted[k], abs=1e-4)
+        said = asked(tmp_path / "eval", k)
+        assert answers(tmp_path / "lmms" / f"k{k}", "resprune_scenes") == said
     for key in ("device", "threads"):
         assert found["settings"][key] == report["settings"][key]
     versions = found["settings"]["versions"]
     assert versions == report["settings"]["versions"] | {"lmms-eval": versions["lmms-eval"]}
-    assert answers(tmp_path / "lmms", "resprune_scenes") == asked(tmp_path / "eval")
 
 
-def test_tasks_that_are_asked_one_by_one_fill_one_table(demo_bundle, tmp_path, capsys):
+def test_tasks_and_budgets_that_are_asked_one_by_one_fill_one_table(demo_bundle, tmp_path, capsys):
     """With the same model and settings; of others nothing is mixed in."""
     bundle = shutil.copytree(demo_bundle, tmp_path / "bundle")
 
     def ask(task, k="8"):
         words = ["--tasks", task, "-k", k, "--limit", "2", "--out", str(tmp_path)]
         assert main(["lmms", str(bundle), *words]) == 0
-        printed = re.findall(r"\| (resprune_\w+) \| 2 \| exact_match \| (\S+) \|", capsys.readouterr().out)
-        found = json.loads((tmp_path / "results.json").read_text())
-        assert found["configs"].keys() == found["n-samples"].keys() == found["results"].keys()
-        shown = {task: f"{row['exact_match,none']:.4f}" for task, row in found["results"].items()}
-        assert dict(printed) == shown
+        row = r"\| (\S+) \| (resprune_\w+) \| 2 \| exact_match \| (\S+) \|"
+        printed = re.findall(row, capsys.readouterr().out)
+        shown = {}
+        for k, found in json.loads((tmp_path / "results.json").read_text())["k"].items():
+            assert found["configs"].keys() == found["n-samples"].keys() == found["results"].keys()
+            for task, values in found["results"].items():
+                shown[k, task] = f"{values['exact_match,none']:.4f}"
+        assert {(k, task): value for k, task, value in printed} == shown
         return shown
 
     first = ask("resprune_easyvqa")
     both = ask("resprune_scenes")
-    assert both.keys() == {"resprune_easyvqa", "resprune_scenes"}
+    assert both.keys() == {("8", "resprune_easyvqa"), ("8", "resprune_scenes")}
     assert first.items() <= both.items()
     assert ask("resprune_scenes") == both
-    assert ask("resprune_scenes", k="4").keys() == {"resprune_scenes"}
+    three = ask("resprune_scenes", k="4")
+    assert three.keys() == {*both, ("4", "resprune_scenes")}
+    assert both.items() <= three.items()
     (tmp_path / "results.json").write_text("{")
     assert ask("resprune_easyvqa") == first
     manifest = json.loads((bundle / "resprune.json").read_text())
     (bundle / "chat_template.jinja").write_text((bundle / "chat_template.jinja").read_text() + "\n")
     manifest["files"] |= {"chat_template.jinja": asdict(describe_files(bundle)["chat_template.jinja"])}
     (bundle / "resprune.json").write_text(json.dumps(manifest))
-    assert ask("resprune_crowd").keys() == {"resprune_crowd"}, "the bundle is another one"
+    assert ask("resprune_crowd").keys() == {("8", "resprune_crowd")}, "the bundle is another one"
 
 
 def answers(folder, task):
@@ -82,11 +91,13 @@ def answers(folder, task):
     ]
 
 
-def asked(folder):
+def asked(folder, k):
     """Answers of `resprune eval` in the order of the questions."""
     said = {}
     for line in (folder / "answers-scenes.jsonl").read_text().splitlines()[1:]:
-        said |= {int(number): text for number, text in json.loads(line)["answers"].items()}
+        row = json.loads(line)
+        if row["k"] == k:
+            said |= {int(number): text for number, text in row["answers"].items()}
     return [said[number] for number in sorted(said)]
 
 
@@ -98,11 +109,12 @@ def asked(folder):
         (["--tasks", "mine.yaml"], "there is no file mine.yaml"),
         (["--tasks", "gqa", "-k", "0"], "-k 0 is no budget"),
         (["--tasks", "gqa", "--limit", "0"], "--limit should be 1 or more"),
-        (["--tasks", "resprune_crowd", "--limit", "1", "-k", "145"], "more than the 144 visual tokens"),
+        (["--tasks", "resprune_crowd", "--limit", "1", "-k", "4,145"], "more than the 144 visual tokens"),
     ],
 )
 def test_wrong_words(demo_bundle, tmp_path, capsys, words, named):
     assert named in fails(capsys, demo_bundle, "-k", "4", "--out", tmp_path / "out", *words)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_is_none(tmp_path, capsys):
