@@ -68,8 +68,8 @@ def run(demo_bundle, tmp_path, capsys):
         task.write_text(OVERRIDE.format(include=TASKS / file, name=name, data=tmp_path / "data"))
         words = ["lmms", str(demo_bundle), "--tasks", str(task), "-k", "16", "--out", str(tmp_path / "out")]
         assert main(words) == 0, capsys.readouterr().err
-        found = json.loads((tmp_path / "out" / "results.json").read_text())["results"][name]
-        lines = (tmp_path / "out" / f"samples-{name}.jsonl").read_text().splitlines()
+        found = json.loads((tmp_path / "out" / "results.json").read_text())["k"]["16"]["results"][name]
+        lines = (tmp_path / "out" / "k16" / f"samples-{name}.jsonl").read_text().splitlines()
         return found, [json.loads(line)["answer"] for line in lines]
 
     return on
@@ -99,13 +99,13 @@ def test_mmbench_finds_the_option_that_was_said(run, tmp_path):
     found, answers = run("mmbench/mmbench_en_dev_static.yaml", COLOR, rows)
     assert set(answers) <= set(WORDS)
     assert found["gpt_eval_score,none"] == 25
-    assert (tmp_path / "out" / "submissions" / "mmbench_en_dev_results.xlsx").stat().st_size > 0
+    assert (tmp_path / "out" / "k16" / "submissions" / "mmbench_en_dev_results.xlsx").stat().st_size > 0
 
 
 def test_vqav2_leaves_a_file_for_its_server(run, tmp_path):
     _, answers = run("vqav2/vqav2_test.yaml", COLOR, [{}, {}])
     assert answers == ["black", "black"]
-    (file,) = (tmp_path / "out" / "submissions").iterdir()
+    (file,) = (tmp_path / "out" / "k16" / "submissions").iterdir()
     assert [row["answer"] for row in json.loads(file.read_text())] == answers
 
 
@@ -120,7 +120,7 @@ def test_a_group_runs_all_of_its_tasks(demo_bundle, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: made)
     words = ["lmms", str(demo_bundle), "--tasks", "textvqa", "-k", "16", "--out", str(tmp_path / "out")]
     assert main(words) == 0, capsys.readouterr().err
-    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["k"]["16"]["results"]
     assert {"textvqa_val", "textvqa_test"} <= set(results)
     assert "| textvqa_val | 2 | exact_match |" in capsys.readouterr().out
-    assert (tmp_path / "out" / "samples-textvqa_val.jsonl").read_text().count("\n") == len(rows)
+    assert (tmp_path / "out" / "k16" / "samples-textvqa_val.jsonl").read_text().count("\n") == len(rows)
