@@ -1,7 +1,7 @@
 """ONNX Runtime in a child process: it does not return memory after a session, so it must not run in the exporter's.
 
 Run as a module it serves requests from its standard input; `OrtWorker` is the other end. It imports neither torch
-nor transformers, so that it starts at once.
+nor transformers, and onnx only where graphs are widened, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from types import TracebackType
 from typing import Any, BinaryIO, cast
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
-from resprune.graphs.widen import widen
 from resprune.runtime.errors import ResPruneError
 
 Arrays = dict[str, NDArray[Any]]
@@ -94,6 +92,10 @@ def _session(path: str, *, once: bool = False) -> Any:
         options.add_session_config_entry("session.disable_prepacking", "1")
     graph: str | bytes = path
     if sys.argv[1:] == ["widened"]:
+        import onnx
+
+        from resprune.graphs.widen import widen
+
         folder = str(Path(path).parent)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         graph = widen(onnx.load(path, load_external_data=False)).SerializeToString()
