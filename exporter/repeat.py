@@ -1,13 +1,15 @@
 """Layers that repeat are traced once: like layers become one node each, then copies of the one that was traced.
 
-Tracing takes seconds a layer, and a language model has dozens that differ in their weights alone. Alike are layers
-whose modules are equal and that are called with the very same arguments, apart from the states that go from layer to
-layer: the hidden state, and the layer's own keys and values.
+Tracing takes seconds a layer, and some for each weight and each state of a cache. A language model has dozens of
+layers that differ in their weights alone. Alike are layers whose modules are equal and that are called with the very
+same arguments, apart from the states that go from layer to layer: the hidden state, and the layer's own keys and
+values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 if TYPE_CHECKING:
+    from resprune.exporter.pieces import Piece
     from resprune.exporter.trace import Weight
 
 DOMAIN = "resprune.layer"
@@ -28,66 +31,101 @@ DOMAIN = "resprune.layer"
 HIDDEN_STATES = "hidden_states.{}"
 """Name in the graph of what layer i − 1 hands to layer i, as transformers counts hidden states."""
 
+STATE = re.compile(r"^(past_key_values|present)\.(\d+)\.")
+"""Names of inputs and outputs that are one layer's own."""
+
 CACHES = ("past_key_values", "step")
 
 PLAIN = (type(None), bool, int, float, str, tuple, list, dict, partial)
 """Compared by what they say; all else must be the same object."""
 
 
+def stand_in(name: str, firsts: Sequence[int]) -> str:
+    """Which input or output is traced in place of the one of this name."""
+    return STATE.sub(lambda state: f"{state[1]}.{firsts[int(state[2])]}.", name)
+
+
+def firsts_alike(piece: Piece, inputs: Sequence[Tensor]) -> list[int]:
+    """For each layer of a piece the first that it is like, when the piece is called with `inputs`.
+
+    Nothing is computed in the layers themselves: each hands on the hidden state that it gets.
+    """
+    signatures = [_signature(layer) for layer in piece.layers]
+    firsts = list(range(len(piece.layers)))
+    kinds: dict[Hashable, int] = {}
+    arguments: list[object] = []  # kept alive, so that their ids stay theirs
+
+    def call(index: int, forward: object, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        arguments.append((args, kwargs))
+        firsts[index] = kinds.setdefault((signatures[index], _shared(args, kwargs)), index)
+        return hidden
+
+    with _calling(call, piece.layers), torch.no_grad():
+        piece.module(*inputs)
+    return firsts
+
+
 @contextmanager
-def traced_once(layers: Sequence[nn.Module]) -> Iterator[None]:
+def traced_once(layers: Sequence[nn.Module], firsts: Sequence[int]) -> Iterator[None]:
     """While it lasts, only the first of `layers` of each kind runs; the others stand for themselves as one node.
 
     Each layer takes a hidden state first and returns the next one. Its keys and values are those of `layers[its
-    index]` of what it is given as one of CACHES, if it is.
+    index]` of what it is given as one of CACHES, if it is; a layer that does not run leaves them as they are, and has
+    no weights.
     """
-    signatures = [_signature(layer) for layer in layers]
-    kinds: dict[Hashable, int] = {}
-    handed_on: dict[int, list[torch.Size]] = {}
+    called: dict[int, Hashable] = {}
     arguments: list[object] = []  # kept alive, so that their ids stay theirs
 
     def call(index: int, forward: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        others = (args, {name: value for name, value in kwargs.items() if name not in CACHES})
-        arguments.append(others)
-        first = kinds.setdefault((signatures[index], _identity(others)), index)
+        arguments.append((args, kwargs))
+        called[index] = _shared(args, kwargs)
+        first = firsts[index]
+        if first != index:
+            assert called[index] == called[first], f"layer {index} is not called as layer {first}"
+            return _mark("Copy", index, first, hidden)
         caches = [kwargs[name] for name in CACHES if kwargs.get(name) is not None]
         cache = caches[0].layers[index] if caches else None
-        if first != index:
-            return _mark("Copy", index, first, hidden, cache, handed_on[first])
-        hidden = _mark("Begin", index, index, hidden, cache, _shapes(hidden, cache))
+        hidden = _mark("Begin", index, first, hidden, cache)
         hidden = forward(hidden, *args, **kwargs)
-        handed_on[index] = _shapes(hidden, cache)
-        return _mark("End", index, index, hidden, cache, handed_on[index])
+        return _mark("End", index, first, hidden, cache)
 
+    copies = (layer for index, layer in enumerate(layers) if firsts[index] != index)
+    with _calling(call, layers), ExitStack() as stack:
+        for module in (module for layer in copies for module in layer.modules()):
+            stack.enter_context(patch.dict(module._parameters, clear=True))
+        yield
+
+
+@contextmanager
+def _calling(call: Callable[..., Tensor], layers: Sequence[nn.Module]) -> Iterator[None]:
+    """While it lasts, `call(index, forward, …)` is called in place of each layer's `forward(…)`."""
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             stack.enter_context(patch.object(layer, "forward", partial(call, index, layer.forward)))
         yield
 
 
-def _shapes(hidden: Tensor, cache: Any) -> list[torch.Size]:
-    return [state.shape for state in _of(hidden, cache)]
+def _shared(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+    """Equal for the same objects in the same places, but for the caches, of which each layer has its own part."""
+    leaves, structure = tree_flatten(
+        (args, {name: value for name, value in kwargs.items() if name not in CACHES})
+    )
+    return repr(structure), tuple(map(_plain, leaves))
 
 
-def _of(hidden: Tensor, cache: Any) -> list[Tensor]:
-    return [hidden] if cache is None else [hidden, cache.keys, cache.values]
-
-
-def _mark(
-    op: str, index: int, first: int, hidden: Tensor, cache: Any, shapes: Sequence[torch.Size]
-) -> Tensor:
-    """One node that takes the states and gives them back, in `shapes`."""
-    states = _of(hidden, cache)
-    hidden, *past = torch.onnx.ops.symbolic_multi_out(
+def _mark(op: str, index: int, first: int, hidden: Tensor, cache: Any = None) -> Tensor:
+    """One node that takes the states and gives them back."""
+    states = [hidden] if cache is None else [hidden, cache.keys, cache.values]
+    hidden, *kept = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{op}",
         states,
         {"index": index, "first": first},
         dtypes=[state.dtype for state in states],
-        shapes=shapes,
+        shapes=[state.shape for state in states],
         version=1,
     )
     if cache is not None:
-        cache.keys, cache.values = past
+        cache.keys, cache.values = kept
     return hidden
 
 
@@ -106,12 +144,6 @@ def _signature(layer: nn.Module) -> Hashable:
     )
 
 
-def _identity(arguments: object) -> Hashable:
-    """Equal for the same objects in the same places."""
-    leaves, structure = tree_flatten(arguments)
-    return repr(structure), tuple(map(_plain, leaves))
-
-
 def _plain(value: object) -> Hashable:
     return repr(value) if isinstance(value, PLAIN) else id(value)
 
@@ -119,9 +151,10 @@ def _plain(value: object) -> Hashable:
 def expand(
     graph: ir.Graph, layers: Sequence[nn.Module], names: Mapping[int, str], weights: dict[str, Weight]
 ) -> None:
-    """Replace the three nodes: each Copy by what stands between Begin and End, with its own layer's weights.
+    """Replace the three nodes: each Copy by what stands between Begin and End, with its own layer's weights and states.
 
-    `names` has the parameters' names by identity; `weights` the initializers, and gains those of the copies.
+    `names` has the parameters' names by identity; `weights` the initializers, and gains those of the copies, as the
+    graph gains inputs and outputs.
     """
     marks = [node for node in graph if node.domain == DOMAIN]
     begins = {_number(node, "index"): node for node in marks if node.op_type == "Begin"}
@@ -132,19 +165,36 @@ def expand(
     }
     for copy in (node for node in marks if node.op_type == "Copy"):
         index, first = _number(copy, "index"), _number(copy, "first")
-        values = dict(zip(begins[first].outputs, _states(copy), strict=True))
+        begin, end = begins[first], ends[first]
+        past = [
+            ir.Value(name=_of_layer(index, value), type=value.type, shape=value.shape)
+            for value in _states(begin)[1:]
+        ]
+        graph.inputs.extend(past)
+        values = dict(zip(begin.outputs, [*_states(copy), *past], strict=True))
         parameters = zip(layers[first].parameters(), layers[index].parameters(), strict=True)
         renamed = {names[id(one)]: names[id(other)] for one, other in parameters}
         for value in _own(graph, layers[first], names, weights):
             values[value] = _like(graph, value, renamed, weights)
         nodes = [_copied(node, values, index) for node in bodies[first]]
         graph.insert_before(copy, nodes)
-        _replace(graph, copy, [values[value] for value in _states(ends[first])], index)
+        hidden, *present = (values[value] for value in _states(end))
+        for value, state in zip(present, end.outputs[1:], strict=True):
+            value.name = _of_layer(index, state)
+        graph.outputs.extend(present)
+        _replace(graph, copy, [hidden], index)
     for index, begin in begins.items():
         ir.convenience.replace_all_uses_with(begin.outputs, _states(begin))
         graph.remove(begin, safe=True)
         _replace(graph, ends[index], _states(ends[index]), index)
     graph.opset_imports.pop(DOMAIN, None)
+
+
+def _of_layer(index: int, state: ir.Value) -> str:
+    """The name that the same input or output has of another layer."""
+    assert state.name is not None
+    assert STATE.match(state.name), f"{state.name} is no layer's own"
+    return STATE.sub(rf"\1.{index}.", state.name)
 
 
 def _own(

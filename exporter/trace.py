@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,11 +19,11 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from onnxscript.optimizer import optimize_ir
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resprune.exporter.pieces import Piece
-from resprune.exporter.repeat import expand, traced_once
+from resprune.exporter.repeat import expand, firsts_alike, stand_in, traced_once
 from resprune.exporter.weightless import is_fake
 from resprune.runtime.manifest import TensorSpec
 
@@ -62,20 +62,47 @@ class Traced:
     weights: dict[str, Weight]
 
 
+class _Part(nn.Module):
+    """What is traced of a piece: all but the states of layers that are like an earlier one, whose states they share.
+
+    `firsts` has for each layer the first that it is like; `inputs` and `outputs` are those that are left.
+    """
+
+    def __init__(self, piece: Piece, firsts: Sequence[int]) -> None:
+        super().__init__()
+        self.module = piece.module
+        self.inputs, self.outputs = (
+            [spec for spec in specs if stand_in(spec.name, firsts) == spec.name]
+            for specs in (piece.inputs, piece.outputs)
+        )
+        names = [spec.name for spec in self.inputs]
+        self.sources = [names.index(stand_in(spec.name, firsts)) for spec in piece.inputs]
+        self.results = [piece.outputs.index(spec) for spec in self.outputs]
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.module(*(inputs[source] for source in self.sources))
+        return tuple(outputs[result] for result in self.results)
+
+
 def trace(piece: Piece, whole: nn.Module, mode: FakeTensorMode, *, repeat: bool = True) -> Traced:
     """Trace one piece of the weightless model `whole`; with `repeat`, one of its layers of each kind."""
     layers = piece.layers if repeat else ()
     example = piece.samples(SIZES, torch.Generator())
     with mode:
-        fakes = tuple(mode.from_tensor(tensor) for tensor in example)
-    with _quiet(), traced_once(layers):
+        fakes = [mode.from_tensor(tensor) for tensor in example]
+        firsts = firsts_alike(piece, fakes) if repeat else range(len(piece.layers))
+    part = _Part(piece, firsts)
+    with _quiet(), traced_once(layers, firsts):
         program = torch.export.export(
-            piece.module.eval(), fakes, dynamic_shapes=_dynamic_shapes(piece), strict=False
+            part.eval(),
+            tuple(fakes[piece.inputs.index(spec)] for spec in part.inputs),
+            dynamic_shapes=(tuple(map(_dynamic_axes, part.inputs)),),
+            strict=False,
         )
         exported = torch.onnx.export(
             program,
-            input_names=[spec.name for spec in piece.inputs],
-            output_names=[spec.name for spec in piece.outputs],
+            input_names=[spec.name for spec in part.inputs],
+            output_names=[spec.name for spec in part.outputs],
             opset_version=OPSET,
             dynamo=True,
             optimize=False,
@@ -84,7 +111,7 @@ def trace(piece: Piece, whole: nn.Module, mode: FakeTensorMode, *, repeat: bool 
     assert exported is not None
     model = exported.model
     names = {id(tensor): name for name, tensor in whole.named_parameters(remove_duplicate=False)}
-    pending = _weights_to_inputs(model.graph, piece.module, names)
+    pending = _weights_to_inputs(model.graph, part, names)
     optimize_ir(model)
     _divide_by_roots(model.graph)
     _drop_reshapes(model.graph)
@@ -108,16 +135,9 @@ def tensor_specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...
     return tuple(spec(value) for value in values)
 
 
-def _dynamic_shapes(piece: Piece) -> tuple[object, ...]:
-    """What torch.export wants: for each argument its dynamic axes, those of `*args` as one tuple of their own."""
-    axes = [
-        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
-        for spec in piece.inputs
-    ]
-    code = type(piece.module).forward.__code__
-    named = code.co_argcount - 1  # without self
-    variadic = bool(code.co_flags & 0x04)
-    return (*axes[:named], tuple(axes[named:])) if variadic else tuple(axes)
+def _dynamic_axes(spec: TensorSpec) -> dict[int, object]:
+    """As torch.export wants them."""
+    return {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
 
 
 def _weights_to_inputs(graph: ir.Graph, module: nn.Module, names: Mapping[int, str]) -> dict[str, str]:
@@ -217,9 +237,12 @@ def _declare(graph: ir.Graph, piece: Piece) -> None:
         for value in node.outputs:
             value.shape = None
     for values, specs in ((graph.inputs, piece.inputs), (graph.outputs, piece.outputs)):
+        named = {value.name: value for value in values}
+        values[:] = [named[spec.name] for spec in specs]
         for value, spec in zip(values, specs, strict=True):
             _check_declared(value, spec)
             value.shape = ir.Shape(list(spec.shape))
+            value.metadata_props.clear()
 
 
 def _check_declared(value: ir.Value, spec: TensorSpec) -> None:

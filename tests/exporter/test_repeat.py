@@ -74,6 +74,19 @@ def operators(model: Any) -> Counter[str]:
     return Counter(node.op_type for node in model.graph.node)
 
 
+def test_the_second_of_two_kinds_in_turn_is_found_by_how_it_is_called(tmp_path: Path):
+    module, variant = MODELS["Qwen2 with windows in every other layer"]
+    checkpoint, mode = resolve(str(module.write_checkpoint(tmp_path, variant))), fake_mode()
+    decoder = family_of(checkpoint).take_apart(checkpoint, torch.float32, mode).decoder
+    with mode:
+        inputs = [mode.from_tensor(tensor) for tensor in decoder.samples(SIZES, torch.Generator())]
+        firsts = repeat.firsts_alike(decoder, inputs)
+    assert firsts == [0, 1, 0, 1]
+    names = ["inputs_embeds", "past_key_values.3.key", "present.2.value"]
+    traced = [repeat.stand_in(name, firsts) for name in names]
+    assert traced == ["inputs_embeds", "past_key_values.1.key", "present.0.value"]
+
+
 def test_layers_that_differ_in_anything_but_weights_are_not_alike(tiny_checkpoint: Callable[[str], Path]):
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
     pieces = family_of(checkpoint).take_apart(checkpoint, torch.float32, mode)
