@@ -21,6 +21,7 @@ from resprune.exporter.language import proportional
 from resprune.exporter.language_checkpoint import CLASSES, LanguageCheckpoint, language_checkpoint
 from resprune.exporter.memory import available_memory
 from resprune.exporter.ort_worker import OrtWorker
+from resprune.exporter.packed import pack
 from resprune.exporter.pieces import Piece, Pieces
 from resprune.exporter.quantize import quantize
 from resprune.exporter.shards import read_soon
@@ -191,6 +192,8 @@ class _Export:
         The vision graph becomes vision_select, and with --split the encoder and the selector apart as well.
         """
         traced = next(graphs)
+        if self.options.optimize and piece is pieces.decoder:
+            traced = pack(traced)
         if (form := precision.precision_of(piece.name, self.options.dtype)) in precision.QUANTIZED:
             traced = quantize(traced, form)
         if piece is not pieces.vision:

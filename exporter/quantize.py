@@ -8,7 +8,7 @@ MatMulNBits. Weights are quantized one at a time as they are written.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,13 +18,12 @@ from onnx import NodeProto, TensorProto, helper
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits
 from torch import Tensor
 
-from resprune.exporter.trace import Traced, Weight
+from resprune.exporter.trace import Traced, Weight, unwritten
 
 BLOCK = 32
 ACCURACY_LEVEL = 4
 """MatMulNBits may round its input to int8, a block at a time: what makes it faster than float32."""
 CHUNK_BYTES = 64 << 20
-_TYPES = {torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8, torch.float32: TensorProto.FLOAT}
 
 
 def quantize(traced: Traced, form: str) -> Traced:
@@ -45,7 +44,7 @@ def quantize(traced: Traced, form: str) -> Traced:
         K, N = shapes[node.input[1]] if weight.transposed else shapes[node.input[1]][::-1]
         parts = _parts(form, weight, K, N)
         weights |= {name: part for name, (part, _) in parts.items()}
-        added |= {name: _initializer(name, part, shape) for name, (part, shape) in parts.items()}
+        added |= {name: unwritten(part, shape) for name, (part, shape) in parts.items()}
         biased = node.op_type == "Gemm" and len(node.input) == 3
         product = f"{node.output[0]}.product" if biased else node.output[0]
         if form == "q4":
@@ -69,26 +68,25 @@ def quantized_bytes(form: str, K: int, N: int) -> int:
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in _layout(form, K, N).values())
 
 
-def quantized_chunks(part: str, weight: Tensor) -> Iterator[Tensor]:
-    """One part of a quantized weight [N, K], flat, a few megabytes at a time."""
-    if part == "int8_scales":
-        yield _row_scales(weight)
-    elif part == "int8":
-        scales = _row_scales(weight)
-        for columns in _slices(weight.t()):  # [K', N]
-            yield (columns.float() / scales).round().to(torch.int8).reshape(-1)
+def quantized_chunks(part: str, matrices: Sequence[Tensor]) -> Iterator[Tensor]:
+    """One part of a quantized weight [N, K], whose rows `matrices` have, flat, a few megabytes at a time."""
+    slices = [rows for matrix in matrices for rows in torch.split(matrix, _fitting(matrix.shape[1]))]
+    if part == "int8":
+        scales = torch.cat([int8_scales(rows.float()) for rows in slices])[:, None]
+        step = _fitting(len(scales))
+        for columns in zip(*(torch.split(matrix, step, dim=1) for matrix in matrices), strict=True):
+            numbers = torch.cat(columns).float().div_(scales).round_().to(torch.int8)  # [N, K']
+            yield numbers.t().reshape(-1)
+    elif part == "int8_scales":
+        yield from (int8_scales(rows.float()) for rows in slices)
     else:
-        for rows in _slices(weight):
+        for rows in slices:
             yield int4_blocks(rows.float())[("q4", "q4_scales").index(part)].reshape(-1)
 
 
-def _row_scales(weight: Tensor) -> Tensor:
-    return torch.cat([int8_scales(rows.float()) for rows in _slices(weight)])
-
-
-def _slices(matrix: Tensor) -> Iterator[Tensor]:
-    count = max(1, CHUNK_BYTES // (4 * matrix.shape[1]))
-    return (matrix[start : start + count] for start in range(0, matrix.shape[0], count))
+def _fitting(width: int) -> int:
+    """Rows of so many float32 numbers that make a chunk."""
+    return max(1, CHUNK_BYTES // (4 * width))
 
 
 def int8_scales(weight: Tensor) -> Tensor:
@@ -122,10 +120,11 @@ def _stored_as_in_torch(node: NodeProto, weight: Weight) -> bool:
 
 def _parts(form: str, weight: Weight, K: int, N: int) -> dict[str, tuple[Weight, tuple[int, ...]]]:
     """Initializers that a weight becomes: by name, which part of it and of which shape; the numbers first."""
-    return {
-        f"{weight.parameter}.{part}": (replace(weight, dtype=dtype, transposed=False, part=part), shape)
+    parts = (
+        (replace(weight, dtype=dtype, transposed=False, part=part), shape)
         for part, (dtype, shape) in _layout(form, K, N).items()
-    }
+    )
+    return {part.name: (part, shape) for part, shape in parts}
 
 
 def _layout(form: str, K: int, N: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -134,15 +133,6 @@ def _layout(form: str, K: int, N: int) -> dict[str, tuple[torch.dtype, tuple[int
     numbers = (torch.int8, (K, N)) if form == "int8" else (torch.uint8, (N, blocks, BLOCK // 2))
     scales = (torch.float32, (N,) if form == "int8" else (N, blocks))
     return {form: numbers, f"{form}_scales": scales}
-
-
-def _initializer(name: str, part: Weight, shape: tuple[int, ...]) -> TensorProto:
-    tensor = TensorProto(
-        name=name, data_type=_TYPES[part.dtype], dims=shape, data_location=TensorProto.EXTERNAL
-    )
-    for key, value in (("location", "unwritten"), ("length", int(np.prod(shape)) * part.dtype.itemsize)):
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
 
 
 def _int4_product(rows: str, parts: list[str], output: str, K: int, N: int) -> NodeProto:

@@ -202,7 +202,11 @@ def _own(
 ) -> list[ir.Value]:
     """The initializers that are a layer's parameters."""
     parameters = {names[id(parameter)] for parameter in layer.parameters()}
-    return [graph.initializers[name] for name, weight in weights.items() if weight.parameter in parameters]
+    return [
+        graph.initializers[name]
+        for name, weight in weights.items()
+        if parameters.issuperset(weight.parameters)
+    ]
 
 
 def _body(graph: ir.Graph, begin: ir.Node, end: ir.Node, own: Sequence[ir.Value]) -> list[ir.Node]:
@@ -231,7 +235,7 @@ def _like(
     assert value.name is not None
     assert isinstance(value.const_value, ir.ExternalTensor)
     weight = weights[value.name]
-    weight = replace(weight, parameter=renamed[weight.parameter])
+    weight = replace(weight, parameters=tuple(renamed[parameter] for parameter in weight.parameters))
     tensor = value.const_value
     other = ir.Value(name=weight.name, type=value.type, shape=value.shape)
     other.const_value = ir.ExternalTensor(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir import tensor_adapters
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ OPSET = 20
 """LayerNormalization (17), Gelu (20); ONNX Runtime since 1.17 and TensorRT since 10 take all of it."""
 
 ELEMENT_TYPES = {1: "float32", 7: "int64", 9: "bool", 10: "float16", 16: "bfloat16"}
+PACKED = "+"
+"""Between the names of parameters that are one initializer; none has it in its own."""
 
 SIZES = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5}
 """Example sizes while tracing: 2 or more and all different, or torch.export takes them for constants."""
@@ -40,10 +43,11 @@ SIZES = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5}
 class Weight:
     """One initializer: which parameter of the Hugging Face model it is, and whether it is stored transposed.
 
+    Several parameters are one below the other, as they are in the checkpoint (packed.py), and transposed as a whole.
     `part` names what of a quantized parameter it is (quantize.py); "" is the parameter itself.
     """
 
-    parameter: str
+    parameters: tuple[str, ...]
     dtype: torch.dtype
     transposed: bool
     part: str = ""
@@ -51,7 +55,8 @@ class Weight:
     @property
     def name(self) -> str:
         """The initializer's."""
-        return f"{self.parameter}.T" if self.transposed else self.parameter
+        ending = "T" if self.transposed else self.part
+        return PACKED.join(self.parameters) + (f".{ending}" if ending else "")
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,19 @@ def trace(piece: Piece, whole: nn.Module, mode: FakeTensorMode, *, repeat: bool 
     return Traced(ir.to_proto(model), weights)
 
 
+def unwritten(weight: Weight, shape: Sequence[int]) -> onnx.TensorProto:
+    """The initializer of a weight, whose data weights.py is to write."""
+    tensor = onnx.TensorProto(
+        name=weight.name,
+        data_type=tensor_adapters.from_torch_dtype(weight.dtype),
+        dims=shape,
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    for key, value in (("location", "unwritten"), ("length", math.prod(shape) * weight.dtype.itemsize)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
 def tensor_specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
     """Inputs or outputs of a written graph, as the manifest has them."""
 
@@ -172,7 +190,7 @@ def _inputs_to_weights(graph: ir.Graph, pending: dict[str, str]) -> Iterator[tup
             for node in users:
                 ir.convenience.replace_all_uses_with(node.outputs[0], value)
                 graph.remove(node, safe=True)
-        weight = Weight(parameter, _torch_dtype(value.dtype), transposed)
+        weight = Weight((parameter,), _torch_dtype(value.dtype), transposed)
         value.name = weight.name
         shape = value.shape.numpy()
         value.const_value = ir.ExternalTensor(

@@ -7,8 +7,9 @@ rounding takes it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from resprune.exporter.shards import StoredTensor
 
-TRANSPOSED = ".T"
+TRANSPOSED = "T"
 SCALES = "_scales"
+PACKED = "+"
+"""Between the names of parameters that are one weight, one below the other before it was transposed."""
 DTYPES: dict[int, torch.dtype] = {
     onnx.TensorProto.FLOAT: torch.float32,
     onnx.TensorProto.FLOAT16: torch.float16,
@@ -92,21 +95,32 @@ def _place(tensor: onnx.TensorProto, folder: Path) -> StoredTensor:
 
 
 def _same(name: str, written: Mapping[str, StoredTensor], stored: Mapping[str, StoredTensor]) -> bool:
-    parameter, _, part = name.rpartition(".")
+    stem, _, part = name.rpartition(".")
     if part.endswith(SCALES):
         return name.removesuffix(SCALES) in written  # with which they are compared
+    parameters = (stem if part == TRANSPOSED or part in ROUNDED else name).split(PACKED)
+    if not stored.keys() >= set(parameters):
+        return False
+    sources = [stored[parameter] for parameter in parameters]
+    ours = [_split(written[name], sources, axis=1 if part in (TRANSPOSED, "int8") else 0)]
     if part in ROUNDED:
-        if parameter not in stored:
-            return False
-        scales, weight = written[name + SCALES].read(), stored[parameter].read()
-        return ROUNDED[part](written[name].read(), scales, weight)
-    source = stored.get(name.removesuffix(TRANSPOSED))
-    return source is not None and _equal(written[name], source, name.endswith(TRANSPOSED))
+        ours.append(_split(written[name + SCALES], sources, axis=0))
+    compare: Callable[..., bool] = ROUNDED.get(part) or partial(_equal, transposed=part == TRANSPOSED)
+    return all(map(len, ours)) and all(
+        compare(*parts, source.read()) for *parts, source in zip(*ours, sources, strict=True)
+    )
 
 
-def _equal(written: StoredTensor, source: StoredTensor, transposed: bool) -> bool:
+def _split(written: StoredTensor, sources: Sequence[StoredTensor], axis: int) -> Sequence[Tensor]:
+    """What a weight has of each of the `sources` that it was made of, along an axis; nothing if it is not as long."""
+    if len(sources) == 1:
+        return (written.read(),)
+    counts = [source.shape[0] for source in sources]
+    return torch.split(written.read(), counts, axis) if sum(counts) == written.shape[axis] else ()
+
+
+def _equal(ours: Tensor, theirs: Tensor, transposed: bool) -> bool:
     """Bit for bit, a few rows of the checkpoint's at a time."""
-    ours, theirs = written.read(), source.read()
     if ours.shape != (theirs.shape[::-1] if transposed else theirs.shape):
         return False
     if not transposed:
@@ -116,7 +130,7 @@ def _equal(written: StoredTensor, source: StoredTensor, transposed: bool) -> boo
         torch.equal(
             # PyTorch is quick to transpose a matrix, and slow with a part of one.
             _bits(ours[:, rows].contiguous().t().contiguous() if transposed else ours[rows]),
-            _bits(theirs[rows].to(written.dtype)),
+            _bits(theirs[rows].to(ours.dtype)),
         )
         for rows in _rows(len(theirs))
     )

@@ -149,17 +149,19 @@ def write_weights(
     if not traced.weights:
         return {}
     columns = [
-        4 * stored[weight.parameter].shape[0] for weight in traced.weights.values() if weight.transposed
+        4 * sum(stored[parameter].shape[0] for parameter in weight.parameters)
+        for weight in traced.weights.values()
+        if weight.transposed
     ]
     size = max([CHUNK_BYTES, *columns])  # at least one column of each
     buffers = cycle([torch.empty(size, dtype=torch.uint8) for _ in range(PENDING + 1)])
     places = [*_layout(traced.model)]
     weights = [traced.weights[tensor.name] for tensor, *_ in places]
     with one_thread(), _HashedFile(_data_path(path)) as file:
-        sources = _read_ahead([stored[weight.parameter] for weight in weights])
-        for (tensor, padding, _, end), weight, source in zip(places, weights, sources, strict=True):
+        sources = _read_ahead([[stored[name] for name in weight.parameters] for weight in weights])
+        for (tensor, padding, _, end), weight, tensors in zip(places, weights, sources, strict=True):
             file.write(bytes(padding))
-            for chunk in _chunks(weight, source, buffers):
+            for chunk in _chunks(weight, tensors, buffers):
                 file.write(chunk.view(torch.uint8).numpy().data)
                 progress(chunk.nbytes, file.complete)
             assert file.size == end, f"{tensor.name} ends at {file.size} where the graph has {end}"
@@ -167,12 +169,12 @@ def write_weights(
     return {_data_path(path): file.spec}
 
 
-def _read_ahead(places: Sequence[StoredTensor]) -> Iterator[Tensor]:
-    """Each weight, while a thread already reads the next one."""
+def _read_ahead(places: Sequence[Sequence[StoredTensor]]) -> Iterator[list[Tensor]]:
+    """The parameters of each weight, while a thread already reads those of the next one."""
     with ThreadPoolExecutor(1) as thread:
-        following: deque[Future[Tensor]] = deque()
-        for place in places:
-            following.append(thread.submit(place.read))
+        following: deque[Future[list[Tensor]]] = deque()
+        for parameters in places:
+            following.append(thread.submit(lambda places: [place.read() for place in places], parameters))
             if len(following) > 1:
                 yield following.popleft().result()
         yield from (future.result() for future in following)
@@ -239,26 +241,35 @@ def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
     return [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
 
 
-def _chunks(weight: Weight, tensor: Tensor, buffers: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The weight in its final dtype and layout, flat, a few megabytes at a time.
-
-    Each chunk may lie in the next of `buffers`: memory that is taken anew for each costs as much as filling it.
-    """
+def _chunks(weight: Weight, tensors: Sequence[Tensor], buffers: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The weight made of `tensors`, in its final dtype and layout, flat, a few megabytes at a time."""
     if weight.part:
-        yield from quantized_chunks(weight.part, tensor)
-        return
-    rows, columns = tensor.shape if weight.transposed else (1, tensor.numel())
-    matrix = tensor.reshape(rows, columns)
-    step = max(1, CHUNK_BYTES // max(1, rows * weight.dtype.itemsize))
+        yield from quantized_chunks(weight.part, tensors)
+    elif weight.transposed:
+        yield from _transposed(tensors, weight.dtype, buffers)
+    else:
+        step = CHUNK_BYTES // weight.dtype.itemsize
+        flat = (tensor.reshape(-1) for tensor in tensors)
+        yield from (part.to(weight.dtype) for numbers in flat for part in torch.split(numbers, step))
+
+
+def _transposed(
+    matrices: Sequence[Tensor], dtype: torch.dtype, buffers: Iterator[Tensor]
+) -> Iterator[Tensor]:
+    """Columns of matrices that are one below the other, as rows.
+
+    Each chunk lies in the next of `buffers`: memory that is taken anew for each costs as much as filling it.
+    """
+    rows = [len(matrix) for matrix in matrices]
+    columns = matrices[0].shape[1]
+    step = max(1, CHUNK_BYTES // max(1, sum(rows) * dtype.itemsize))
     for start in range(0, columns, step):
-        part = matrix[:, start : start + step].to(weight.dtype)
-        if weight.transposed:
-            buffer = next(buffers)
-            part = (
-                part.contiguous()
-            )  # for PyTorch is quick to transpose a matrix, and slow with a part of one
-            part = buffer[: part.nbytes].view(weight.dtype).view(part.shape[::-1]).copy_(part.t())
-        yield part.reshape(-1)
+        # Into a matrix of their own first: PyTorch is quick to transpose one, and slow with a part of one.
+        part = torch.empty(sum(rows), min(step, columns - start), dtype=dtype)
+        for place, matrix in zip(torch.split(part, rows), matrices, strict=True):
+            place.copy_(matrix[:, start : start + step])
+        buffer = next(buffers)[: part.nbytes].view(dtype)
+        yield buffer.view(part.shape[::-1]).copy_(part.t()).reshape(-1)
 
 
 def _layout(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, int, int, int]]:

@@ -58,9 +58,9 @@ def traced() -> Traced:
     return Traced(
         model,
         {
-            "w.T": Weight("w", torch.float32, transposed=True),
-            "w": Weight("w", torch.float32, transposed=False),
-            "bias": Weight("bias", torch.float32, transposed=False),
+            "w.T": Weight(("w",), torch.float32, transposed=True),
+            "w": Weight(("w",), torch.float32, transposed=False),
+            "bias": Weight(("bias",), torch.float32, transposed=False),
         },
     )
 
@@ -92,8 +92,8 @@ def test_int4_numbers_are_the_weights_rounded(weights: torch.Tensor) -> None:
 
 
 def test_int8_numbers_are_the_weights_rounded(weights: torch.Tensor) -> None:
-    scales = torch.cat(list(quantized_chunks("int8_scales", weights)))
-    numbers = torch.cat(list(quantized_chunks("int8", weights))).reshape(K, N)
+    scales = torch.cat(list(quantized_chunks("int8_scales", [weights])))
+    numbers = torch.cat(list(quantized_chunks("int8", [weights]))).reshape(K, N)
     assert torch.equal(scales, int8_scales(weights))
     torch.testing.assert_close(numbers.T * scales[:, None], weights, atol=float(scales.max()) * 0.501, rtol=0)
     assert int(numbers.abs().max()) == 127
