@@ -1,6 +1,7 @@
 """A decoder proven by layers: what is compared, and that each kind of mistake shows."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,22 +148,69 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("mistake", "told"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_mistake_is_status_1_and_no_bundle(mistake, told, checkpoint, tmp_path, monkeypatch, capsys):
+def spoil(monkeypatch: pytest.MonkeyPatch, mistake: Callable[[Path, str], None], weight: str) -> None:
+    """Have an export's decoder get a mistake as soon as it is written."""
     write_weights = writer_module.write_weights
 
     def wrong(traced: Any, path: Path, stored: Any, progress: Any) -> Any:
         written = write_weights(traced, path, stored)
         if path.name == "decoder_model_merged.onnx":
-            mistake(path, WEIGHT.format(2))
+            mistake(path, weight)
         for spec in written.values():
             progress(spec.size, spec.size)
         return written
 
     monkeypatch.setattr(writer_module, "write_weights", wrong)
+
+
+@pytest.mark.parametrize(("mistake", "told"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_status_1_and_no_bundle(mistake, told, checkpoint, tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, mistake, WEIGHT.format(2))
     arguments = ["export", str(checkpoint), str(tmp_path / "out"), "-k", "5", "--verify", "layers"]
     assert main(arguments) == 1
     assert re.search(told, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint and its bundle, whose decoder is that for ONNX Runtime."""
+    root = tmp_path_factory.mktemp("packed")
+    checkpoint = tiny.write_checkpoint(root / "model", replace(VARIANT, hidden=64))
+    options = Options(k=5, verify="layers", optimize="ort")
+    return checkpoint, export(str(checkpoint), root / "bundle", options)
+
+
+GATE_UP = (
+    "+".join(f"model.language_model.layers.{{0}}.mlp.{name}_proj.weight" for name in ("gate", "up")) + ".T"
+)
+
+
+def test_layers_of_packed_products(packed, tmp_path):
+    """Weights of another layer, and the parts of a product that change places, are named."""
+    _, bundle = packed
+    manifest = read_bundle(bundle).manifest
+    assert (manifest.parity["level"], manifest.parity["layers"]) == ("layers", [0, 3, 4])
+    path = tmp_path / "decoder.onnx"
+    onnx.save(decoder(bundle), path)
+    assert unlike_layers(path, [0, 3, 4], 5) == []
+    model = decoder(bundle)
+    rewire(model, exchange(GATE_UP.format(1), GATE_UP.format(2)))
+    onnx.save(model, path)
+    assert unlike_layers(path, [0, 3, 4], 5) == [1, 2]
+    model = decoder(bundle)
+    (product,) = (node for node in model.graph.node if GATE_UP.format(2) in node.input)
+    (split,) = (node for node in model.graph.node if product.output[0] in node.input)
+    split.output[:] = split.output[::-1]
+    onnx.save(model, path)
+    assert unlike_layers(path, [0, 3, 4], 5) == [2]
+
+
+def test_one_number_of_a_packed_weight_is_status_1(packed, tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, flip, GATE_UP.format(2))
+    arguments = ["-k", "5", "--verify", "layers", "--optimize", "ort"]
+    assert main(["export", str(packed[0]), str(tmp_path / "out"), *arguments]) == 1
+    assert re.search(r"1 of \d+ weights are not the checkpoint's.*layers\.2\.mlp", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
 
