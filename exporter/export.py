@@ -158,6 +158,7 @@ class _Export:
             write = partial(self._write, pieces, graphs, selection, writer)
             written = in_turn(partial(write, part) for part in parts)
             verifier = Verifier(pieces, stored, self.options.dtype, self.options.verify)
+            verifier.prepare(selection)  # while the first graphs are traced
             self._embed(next(written), pieces, verifier, worker)
             self._vision(next(written), pieces, selection, verifier, worker)
             self._decoder(next(written), pieces, verifier, worker)

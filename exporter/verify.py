@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ ATOL = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 1e-1, "int8": 0.5, "q4": 0.75}
 
 Counted = tuple[int, int]
 """How many are equal, and how many there are."""
+_Selected = tuple[tuple[tuple[Tensor, ...], Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Pictures, nouns and their mask; candidates, their gain, and the order of picks."""
 
 
 class ParityError(Exception):
@@ -100,6 +103,13 @@ class Verifier:
         self.has_decoder = needed < available_memory() if level == "auto" else level == "full"
         # Where memory is short a picture at a time is enough: the graphs were traced with two.
         self._pictures = SIZES["batch_size"] if self.has_decoder else 1
+        self._selected: dict[int, _Selected] = {}
+
+    def prepare(self, selection: Selection) -> None:
+        """Compute PyTorch's part of `compare_selection` and `compare_layers`, for which no graph is needed."""
+        self._wanted_selection(SEEDS[0], selection)
+        if not self.has_decoder:
+            _ = self._wanted_layers
 
     def _holding(self, piece: Piece) -> Any:
         """The Hugging Face model, with the weights of `piece` at least."""
@@ -141,17 +151,14 @@ class Verifier:
 
         Raises `ParityError` for a layer that is wired otherwise.
         """
-        piece, config = self._pieces.decoder, self._config.text_config
-        chosen = chosen_layers(config)
-        unlike = unlike_layers(graph, chosen, config.num_hidden_layers)
+        chosen, inputs, wanted = self._wanted_layers
+        unlike = unlike_layers(graph, chosen, self._config.text_config.num_hidden_layers)
         if unlike:
             numbers = ", ".join(map(str, unlike))
             raise ParityError(f"{graph.name} computes something else in layer {numbers} than in the others")
-        inputs = piece.samples(SIZES, torch.Generator().manual_seed(SEEDS[0]))
-        wanted = reference_outputs(self._pieces, self._stored, chosen, of_layers(piece, chosen, inputs))
         cut = cut_out(graph, chosen)
         try:
-            names = [spec.name for spec in piece.inputs]
+            names = [spec.name for spec in self._pieces.decoder.inputs]
             got = worker.run(cut, dict(zip(names, map(_numpy, inputs), strict=True)))
         finally:
             cut.unlink()
@@ -160,6 +167,15 @@ class Verifier:
             for (name, values), want in zip(got.items(), wanted, strict=True)
         ]
         return differences, chosen
+
+    @cached_property
+    def _wanted_layers(self) -> tuple[list[int], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The layers that are run, the whole decoder's inputs, and the outputs of a decoder of those layers."""
+        chosen = chosen_layers(self._config.text_config)
+        piece = self._pieces.decoder
+        inputs = piece.samples(SIZES, torch.Generator().manual_seed(SEEDS[0]))
+        run = of_layers(piece, chosen, inputs)
+        return chosen, inputs, reference_outputs(self._pieces, self._stored, chosen, run)
 
     def compare_selection(
         self, worker: OrtWorker, graph: Path, selection: Selection
@@ -171,9 +187,7 @@ class Verifier:
         """
         differences: list[Difference] = []
         for seed in SEEDS:
-            images, text, mask = self._question(self._pictures, seed)
-            features, gain, picks = self._select(images, text, mask, selection)
-            self._make_room()
+            (images, text, mask), (features, gain, picks) = self._wanted_selection(seed, selection)
             candidates, num_kept = self._candidates(images), _shares(selection.k, len(features))
             got = worker.run(graph, self._select_inputs(images, text, mask, num_kept))
             # Against the reference's rows of the graph's own picks, so that one pick that differs hides nothing.
@@ -193,6 +207,14 @@ class Verifier:
             equal, total = pruned_picks(worker, graph.parent, selection, features.shape[2])
             counted["picks"] = (counted["picks"][0] + equal, counted["picks"][1] + total)
         return differences, counted
+
+    def _wanted_selection(self, seed: int, selection: Selection) -> _Selected:
+        """A seeded question, and what PyTorch selects."""
+        if seed not in self._selected:
+            question = self._question(self._pictures, seed)
+            self._selected[seed] = question, self._select(*question, selection)
+            self._make_room()
+        return self._selected[seed]
 
     def compare_split(
         self, worker: OrtWorker, graphs: Mapping[str, Path], selection: Selection

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from resprune.exporter import verify
 from resprune.exporter.checkpoint import resolve
 from resprune.exporter.families import family_of
 from resprune.exporter.language import proportional
@@ -26,6 +27,27 @@ def test_nan_is_a_miss():
     with pytest.raises(ParityError, match="63 of 64 equal"):
         require([], {"picks": (63, 64)}, exact=["picks"])
     require([Difference("graph", "output", np.inf, 1.0, np.inf)], {"picks": (63, 64)}, exact=[])
+
+
+def test_what_is_prepared_is_not_computed_again(
+    tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+):
+    """And what ONNX Runtime returns, here zeros, is compared with it all the same."""
+    checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
+    pieces = family_of(checkpoint).take_apart(checkpoint, torch.float32, mode)
+    verifier = Verifier(pieces, find_weights(checkpoint, pieces.model), "fp32", "layers")
+    selection = Selection(5, 16, 1.0, "minmax", "loop")
+    verifier.prepare(selection)
+    for name in ("residual_select", "reference_outputs", "blank"):
+        monkeypatch.delattr(verify, name)
+    zeros = dict.fromkeys(("pick_order", "kept_indices"), np.zeros((1, 5), np.int64))
+    zeros["image_features"] = np.zeros((1, 5, pieces.vision.outputs[0].shape[2]), np.float32)
+    monkeypatch.setattr(verify, "SEEDS", SEEDS[:1])
+    worker = SimpleNamespace(run=lambda graph, inputs: zeros)
+    (features,), counted = verifier.compare_selection(worker, Path("vision_select.onnx"), selection)
+    assert not features.within
+    assert counted["picks"][0] < 5
+    assert verifier._wanted_layers[0] == [0, 1]
 
 
 @pytest.mark.parametrize("what", ["picks", "kept counts"])
