@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from resprune.exporter.shards import StoredTensor
+from resprune.exporter.trace import PACKED
 
 TRANSPOSED = "T"
 SCALES = "_scales"
-PACKED = "+"
-"""Between the names of parameters that are one weight, one below the other before it was transposed."""
 DTYPES: dict[int, torch.dtype] = {
     onnx.TensorProto.FLOAT: torch.float32,
     onnx.TensorProto.FLOAT16: torch.float16,
