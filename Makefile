@@ -12,7 +12,6 @@ K ?= 64
 TASKS ?= resprune_scenes
 DEVICE ?= cpu
 OUT ?= build/$(notdir $(MODEL))-k$(K)
-ROOMS := evaluation exporter graphs runtime
 
 .PHONY: setup demo test lint export eval bench gpu-check clean
 
@@ -39,9 +38,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p build/typecheck/resprune
-	for room in $(ROOMS); do ln -sfn ../../../$$room build/typecheck/resprune/$$room; done
-	MYPYPATH=build/typecheck $(BIN)/mypy $(ROOMS:%=-p resprune.%)
+	$(BIN)/mypy -p resprune
 
 demo: setup
 	$(BIN)/resprune export demo build/demo-k16 -k 16 --positions original --force

@@ -18,7 +18,7 @@ from resprune.evaluation.evaluate import Plan
 from resprune.evaluation.model import Asked, Encoded, Model, open_bundle
 from resprune.evaluation.selectors import Candidates, Ints, resprune, unit
 from resprune.evaluation.statistics import paired, wilson
-from resprune.runtime.manifest import POSITIONS, SCALES
+from resprune.runtime.bundle.manifest import POSITIONS, SCALES
 
 PUBLISHED = Path(__file__).parent / "ABLATION.md"
 MARK = "<!-- What follows is written by `python -m benchmarks ablation`. -->"

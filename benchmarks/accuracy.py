@@ -14,7 +14,7 @@ from resprune.evaluation.evaluate import OWN, SELECTORS, Plan, evaluate
 from resprune.evaluation.model import open_bundle
 from resprune.evaluation.plot import draw
 from resprune.evaluation.report import Sheet, markdown, panel, score
-from resprune.runtime.manifest import ATTENTION
+from resprune.runtime.bundle.manifest import ATTENTION
 
 HERE = Path(__file__).parent
 BUDGETS = [Budget(4), Budget(8), Budget(16), Budget(32), Budget(64), Budget()]

@@ -22,7 +22,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from resprune.exporter.weightless import blank
+from resprune.exporter.checkpoint.weightless import blank
 
 DEMO = Path(__file__).parent.parent / "demo" / "model"
 SHARD_BYTES = 1 << 30

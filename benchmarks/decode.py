@@ -13,8 +13,8 @@ from benchmarks.measure import exported, timing
 from benchmarks.peers import versions_said
 from benchmarks.shapes import LLAVA, QUESTION, Shape, write_language_model
 from benchmarks.speed import checkpoint_of, command, ratio
-from resprune.runtime.bundle import read_bundle
-from resprune.runtime.prompt import Prompter
+from resprune.runtime.bundle.files import read_bundle
+from resprune.runtime.prompt.prompter import Prompter
 
 BUNDLES = {
     "fp32": {"fp32": [], "fp32, --optimize ort": ["--optimize", "ort"]},

@@ -13,9 +13,9 @@ import onnxruntime as ort
 
 from benchmarks.bursts import serve
 from benchmarks.measure import THREADS
-from resprune.runtime.bundle import read_bundle
-from resprune.runtime.language_model import Embedding, OrtLanguageModel
-from resprune.runtime.session import OrtGraphs, SessionOptions
+from resprune.runtime.backends.onnxruntime import Embedding, OrtLanguageModel
+from resprune.runtime.backends.session import OrtGraphs, SessionOptions
+from resprune.runtime.bundle.files import read_bundle
 
 
 def main(spec: dict[str, Any]) -> None:

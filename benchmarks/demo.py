@@ -12,8 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from benchmarks.measure import RESPRUNE, THREADS, Timing, run, take_turns
 from benchmarks.stages import Stages
-from resprune.runtime.bundle import read_bundle
-from resprune.runtime.image import load_image
+from resprune.runtime.bundle.files import read_bundle
+from resprune.runtime.families.image import load_image
 
 DEMO = Path(__file__).parent.parent / "demo"
 BUDGETS = (16, 48)

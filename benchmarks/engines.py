@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.checkpoints import write_llava15_slice, write_qwen25vl_vision
 from benchmarks.measure import RESPRUNE, exported
 from benchmarks.measure import run as run_command
-from resprune.runtime.bundle import read_bundle
+from resprune.runtime.bundle.files import read_bundle
 
 TARGET = "sm_86"
 # Name of the bundle → what writes its checkpoint, how it is exported, and what its graphs are called in the table.

@@ -21,9 +21,9 @@ from typing import Any
 import onnxruntime
 
 from benchmarks.measure import machine, plain, take_turns
-from resprune.runtime import Pipeline, ResPruneError
-from resprune.runtime.cuda import Gpu, gpu_at_hand
-from resprune.runtime.engines import installed_flavours, tensorrt_module
+from resprune import Pipeline, ResPruneError
+from resprune.runtime.backends.cuda import Gpu, gpu_at_hand
+from resprune.runtime.backends.engines import installed_flavours, tensorrt_module
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -124,7 +124,7 @@ def engines(bundle: Path, flavour: str) -> dict[str, Any]:
         version = tensorrt_module(flavour).__version__
     except ResPruneError as error:
         raise Skipped(str(error)) from None
-    from resprune.exporter.engines import build
+    from resprune.exporter.tensorrt.engines import build
 
     start = perf_counter()
     build(bundle, flavour)

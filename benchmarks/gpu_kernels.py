@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Timing, take_turns
-from resprune.exporter.reference import picks_within_rounding, residual_select, text_gain
+from resprune.exporter.verify.reference import picks_within_rounding, residual_select, text_gain
 from resprune.graphs import token_select_model
 from tests.vectors import CASES
 

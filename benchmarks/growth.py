@@ -16,7 +16,7 @@ from benchmarks.measure import run as run_command
 from benchmarks.selection import cpu_session
 from resprune.graphs import choose_form, token_select_model
 from resprune.graphs.functions import FORMS
-from resprune.runtime.manifest import share_of
+from resprune.runtime.bundle.manifest import share_of
 
 TOKENS = (576, 1296, 2880, 4096)
 HIDDEN = (2048, 4096)

@@ -18,12 +18,12 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, Dynami
 
 from benchmarks.measure import THREADS, sample_stages
 from benchmarks.stages import every_token
-from resprune.exporter.reference import keep, residual_select, text_gain
-from resprune.runtime.bundle import Bundle, read_bundle
-from resprune.runtime.families import family_of
-from resprune.runtime.image import load_image
-from resprune.runtime.prompt import Prompt, Prompter
-from resprune.runtime.splice import KeptTokens, cut_picks, splice
+from resprune.exporter.verify.reference import keep, residual_select, text_gain
+from resprune.runtime.bundle.files import Bundle, read_bundle
+from resprune.runtime.families.image import load_image
+from resprune.runtime.families.table import family_of
+from resprune.runtime.prompt.prompter import Prompt, Prompter
+from resprune.runtime.prompt.splice import KeptTokens, cut_picks, splice
 
 
 class HuggingFace:

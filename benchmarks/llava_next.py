@@ -12,8 +12,8 @@ from benchmarks.checkpoints import write_llava_next_vision
 from benchmarks.measure import Timing, exported, take_turns
 from benchmarks.selection import cpu_session, selector
 from resprune.graphs import choose_form
-from resprune.runtime.anyres import AnyResolution
-from resprune.runtime.bundle import read_bundle
+from resprune.runtime.bundle.files import read_bundle
+from resprune.runtime.families.llava_next import AnyResolution
 
 BUDGETS = (160, 320, 640)
 SIZE = (672, 672)  # four tiles and the whole view, nothing padded: the most tokens there are

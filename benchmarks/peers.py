@@ -13,7 +13,7 @@ from benchmarks.measure import Timing, bfloat16_in_hardware, processes_take_turn
 from benchmarks.plots import stacked
 from benchmarks.shapes import QWEN25VL, Shape
 from benchmarks.speed import RESULTS, ROUNDS, Subject, by_budget, figures, ours, prepare, ratio, worker
-from resprune.runtime.bundle import read_bundle
+from resprune.runtime.bundle.files import read_bundle
 
 BUNDLES = {
     "fp32": [],
@@ -29,7 +29,7 @@ def run(work: Path, shape: Shape = QWEN25VL, rounds: int = ROUNDS) -> dict[str, 
     with TemporaryDirectory(dir=work) as bundles:
         try:
             python = environments.environment("openvino", work, runtime=True)
-            # OpenVINO's provider cannot take a Loop (runtime/providers.py). The selection is a graph of its own here,
+            # OpenVINO cannot take a Loop (runtime/backends/providers.py), so the selection is a graph of its own here,
             # with one.
             subjects = {
                 name: prepare(shape, work, Path(bundles), "--body", "unrolled", *options)

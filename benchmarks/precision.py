@@ -14,12 +14,12 @@ from transformers import LlavaForConditionalGeneration
 
 from benchmarks.checkpoints import llava_config, write_checkpoint
 from benchmarks.measure import THREADS, Timing, exported, take_turns
+from resprune import Pipeline
 from resprune.evaluation.data import Question, load_data
 from resprune.evaluation.statistics import wilson
-from resprune.runtime import Pipeline
-from resprune.runtime.bundle import read_bundle
-from resprune.runtime.language_model import Embedding, OrtLanguageModel
-from resprune.runtime.session import OrtGraphs, SessionOptions
+from resprune.runtime.backends.onnxruntime import Embedding, OrtLanguageModel
+from resprune.runtime.backends.session import OrtGraphs, SessionOptions
+from resprune.runtime.bundle.files import read_bundle
 
 KINDS = {
     "fp32": ("--dtype", "fp32"),

@@ -17,10 +17,10 @@ from benchmarks.measure import Timing, exported, take_turns
 from benchmarks.measure import run as run_command
 from benchmarks.selection import cpu_session, selector
 from resprune.graphs import choose_form
-from resprune.runtime.bundle import read_bundle
-from resprune.runtime.manifest import share_of
-from resprune.runtime.picture import Arrays
-from resprune.runtime.qwen_vision import DynamicResolution
+from resprune.runtime.bundle.files import read_bundle
+from resprune.runtime.bundle.manifest import share_of
+from resprune.runtime.families.picture import Arrays
+from resprune.runtime.families.qwen2_vl import DynamicResolution
 
 MERGED = (324, 1296, 4096)  # pictures of 18, 36 and 64 merged tokens a side
 SHARES = (0.111, 0.222, 0.333)  # the paper's budgets

@@ -12,8 +12,8 @@ import onnxruntime as ort
 from benchmarks.checkpoints import write_llava15_vision
 from benchmarks.measure import THREADS, Timing, exported, take_turns
 from resprune.graphs import choose_form, token_select_model
-from resprune.runtime.bundle import read_bundle
-from resprune.runtime.session import session_settings
+from resprune.runtime.backends.session import session_settings
+from resprune.runtime.bundle.files import read_bundle
 
 BUDGETS = (64, 128, 192)
 Floats = npt.NDArray[np.float32]

@@ -15,15 +15,15 @@ import numpy as np
 import onnxruntime as ort
 
 from benchmarks.measure import THREADS, sample_stages
-from resprune.runtime.bundle import Bundle, read_bundle
-from resprune.runtime.families import family_of
-from resprune.runtime.image import load_image
-from resprune.runtime.language_model import Embedding, OrtLanguageModel
-from resprune.runtime.picture import Picture
-from resprune.runtime.prompt import Prompt, Prompter
-from resprune.runtime.providers import CPU
-from resprune.runtime.session import OrtGraphs, SessionOptions, session_settings
-from resprune.runtime.splice import Floats, KeptTokens, Picks, cut_picks, splice
+from resprune.runtime.backends.onnxruntime import Embedding, OrtLanguageModel
+from resprune.runtime.backends.providers import CPU
+from resprune.runtime.backends.session import OrtGraphs, SessionOptions, session_settings
+from resprune.runtime.bundle.files import Bundle, read_bundle
+from resprune.runtime.families.image import load_image
+from resprune.runtime.families.picture import Picture
+from resprune.runtime.families.table import family_of
+from resprune.runtime.prompt.prompter import Prompt, Prompter
+from resprune.runtime.prompt.splice import Floats, KeptTokens, Picks, cut_picks, splice
 from resprune.runtime.vision import Looked, Vision
 
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from resprune.runtime.bundle.manifest import share_of
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.manifest import share_of
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ import numpy as np
 from PIL import Image
 
 from resprune.evaluation.model import Encoded, Model, Stages, check_policies, engine
-from resprune.runtime.bundle import Bundle, describe_files
+from resprune.runtime.bundle.files import Bundle, describe_files
+from resprune.runtime.bundle.manifest import FORMAT_VERSION, GraphSpec, Manifest, Selection
 from resprune.runtime.errors import ResPruneError, one_line, permission_faults, require_packages
-from resprune.runtime.manifest import FORMAT_VERSION, GraphSpec, Manifest, Selection
-from resprune.runtime.picture import Picture
-from resprune.runtime.splice import Floats, Ints
+from resprune.runtime.families.picture import Picture
+from resprune.runtime.prompt.splice import Floats, Ints
 
 if TYPE_CHECKING:
-    from resprune.exporter.checkpoint import Checkpoint
+    from resprune.exporter.checkpoint.checkpoint import Checkpoint
 
 NEEDED = ("torch", "transformers", "onnxscript", "huggingface_hub", "safetensors")
 
@@ -48,7 +48,7 @@ def open_checkpoint(
     from transformers import AutoImageProcessor, AutoModelForImageTextToText
     from transformers.utils import logging
 
-    from resprune.exporter.checkpoint import resolve
+    from resprune.exporter.checkpoint.checkpoint import resolve
 
     quiet: Any = logging
     quiet.set_verbosity_error()
@@ -96,17 +96,17 @@ def _without_graphs(checkpoint: Checkpoint, root: Path, attention: str) -> Bundl
     """What an export writes beside its graphs, and the facts its manifest would have, with K as large as N."""
     import torch
 
+    from resprune.exporter.checkpoint.side_files import check_side_files, copy_side_files, read_tokenizer
+    from resprune.exporter.checkpoint.weightless import fake_mode
     from resprune.exporter.families import family_of
-    from resprune.exporter.sidefiles import check_side_files, copy_side_files, read_tokenizer
-    from resprune.exporter.weightless import fake_mode
-    from resprune.exporter.weights import find_weights
+    from resprune.exporter.trace.weights import find_weights
 
     family = family_of(checkpoint)
     check_side_files(checkpoint)
-    pieces = family.take_apart(checkpoint, torch.float32, fake_mode())
-    find_weights(checkpoint, pieces.model)  # transformers fills those that are missing with random values
+    components = family.split_model(checkpoint, torch.float32, fake_mode())
+    find_weights(checkpoint, components.model)  # transformers fills those that are missing with random values
     copy_side_files(checkpoint, read_tokenizer(checkpoint), root)
-    most = pieces.num_tokens or pieces.max_tokens
+    most = components.num_tokens or components.max_tokens
     assert most is not None
     # Qwen-VL's preprocessor asks this graph for its windows, which PyTorch makes itself.
     vision = GraphSpec("", "fp32", (), ())
@@ -115,10 +115,12 @@ def _without_graphs(checkpoint: Checkpoint, root: Path, attention: str) -> Bundl
         family=family.name,
         model=checkpoint.name,
         revision=checkpoint.revision,
-        selection=Selection(most, pieces.num_tokens, 1.0, "minmax", "loop", max_tokens=pieces.max_tokens),
+        selection=Selection(
+            most, components.num_tokens, 1.0, "minmax", "loop", max_tokens=components.max_tokens
+        ),
         positions=family.positions[0],
-        image_token_id=pieces.image_token_id,
-        context_length=pieces.context_length,
+        image_token_id=components.image_token_id,
+        context_length=components.context_length,
         graphs={"vision_select": vision},
         files=describe_files(root),
         versions={},
@@ -172,7 +174,7 @@ class _TorchStages:
     def select(self, encoded: Encoded, text: Floats, k: int) -> Ints:
         import torch
 
-        from resprune.exporter.reference import residual_select, text_gain
+        from resprune.exporter.verify.reference import residual_select, text_gain
 
         with _faults("select tokens", self._model.device):
             visual, words = (

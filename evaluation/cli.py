@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from resprune.evaluation.budget import Budget
 from resprune.exporter.cli import POSIX
+from resprune.runtime.bundle.manifest import ATTENTION, POSITIONS
 from resprune.runtime.errors import ResPruneError, require_packages
-from resprune.runtime.manifest import ATTENTION, POSITIONS
 
 if TYPE_CHECKING:
     from resprune.evaluation.model import Model
@@ -77,7 +77,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
     from resprune.evaluation.data import load_data
     from resprune.evaluation.evaluate import SELECTORS, Plan, evaluate
     from resprune.evaluation.report import markdown, score, write
-    from resprune.runtime.session import check_threads
+    from resprune.runtime.backends.session import check_threads
 
     check_threads(arguments.threads)
     budgets = read_budgets(arguments.k)

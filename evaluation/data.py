@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from resprune.runtime.errors import ResPruneError, require_packages
-from resprune.runtime.image import ImageSource, load_image
+from resprune.runtime.families.image import ImageSource, load_image
 
 SCENES, QUESTIONS_A_SCENE = 1000, 2
 FIRST_SCENE = 400_000  # seeds that neither the training nor its checks nor demo.evaluate use

@@ -16,7 +16,7 @@ from resprune.evaluation.model import Asked, Encoded, Model
 from resprune.evaluation.progress import progress
 from resprune.evaluation.selectors import CONTROLS, Candidates
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.splice import Ints
+from resprune.runtime.prompt.splice import Ints
 
 OWN = "resprune"
 SELECTORS = (OWN, *CONTROLS)

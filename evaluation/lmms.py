@@ -24,8 +24,8 @@ from resprune.evaluation.evaluate import OWN
 from resprune.evaluation.model import Asked, Encoded
 from resprune.evaluation.progress import progress
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.nouns import question_terms
-from resprune.runtime.splice import Ints
+from resprune.runtime.prompt.nouns import question_terms
+from resprune.runtime.prompt.splice import Ints
 
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest

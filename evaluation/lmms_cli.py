@@ -15,9 +15,9 @@ from resprune.evaluation.answers import output
 from resprune.evaluation.budget import Budget
 from resprune.evaluation.cli import read_budgets, words
 from resprune.exporter.cli import POSIX
+from resprune.runtime.bundle.manifest import ATTENTION, POSITIONS
+from resprune.runtime.bundle.whole import write_whole
 from resprune.runtime.errors import ResPruneError, one_line, require_packages
-from resprune.runtime.manifest import ATTENTION, POSITIONS
-from resprune.runtime.whole import write_whole
 
 if TYPE_CHECKING:
     from resprune.evaluation.lmms import ResPrune

@@ -16,7 +16,7 @@ from tenacity import RetryError
 
 from resprune.evaluation.data import NAMED, load_data, matches
 from resprune.runtime.errors import ResPruneError, one_line
-from resprune.runtime.image import load_image
+from resprune.runtime.families.image import load_image
 
 OWN = {f"resprune_{name}": name for name in NAMED}
 """Tasks over the data of `resprune eval`: they need no network, and their figures are those of that command."""

@@ -17,17 +17,17 @@ from PIL import Image
 
 from resprune.evaluation.budget import Budget
 from resprune.evaluation.selectors import stands_for
-from resprune.runtime.bundle import Bundle, read_bundle
+from resprune.runtime.backends.onnxruntime import Embedding, LanguageModel, OrtLanguageModel
+from resprune.runtime.backends.session import OrtGraphs, SessionOptions
+from resprune.runtime.bundle.files import Bundle, read_bundle
+from resprune.runtime.bundle.manifest import ATTENTION, MANIFEST_NAME, POSITIONS, Manifest
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.families import family_of
+from resprune.runtime.families.image import ImageSource, load_image
+from resprune.runtime.families.picture import Picture
+from resprune.runtime.families.table import family_of
 from resprune.runtime.generate import Sampling, TextStream, eos_token_ids, generate
-from resprune.runtime.image import ImageSource, load_image
-from resprune.runtime.language_model import Embedding, LanguageModel, OrtLanguageModel
-from resprune.runtime.manifest import ATTENTION, MANIFEST_NAME, POSITIONS, Manifest
-from resprune.runtime.picture import Picture
-from resprune.runtime.prompt import Prompt, Prompter
-from resprune.runtime.session import OrtGraphs, SessionOptions
-from resprune.runtime.splice import Floats, Ints, KeptTokens, Picks, splice
+from resprune.runtime.prompt.prompter import Prompt, Prompter
+from resprune.runtime.prompt.splice import Floats, Ints, KeptTokens, Picks, splice
 from resprune.runtime.vision import Looked, Vision
 
 ROOMS = ("evaluation", "exporter", "runtime")

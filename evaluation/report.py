@@ -19,8 +19,8 @@ from resprune.evaluation.evaluate import Plan
 from resprune.evaluation.model import Model
 from resprune.evaluation.plot import Line, Panel, draw
 from resprune.evaluation.statistics import Paired, paired, wilson
+from resprune.runtime.bundle.whole import write_whole
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.whole import write_whole
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-# As in resprune.exporter.reference, which says why.
+# As in resprune.exporter.verify.reference, which says why.
 TIE, EXHAUSTED = 1e-5, 1e-6
 
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from resprune.runtime.bundle.manifest import ATTENTION, BODIES, FORMS, OPTIMIZE, POSITIONS, SCALES
 from resprune.runtime.errors import require_packages
-from resprune.runtime.manifest import ATTENTION, BODIES, FORMS, OPTIMIZE, POSITIONS, SCALES
 
 NEEDED = ("torch", "transformers", "onnx", "onnxscript", "huggingface_hub", "tqdm")
 POSIX = (("fcntl",), "it is part of Python on Linux and macOS, so on Windows take WSL")
@@ -101,7 +101,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     require_packages("export", *POSIX)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from resprune.exporter.export import Options, export
-    from resprune.exporter.verify import ParityError
+    from resprune.exporter.verify.verifier import ParityError
 
     options = Options(
         **arguments.k,

@@ -13,35 +13,36 @@ from threading import Thread
 from time import perf_counter
 from typing import Any
 
-from resprune.exporter import precision, verify
-from resprune.exporter.checkpoint import Checkpoint, resolve
+from resprune.exporter.checkpoint.checkpoint import Checkpoint, resolve
+from resprune.exporter.checkpoint.language_checkpoint import CLASSES, LanguageCheckpoint, language_checkpoint
+from resprune.exporter.checkpoint.shards import read_soon
+from resprune.exporter.checkpoint.side_files import check_side_files, copy_side_files, read_tokenizer
+from resprune.exporter.checkpoint.weightless import fake_mode
+from resprune.exporter.components import Component, Components
 from resprune.exporter.families import Family, family_of
-from resprune.exporter.grouped_query import optimize_decoder
 from resprune.exporter.language import proportional
-from resprune.exporter.language_checkpoint import CLASSES, LanguageCheckpoint, language_checkpoint
 from resprune.exporter.memory import available_memory
-from resprune.exporter.ort_worker import OrtWorker
-from resprune.exporter.packed import pack
-from resprune.exporter.pieces import Piece, Pieces
-from resprune.exporter.quantize import quantize
-from resprune.exporter.shards import read_soon
-from resprune.exporter.sidefiles import check_side_files, copy_side_files, read_tokenizer
-from resprune.exporter.trace import Traced
-from resprune.exporter.trace_ahead import traced_ahead
+from resprune.exporter.trace import precision
+from resprune.exporter.trace.ahead import traced_ahead
+from resprune.exporter.trace.grouped_query import optimize_decoder
+from resprune.exporter.trace.packed import pack
+from resprune.exporter.trace.quantize import quantize
+from resprune.exporter.trace.tracer import Traced
+from resprune.exporter.trace.weights import bytes_needed, find_weights
+from resprune.exporter.trace.writer import GraphWriter, ahead, progress_bar
 from resprune.exporter.transaction import new_directory, require_space
-from resprune.exporter.verify import Counted, Difference, ParityError, Verifier
-from resprune.exporter.weightless import fake_mode
-from resprune.exporter.weights import bytes_needed, find_weights
-from resprune.exporter.writer import GraphWriter, ahead, progress_bar
+from resprune.exporter.verify import verifier as verify
+from resprune.exporter.verify.ort_worker import OrtWorker
+from resprune.exporter.verify.verifier import Counted, Difference, ParityError, Verifier
 from resprune.graphs import attach_selection, choose_form, token_select_model
-from resprune.runtime.bundle import describe_files, write_manifest
-from resprune.runtime.errors import ResPruneError
-from resprune.runtime.manifest import (
+from resprune.runtime.bundle.files import describe_files, write_manifest
+from resprune.runtime.bundle.manifest import (
     ATTENTION,
     Manifest,
     Selection,
     share_of,
 )
+from resprune.runtime.errors import ResPruneError
 
 PACKAGES = ("resprune", "torch", "transformers", "onnx", "onnxscript")
 
@@ -129,39 +130,39 @@ class _Export:
         check_side_files(checkpoint)
         mode = fake_mode()
         dtype = precision.DTYPES[self.options.dtype]
-        pieces = family.take_apart(checkpoint, dtype, mode)
+        components = family.split_model(checkpoint, dtype, mode)
         tokenizer = read_tokenizer(checkpoint)
         if self.options.attention == "proportional":
-            pieces = proportional(pieces)
+            components = proportional(components)
         if self.options.optimize:
-            pieces = optimize_decoder(pieces, dtype)
-        selection = self._selection(pieces)
-        stored = find_weights(checkpoint, pieces.model)
-        language = language_checkpoint(pieces.model, stored) if self.options.language_checkpoint else None
+            components = optimize_decoder(components, dtype)
+        selection = self._selection(components)
+        stored = find_weights(checkpoint, components.model)
+        language = language_checkpoint(components.model, stored) if self.options.language_checkpoint else None
         extra = 0 if language is None else language.nbytes
-        needed = bytes_needed(pieces, self.options.dtype, split=self.options.split)
+        needed = bytes_needed(components, self.options.dtype, split=self.options.split)
         require_space(self.work.parent, needed + extra)
-        parameters = sum(tensor.numel() for tensor in pieces.model.parameters())
+        parameters = sum(tensor.numel() for tensor in components.model.parameters())
         size = sum(tensor.nbytes for tensor in checkpoint.weights.values())
         self._line("checkpoint", size, f"{family.title}, {parameters / 1e6:,.1f} M parameters")
 
-        parts = (pieces.embed, pieces.vision, pieces.decoder)
+        parts = (components.embed, components.vision, components.decoder)
         writer = GraphWriter(self.work, self.options.dtype, stored)
         with (
             ahead() as in_turn,
-            traced_ahead(parts, pieces.model, mode) as graphs,
+            traced_ahead(parts, components.model, mode) as graphs,
             OrtWorker(widened=self.options.dtype == "bf16") as worker,
             writer,
         ):
             room = available_memory() // 2
             Thread(target=read_soon, args=(stored.values(), room), daemon=True).start()
-            write = partial(self._write, pieces, graphs, selection, writer)
+            write = partial(self._write, components, graphs, selection, writer)
             written = in_turn(partial(write, part) for part in parts)
-            verifier = Verifier(pieces, stored, self.options.dtype, self.options.verify)
+            verifier = Verifier(components, stored, self.options.dtype, self.options.verify)
             verifier.prepare(selection)  # while the first graphs are traced
-            self._embed(next(written), pieces, verifier, worker)
-            self._vision(next(written), pieces, selection, verifier, worker)
-            self._decoder(next(written), pieces, verifier, worker)
+            self._embed(next(written), components, verifier, worker)
+            self._vision(next(written), components, selection, verifier, worker)
+            self._decoder(next(written), components, verifier, worker)
             verify.require(self.differences, self.counts, exact=verifier.exact)
             self._weights(writer)
             note = "not compared: the decoder was, by layers"
@@ -175,47 +176,49 @@ class _Export:
         copy_side_files(checkpoint, tokenizer, self.work)
         if language is not None:
             self._language(language)
-        self._manifest(checkpoint, family, pieces, selection, positions, verifier.level, writer)
+        self._manifest(checkpoint, family, components, selection, positions, verifier.level, writer)
         total = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
         of = selection.num_tokens or f"up to {selection.max_tokens}"
         self._line(str(self.out), total, f"K {selection.k} of {of}")
 
     def _write(
         self,
-        pieces: Pieces,
+        components: Components,
         graphs: Iterator[Traced],
         selection: Selection,
         writer: GraphWriter,
-        piece: Piece,
+        component: Component,
     ) -> list[Path]:
-        """Write the next of `graphs`, which is of `piece`; returns the paths of what it becomes.
+        """Write the next of `graphs`, which is of `component`; returns the paths of what it becomes.
 
         The vision graph becomes vision_select, and with --split the encoder and the selector apart as well.
         """
         traced = next(graphs)
-        if self.options.optimize and piece is pieces.decoder:
+        if self.options.optimize and component is components.decoder:
             traced = pack(traced)
-        if (form := precision.precision_of(piece.name, self.options.dtype)) in precision.QUANTIZED:
+        if (form := precision.precision_of(component.name, self.options.dtype)) in precision.QUANTIZED:
             traced = quantize(traced, form)
-        if piece is not pieces.vision:
-            return [writer.write(piece.name, traced)]
+        if component is not components.vision:
+            return [writer.write(component.name, traced)]
         how: Any = {name: getattr(selection, name) for name in ("alpha", "scale", "body", "form")}
-        how["counts"] = pieces.proportional
-        attached = attach_selection(traced.model, selection.k, **how, padding=pieces.padding)
+        how["counts"] = components.proportional
+        attached = attach_selection(traced.model, selection.k, **how, padding=components.padding)
         paths = [writer.write("vision_select", Traced(attached, traced.weights))]
         if self.options.split:
             paths.append(writer.write("vision_encoder", traced))
             paths.append(writer.write("token_select", Traced(token_select_model(selection.k, **how), {})))
         return paths
 
-    def _embed(self, paths: list[Path], pieces: Pieces, verifier: Verifier, worker: OrtWorker) -> None:
+    def _embed(
+        self, paths: list[Path], components: Components, verifier: Verifier, worker: OrtWorker
+    ) -> None:
         (path,) = paths
-        self._compared(path, verifier.compare(worker, pieces.embed, path), "")
+        self._compared(path, verifier.compare(worker, components.embed, path), "")
 
     def _vision(
         self,
         paths: list[Path],
-        pieces: Pieces,
+        components: Components,
         selection: Selection,
         verifier: Verifier,
         worker: OrtWorker,
@@ -225,15 +228,17 @@ class _Export:
         self._compared(fused, differences, self._count(counted))
         if split:
             encoder, selector = split
-            self._compared(encoder, verifier.compare(worker, pieces.vision, encoder), "")
+            self._compared(encoder, verifier.compare(worker, components.vision, encoder), "")
             graphs = dict(zip(("vision_select", "vision_encoder", "token_select"), paths, strict=True))
             differences, counted = verifier.compare_split(worker, graphs, selection)
             self._compared(selector, differences, self._count(counted))
 
-    def _decoder(self, paths: list[Path], pieces: Pieces, verifier: Verifier, worker: OrtWorker) -> None:
+    def _decoder(
+        self, paths: list[Path], components: Components, verifier: Verifier, worker: OrtWorker
+    ) -> None:
         (path,) = paths
         if verifier.has_decoder:
-            self._compared(path, verifier.compare(worker, pieces.decoder, path), "")
+            self._compared(path, verifier.compare(worker, components.decoder, path), "")
         else:
             differences, self.layers = verifier.compare_layers(worker, path)
             layers = " and ".join(map(str, self.layers))
@@ -304,29 +309,29 @@ class _Export:
             )
         return positions
 
-    def _selection(self, pieces: Pieces) -> Selection:
-        options, n = self.options, pieces.num_tokens or pieces.max_tokens
+    def _selection(self, components: Components) -> Selection:
+        options, n = self.options, components.num_tokens or components.max_tokens
         assert n is not None
         k = options.k or share_of(options.share or 0.0, n)  # the other one is None
         if k > n:
-            most = "the" if pieces.num_tokens else "the at most"
+            most = "the" if components.num_tokens else "the at most"
             raise ResPruneError(f"-k {k} is more than {most} {n} visual tokens of a picture; give 1 to {n}")
         return Selection(
             k,
-            pieces.num_tokens,
+            components.num_tokens,
             options.alpha,
             options.scale,
             options.body,
-            max_tokens=pieces.max_tokens,
+            max_tokens=components.max_tokens,
             share=options.share,
-            form=options.form or choose_form(k, n, int(pieces.vision.outputs[0].shape[2])),
+            form=options.form or choose_form(k, n, int(components.vision.outputs[0].shape[2])),
         )
 
     def _manifest(
         self,
         checkpoint: Checkpoint,
         family: Family,
-        pieces: Pieces,
+        components: Components,
         selection: Selection,
         positions: str,
         level: str,
@@ -349,8 +354,8 @@ class _Export:
                 revision=checkpoint.revision,
                 selection=selection,
                 positions=positions,
-                image_token_id=pieces.image_token_id,
-                context_length=pieces.context_length,
+                image_token_id=components.image_token_id,
+                context_length=components.context_length,
                 graphs=writer.graphs,
                 files={
                     name: spec

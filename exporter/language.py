@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from resprune.exporter.pieces import Piece, Pieces, Sizes
+from resprune.exporter.components import Component, Components, Sizes
+from resprune.runtime.bundle.manifest import TensorSpec, axis_size
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.manifest import TensorSpec, axis_size
 
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
 # The others rescale their angles by the length seen so far, which no static graph can do.
@@ -139,7 +139,7 @@ def check_language(config: Any) -> None:
         )
 
 
-def embed_piece(table: nn.Module, config: Any) -> Piece:
+def embed_component(table: nn.Module, config: Any) -> Component:
     """`embed_tokens`: input_ids → inputs_embeds."""
     ids = TensorSpec("input_ids", "int64", ("batch_size", "sequence_length"))
     embeds = TensorSpec("inputs_embeds", "float32", ("batch_size", "sequence_length", config.hidden_size))
@@ -151,16 +151,16 @@ def embed_piece(table: nn.Module, config: Any) -> Piece:
     def reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (model.get_input_embeddings()(inputs[0]).float(),)
 
-    return Piece("embed_tokens", _Embed(table), (ids,), (embeds,), samples, reference)
+    return Component("embed_tokens", _Embed(table), (ids,), (embeds,), samples, reference)
 
 
-def decoder_piece(
+def decoder_component(
     language_model: Any,
     lm_head: nn.Module,
     config: Any,
     cache_dtype: torch.dtype,
     position_axes: tuple[int, ...] = (),
-) -> Piece:
+) -> Component:
     """`decoder_model_merged`: one graph for prefill and every later step; keys and values in `cache_dtype`.
 
     `position_axes` (3,) gives M-RoPE's `position_ids` [3, B, S].
@@ -204,13 +204,13 @@ def decoder_piece(
 
     module = _Decoder(language_model, lm_head)
     layers = tuple(language_model.layers)
-    return Piece("decoder_model_merged", module, inputs, outputs, samples, decode, layers)
+    return Component("decoder_model_merged", module, inputs, outputs, samples, decode, layers)
 
 
-def proportional(pieces: Pieces) -> Pieces:
-    """The same pieces, whose decoder takes counts in its mask and whose selection is to give them."""
-    decoder = pieces.decoder
-    model: Any = pieces.model
+def proportional(components: Components) -> Components:
+    """The same components, whose decoder takes counts in its mask and whose selection is to give them."""
+    decoder = components.decoder
+    model: Any = components.model
     plain_samples = decoder.samples
 
     def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -218,7 +218,7 @@ def proportional(pieces: Pieces) -> Pieces:
         return (embeds, mask * torch.randint(1, 99, mask.shape, generator=generator), *rest)
 
     module = _Decoder(model.model.language_model, model.lm_head, proportional=True)
-    return replace(pieces, decoder=replace(decoder, module=module, samples=samples), proportional=True)
+    return replace(components, decoder=replace(decoder, module=module, samples=samples), proportional=True)
 
 
 def decode(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from resprune.runtime.bundle.manifest import MANIFEST_NAME
 from resprune.runtime.errors import ResPruneError, permission_faults
-from resprune.runtime.manifest import MANIFEST_NAME
 
 NEW = ".resprune-new-"
 OLD = ".resprune-old-"

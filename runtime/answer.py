@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
+from resprune.runtime.backends.backend import Piece
 from resprune.runtime.generate import TextStream
-from resprune.runtime.generator import Piece
-from resprune.runtime.prompt import Prompt
-from resprune.runtime.splice import Picks
+from resprune.runtime.prompt.prompter import Prompt
+from resprune.runtime.prompt.splice import Picks
 
 
 @dataclass

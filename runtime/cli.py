@@ -10,12 +10,12 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resprune.runtime.bundle.manifest import FLAVOURS
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.manifest import FLAVOURS
 
 if TYPE_CHECKING:
     from resprune.runtime.answer import Answer
-    from resprune.runtime.generator import GeneratorFactory
+    from resprune.runtime.backends.backend import GeneratorFactory
     from resprune.runtime.pipeline import Pipeline
 
 COMMANDS = "resprune.commands"
@@ -137,7 +137,7 @@ def register_inspect(subparsers: "argparse._SubParsersAction[argparse.ArgumentPa
 
 
 def _ask(arguments: argparse.Namespace) -> int:
-    from resprune.runtime.image import MAX_PIXELS
+    from resprune.runtime.families.image import MAX_PIXELS
     from resprune.runtime.pipeline import Pipeline
 
     max_pixels = MAX_PIXELS if arguments.max_pixels is None else arguments.max_pixels
@@ -178,7 +178,7 @@ def _ask(arguments: argparse.Namespace) -> int:
 
 def _generator(arguments: argparse.Namespace) -> "GeneratorFactory | None":
     """What the options ask to answer: a server, or None for the bundle's own decoder."""
-    from resprune.runtime.server import server
+    from resprune.runtime.backends.servers import server
 
     named = {"api": "server_format", "model": "server_model", "timeout": "server_timeout"}
     given = {
@@ -203,7 +203,7 @@ def _draw(
     pipeline: "Pipeline", sources: Sequence[str], answer: "Answer", path: Path, max_pixels: int
 ) -> None:
     """Write each picture with its kept tokens: `kept.png`, then `kept-2.png`, …."""
-    from resprune.runtime.image import load_image
+    from resprune.runtime.families.image import load_image
     from resprune.runtime.show import draw_kept
 
     for number, (source, picks) in enumerate(zip(sources, answer.images, strict=True), 1):
@@ -219,8 +219,8 @@ def _draw(
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from resprune.runtime.bundle import read_bundle
-    from resprune.runtime.inspection import describe
+    from resprune.runtime.bundle.files import read_bundle
+    from resprune.runtime.bundle.inspection import describe
 
     bundle = read_bundle(arguments.bundle, check_hashes=not arguments.skip_hashes)
     print(bundle.manifest.to_json() if arguments.json else describe(bundle), end="")

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from resprune.runtime.bundle import Bundle
+from resprune.runtime.backends.onnxruntime import LanguageModel
+from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.language_model import LanguageModel
-from resprune.runtime.splice import Floats, Ints
+from resprune.runtime.prompt.splice import Floats, Ints
 
 if TYPE_CHECKING:
     import tokenizers

@@ -13,19 +13,19 @@ from typing import TypedDict, Unpack
 import numpy as np
 
 from resprune.runtime.answer import Answer, Row, Run
-from resprune.runtime.bundle import Bundle, read_bundle
+from resprune.runtime.backends.backend import GeneratorFactory, Request, onnxruntime_generator
+from resprune.runtime.backends.onnxruntime import Embedding
+from resprune.runtime.backends.providers import CPU
+from resprune.runtime.backends.session import GraphRunner, OrtGraphs, SessionOptions
+from resprune.runtime.bundle.files import Bundle, read_bundle
+from resprune.runtime.bundle.manifest import FLAVOURS, Manifest
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.families import family_of
+from resprune.runtime.families.image import MAX_PIXELS, Box, ImageSource, load_image
+from resprune.runtime.families.picture import Picture
+from resprune.runtime.families.table import family_of
 from resprune.runtime.generate import Sampling, TextStream
-from resprune.runtime.generator import GeneratorFactory, Request, onnxruntime_generator
-from resprune.runtime.image import MAX_PIXELS, Box, ImageSource, load_image
-from resprune.runtime.language_model import Embedding
-from resprune.runtime.manifest import FLAVOURS, Manifest
-from resprune.runtime.picture import Picture
-from resprune.runtime.prompt import Prompt, Prompter, Turn
-from resprune.runtime.providers import CPU
-from resprune.runtime.session import GraphRunner, OrtGraphs, SessionOptions
-from resprune.runtime.splice import Floats, KeptTokens, Spliced, splice
+from resprune.runtime.prompt.prompter import Prompt, Prompter, Turn
+from resprune.runtime.prompt.splice import Floats, KeptTokens, Spliced, splice
 from resprune.runtime.vision import Looked, Vision
 
 Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...]
@@ -343,7 +343,7 @@ def _run_by(engines: str | None) -> tuple[GraphsFactory, GeneratorFactory]:
         return OrtGraphs, onnxruntime_generator
     if engines not in FLAVOURS:
         raise ResPruneError(f"{engines} is no flavour of TensorRT; choose from {', '.join(FLAVOURS)}")
-    from resprune.runtime.tensorrt import Engines, tensorrt_generator
+    from resprune.runtime.backends.tensorrt import Engines, tensorrt_generator
 
     return partial(Engines, engines), tensorrt_generator
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from resprune.runtime.image import Box
+from resprune.runtime.families.image import Box
 
 # Pixels of the long side: a smaller picture is enlarged, a larger one shrunk, unless the numbers need more room.
 LONG_SIDE = (768, 1280)

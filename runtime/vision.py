@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from resprune.runtime.bundle import Bundle
+from resprune.runtime.backends.session import GraphRunner
+from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.picture import Picture, Preprocessor
-from resprune.runtime.session import GraphRunner
-from resprune.runtime.splice import Floats, KeptTokens, cut_picks
+from resprune.runtime.families.picture import Picture, Preprocessor
+from resprune.runtime.prompt.splice import Floats, KeptTokens, cut_picks
 
 
 @dataclass(frozen=True)

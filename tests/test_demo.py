@@ -9,8 +9,8 @@ import pytest
 
 from demo.questions import sample_question
 from demo.scenes import draw, sample_scene
-from resprune.runtime import Pipeline
-from resprune.runtime.image import load_image
+from resprune import Pipeline
+from resprune.runtime.families.image import load_image
 from tests.exporter.hugging_face import HuggingFace
 
 MODEL = Path(__file__).parent.parent / "demo" / "model"

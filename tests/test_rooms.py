@@ -28,7 +28,9 @@ FORBIDDEN = {
     "exporter": ("resprune.evaluation", "demo", "benchmarks", "tests"),
     "evaluation": ("resprune.graphs", "demo", "benchmarks", "tests"),
 }
-TENSORRT_LLM = "runtime/tensorrt_llm.py"  # TensorRT-LLM is made of torch: who has the one has the other
+TENSORRT_LLM = (
+    "runtime/backends/tensorrt_llm.py"  # TensorRT-LLM is made of torch: who has the one has the other
+)
 KERNELS = "kernels"  # in graphs: the one part that the runtime may import and that may import torch
 
 

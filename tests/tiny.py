@@ -218,13 +218,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     merges: list[tuple[str, str]] = []
     for word in WORDS:
         for prefix in ("", "Ġ"):
-            pieces = list(prefix + word)
-            while len(pieces) > 1:
-                pair = (pieces[0], pieces[1])
+            components = list(prefix + word)
+            while len(components) > 1:
+                pair = (components[0], components[1])
                 if pair not in merges:
                     merges.append(pair)
                 vocabulary.setdefault("".join(pair), len(vocabulary))
-                pieces[:2] = ["".join(pair)]
+                components[:2] = ["".join(pair)]
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

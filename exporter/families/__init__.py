@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from resprune.exporter.checkpoint import Checkpoint
-    from resprune.exporter.pieces import Pieces
+    from resprune.exporter.checkpoint.checkpoint import Checkpoint
+    from resprune.exporter.components import Components
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row: the config's `model_type`, the module that takes such a model apart, and its position policies."""
+    """One row: the config's `model_type`, the module that splits such a model, and its position policies."""
 
     name: str
     title: str
@@ -30,10 +30,10 @@ class Family:
     """Whether a picture has as many tokens as its pixels ask for, up to --max-pixels."""
 
     @property
-    def take_apart(self) -> Callable[[Checkpoint, torch.dtype, FakeTensorMode], Pieces]:
-        """The family's `take_apart(checkpoint, dtype, mode)`; its module, and so transformers, loads only now."""
-        function: Callable[[Checkpoint, torch.dtype, FakeTensorMode], Pieces]
-        function = importlib.import_module(f"{__name__}.{self.module}").take_apart
+    def split_model(self) -> Callable[[Checkpoint, torch.dtype, FakeTensorMode], Components]:
+        """The family's `split_model(checkpoint, dtype, mode)`; its module, and so transformers, loads only now."""
+        function: Callable[[Checkpoint, torch.dtype, FakeTensorMode], Components]
+        function = importlib.import_module(f"{__name__}.{self.module}").split_model
         return function
 
 
@@ -42,8 +42,8 @@ FAMILIES = {
     for family in (
         Family("llava", "LLaVA-1.5", "llava", ("contiguous", "original")),
         Family("llava_next", "LLaVA-NeXT", "llava_next", ("contiguous", "original")),
-        Family("qwen2_5_vl", "Qwen2.5-VL", "qwen2_5_vl", ("original",), any_size=True),
-        Family("qwen2_vl", "Qwen2-VL", "qwen2_5_vl", ("original",), any_size=True),
+        Family("qwen2_5_vl", "Qwen2.5-VL", "qwen2_vl", ("original",), any_size=True),
+        Family("qwen2_vl", "Qwen2-VL", "qwen2_vl", ("original",), any_size=True),
     )
 }
 

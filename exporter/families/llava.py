@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from resprune.exporter.attention import register_attention
-from resprune.exporter.checkpoint import Checkpoint, config_faults, parse_config
-from resprune.exporter.language import check_language, decoder_piece, embed_piece
-from resprune.exporter.pieces import Piece, Pieces, Sizes
-from resprune.exporter.precision import lower
-from resprune.exporter.sidefiles import image_processor_config
-from resprune.exporter.weightless import build
+from resprune.exporter.checkpoint.checkpoint import Checkpoint, config_faults, parse_config
+from resprune.exporter.checkpoint.side_files import image_processor_config
+from resprune.exporter.checkpoint.weightless import build
+from resprune.exporter.components import Component, Components, Sizes
+from resprune.exporter.language import check_language, decoder_component, embed_component
+from resprune.exporter.trace.attention import register_attention
+from resprune.exporter.trace.precision import lower
+from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError, one_line
-from resprune.runtime.image import ImageProcessor
-from resprune.runtime.manifest import TensorSpec
+from resprune.runtime.families.image import ImageProcessor
 
 TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2")
 
@@ -52,8 +52,8 @@ class Vision(nn.Module):
         return (self.projector(torch.cat(chosen, dim=-1)),)
 
 
-def take_apart(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode) -> Pieces:
-    """The three pieces of a LLaVA checkpoint, weightless; `ResPruneError` for a config that they cannot carry."""
+def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode) -> Components:
+    """The three components of a LLaVA checkpoint, weightless; `ResPruneError` for a config that they cannot carry."""
     config = parse_config(LlavaConfig, checkpoint)
     check_language(config.text_config)
     check_tower(config.vision_config)
@@ -61,12 +61,12 @@ def take_apart(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode)
     with config_faults(checkpoint):
         model: Any = build(LlavaForConditionalGeneration, config, mode)
     lower(model, dtype, mode)
-    vision = _vision_piece(model, config, pixel_size(checkpoint), mode)
-    return Pieces(
+    vision = _vision_component(model, config, pixel_size(checkpoint), mode)
+    return Components(
         model=model,
         vision=vision,
-        embed=embed_piece(model.get_input_embeddings(), config.text_config),
-        decoder=decoder_piece(model.model.language_model, model.lm_head, config.text_config, dtype),
+        embed=embed_component(model.get_input_embeddings(), config.text_config),
+        decoder=decoder_component(model.model.language_model, model.lm_head, config.text_config, dtype),
         num_tokens=int(vision.outputs[0].shape[1]),
         image_token_id=config.image_token_id,
         context_length=config.text_config.max_position_embeddings,
@@ -104,7 +104,7 @@ def pixel_size(checkpoint: Checkpoint) -> tuple[int, int]:
     return pixels.shape[1], pixels.shape[2]
 
 
-def _vision_piece(model: Any, config: Any, size: tuple[int, int], mode: FakeTensorMode) -> Piece:
+def _vision_component(model: Any, config: Any, size: tuple[int, int], mode: FakeTensorMode) -> Component:
     module = Vision(
         model.model.vision_tower,
         model.model.multi_modal_projector,
@@ -118,7 +118,7 @@ def _vision_piece(model: Any, config: Any, size: tuple[int, int], mode: FakeTens
     num_tokens, hidden_size = tower_output(module, size, mode)
     pixels = TensorSpec("pixel_values", "float32", ("batch_size", 3, *size))
     features = TensorSpec("image_features", "float32", ("batch_size", num_tokens, hidden_size))
-    return Piece("vision_encoder", module, (pixels,), (features,), samples, _reference, module.blocks)
+    return Component("vision_encoder", module, (pixels,), (features,), samples, _reference, module.blocks)
 
 
 def _reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from resprune.exporter.attention import register_attention
-from resprune.exporter.checkpoint import Checkpoint, config_faults, parse_config
+from resprune.exporter.checkpoint.checkpoint import Checkpoint, config_faults, parse_config
+from resprune.exporter.checkpoint.side_files import image_processor_config
+from resprune.exporter.checkpoint.weightless import build
+from resprune.exporter.components import Component, Components, Sizes
 from resprune.exporter.families.llava import Vision, check_tower, tower_output
-from resprune.exporter.language import check_language, decoder_piece, embed_piece
-from resprune.exporter.pieces import Piece, Pieces, Sizes
-from resprune.exporter.precision import lower
-from resprune.exporter.sidefiles import image_processor_config
-from resprune.exporter.weightless import build
-from resprune.runtime.anyres import AnyResolution
+from resprune.exporter.language import check_language, decoder_component, embed_component
+from resprune.exporter.trace.attention import register_attention
+from resprune.exporter.trace.precision import lower
+from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.manifest import TensorSpec
+from resprune.runtime.families.llava_next import AnyResolution
 
 
 class _PackedVision(nn.Module):
@@ -46,8 +46,8 @@ class _PackedVision(nn.Module):
         return (nn.functional.embedding(indices, table),)
 
 
-def take_apart(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode) -> Pieces:
-    """The three pieces of a LLaVA-NeXT checkpoint, weightless; `ResPruneError` for a config they cannot carry."""
+def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode) -> Components:
+    """The three components of a LLaVA-NeXT checkpoint, weightless; `ResPruneError` for a config they cannot carry."""
     config = parse_config(LlavaNextConfig, checkpoint)
     check_language(config.text_config)
     check_tower(config.vision_config)
@@ -56,11 +56,11 @@ def take_apart(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode)
     with config_faults(checkpoint):
         model: Any = build(LlavaNextForConditionalGeneration, config, mode)
     lower(model, dtype, mode)
-    return Pieces(
+    return Components(
         model=model,
-        vision=_vision_piece(model, config, anyres, mode),
-        embed=embed_piece(model.get_input_embeddings(), config.text_config),
-        decoder=decoder_piece(model.model.language_model, model.lm_head, config.text_config, dtype),
+        vision=_vision_component(model, config, anyres, mode),
+        embed=embed_component(model.get_input_embeddings(), config.text_config),
+        decoder=decoder_component(model.model.language_model, model.lm_head, config.text_config, dtype),
         num_tokens=None,
         max_tokens=anyres.max_tokens,
         padding="pack_indices",
@@ -88,7 +88,7 @@ def _any_resolution(checkpoint: Checkpoint, config: Any) -> AnyResolution:
     return anyres
 
 
-def _vision_piece(model: Any, config: Any, anyres: AnyResolution, mode: FakeTensorMode) -> Piece:
+def _vision_component(model: Any, config: Any, anyres: AnyResolution, mode: FakeTensorMode) -> Component:
     tiles = Vision(
         model.model.vision_tower,
         model.model.multi_modal_projector,
@@ -124,7 +124,7 @@ def _vision_piece(model: Any, config: Any, anyres: AnyResolution, mode: FakeTens
     )
     features = TensorSpec("image_features", "float32", ("batch_size", "num_tokens", hidden_size))
     module = _PackedVision(tiles, model.model.image_newline)
-    return Piece("vision_encoder", module, inputs, (features,), samples, reference, tiles.blocks)
+    return Component("vision_encoder", module, inputs, (features,), samples, reference, tiles.blocks)
 
 
 def _sample_sizes(anyres: AnyResolution, count: int) -> list[tuple[int, int]]:

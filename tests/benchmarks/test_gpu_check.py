@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu_check, gpu_kernels
-from resprune.runtime.cuda import Gpu
+from resprune.runtime.backends.cuda import Gpu
 from tests.runtime.gpu_stand_in import FLAVOUR, Cuda, TensorRT, with_engines
 
 ROOT = Path(__file__).parent.parent.parent
@@ -103,9 +103,9 @@ def test_the_engines_part_compares_answers(
     root = Path(shutil.copytree(demo_bundle, tmp_path / "demo"))
     cuda = Cuda()
     trt = TensorRT(cuda)
-    monkeypatch.setattr("resprune.runtime.cuda._runtime", lambda: cuda)
-    monkeypatch.setattr("resprune.runtime.tensorrt.tensorrt_module", lambda flavour: trt)
-    monkeypatch.setattr("resprune.exporter.engines.build", lambda root, flavour: with_engines(root))
+    monkeypatch.setattr("resprune.runtime.backends.cuda._runtime", lambda: cuda)
+    monkeypatch.setattr("resprune.runtime.backends.tensorrt.tensorrt_module", lambda flavour: trt)
+    monkeypatch.setattr("resprune.exporter.tensorrt.engines.build", lambda root, flavour: with_engines(root))
     figures = gpu_check.engines(root, FLAVOUR)
     assert figures["questions answered alike"] >= 5
     assert figures["first token, milliseconds"].keys() == {"GPU", "CPU"}

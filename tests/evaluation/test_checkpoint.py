@@ -141,7 +141,7 @@ def test_too_little_memory_is_one_sentence(tiny_checkpoint, monkeypatch, place, 
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
 
     if place == "select":
-        monkeypatch.setattr("resprune.exporter.reference.residual_select", full)
+        monkeypatch.setattr("resprune.exporter.verify.reference.residual_select", full)
     else:
         *path, name = place.split(".")
         monkeypatch.setattr(reduce(getattr, path, model._stages.encode.__self__._model), name, full)

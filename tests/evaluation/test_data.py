@@ -11,7 +11,7 @@ from demo import questions as demo_questions
 from demo import scenes
 from resprune.evaluation.data import DataSet, Question, load_data, read_jsonl
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.image import load_image
+from resprune.runtime.families.image import load_image
 
 
 def test_jsonl_is_read_in_the_order_of_its_pictures(questions):

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
-from resprune.runtime.bundle import describe_files
+from resprune.runtime.bundle.files import describe_files
 from resprune.runtime.cli import main
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval: make setup")

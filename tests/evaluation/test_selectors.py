@@ -8,7 +8,7 @@ import torch
 
 from resprune.evaluation import selectors
 from resprune.evaluation.selectors import CONTROLS, Candidates, greedy_map, resprune, stands_for, unit
-from resprune.exporter.reference import kept_counts, residual_select, text_gain
+from resprune.exporter.verify.reference import kept_counts, residual_select, text_gain
 from tests.vectors import CASES
 
 WHOLE = [case for case in CASES if case.arrays["token_mask"].all()]

@@ -18,8 +18,8 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from resprune.exporter.reference import kept_counts, residual_select, text_gain
-from resprune.runtime.bundle import read_bundle, write_manifest
+from resprune.exporter.verify.reference import kept_counts, residual_select, text_gain
+from resprune.runtime.bundle.files import read_bundle, write_manifest
 
 Picture = NDArray[np.uint8]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from resprune.exporter.reference import residual_select, text_gain
+from resprune.exporter.verify.reference import residual_select, text_gain
 from tests.exporter.hugging_face import Expected, Picture, counted, weighed
 
 MODELS = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen2_vl": Qwen2VLForConditionalGeneration}

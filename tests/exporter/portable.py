@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import onnx
 from onnx import NodeProto
 
-from resprune.runtime.bundle import Bundle
+from resprune.runtime.bundle.files import Bundle
 
 PORTABLE = {"", "resprune"}
 """ONNX's own operators, and functions made of them that a graph brings along."""

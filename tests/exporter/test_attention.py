@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from resprune.exporter.attention import grouped_attention
+from resprune.exporter.trace.attention import grouped_attention
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])

@@ -10,11 +10,11 @@ import pytest
 from huggingface_hub import errors
 from huggingface_hub.utils import httpx
 
-from resprune.exporter import checkpoint
-from resprune.exporter.checkpoint import ALIASES, resolve
+from resprune.exporter.checkpoint import checkpoint
+from resprune.exporter.checkpoint.checkpoint import ALIASES, resolve
 from resprune.exporter.export import Options, export
 from resprune.exporter.families import family_of
-from resprune.runtime.bundle import read_bundle
+from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.errors import ResPruneError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from resprune.exporter import writer as writer_module
+from resprune.exporter.trace import writer as writer_module
 from resprune.runtime.cli import main
 
 

@@ -15,16 +15,16 @@ from typing import Any
 import onnx
 import pytest
 
-from resprune.exporter import engines
-from resprune.exporter.engines import build
-from resprune.exporter.profiles import Limits, profiles
+from resprune.exporter.tensorrt import engines
+from resprune.exporter.tensorrt.engines import build
+from resprune.exporter.tensorrt.profiles import Limits, profiles
 from resprune.graphs import token_select_model
-from resprune.runtime.bundle import Bundle, describe_file, read_bundle, write_manifest
+from resprune.runtime.bundle.files import Bundle, describe_file, read_bundle, write_manifest
+from resprune.runtime.bundle.manifest import MANIFEST_NAME, Manifest
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.families import family_of
-from resprune.runtime.manifest import MANIFEST_NAME, Manifest
-from resprune.runtime.qwen_vision import Grid, windows
+from resprune.runtime.families.qwen2_vl import Grid, windows
+from resprune.runtime.families.table import family_of
 
 pytest.importorskip("tensorrt_rtx")
 SET = "tensorrt-rtx-sm_86"

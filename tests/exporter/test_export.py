@@ -18,14 +18,14 @@ import pytest
 
 from resprune.exporter import export as export_module
 from resprune.exporter import language
-from resprune.exporter import writer as writer_module
 from resprune.exporter.export import Options, export
 from resprune.exporter.language import _Decoder as Decoder
-from resprune.exporter.verify import Difference, ParityError
+from resprune.exporter.trace import writer as writer_module
+from resprune.exporter.verify.verifier import Difference, ParityError
 from resprune.graphs import functions, selection
-from resprune.runtime.bundle import read_bundle
+from resprune.runtime.bundle.files import read_bundle
+from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.manifest import TensorSpec
 
 Checkpoint = Callable[[str], Path]
 
@@ -148,7 +148,7 @@ def test_another_package_of_onnx_runtime_may_be_installed(monkeypatch):
 
 def test_stage_lines(tiny_checkpoint, tmp_path, monkeypatch):
     """And of a decoder that cannot be held in memory it is said which layers were compared."""
-    monkeypatch.setattr("resprune.exporter.verify.available_memory", lambda: 0)
+    monkeypatch.setattr("resprune.exporter.verify.verifier.available_memory", lambda: 0)
     lines: list[str] = []
     options = Options(k=5, body="unrolled", form="linear", positions="original")
     export(str(tiny_checkpoint("clip-llama")), tmp_path / "out", options, lines.append)

@@ -8,10 +8,10 @@ import onnx
 import pytest
 
 from resprune.exporter.export import Options, export
-from resprune.runtime import language_model
-from resprune.runtime.bundle import read_bundle
+from resprune.runtime.backends import onnxruntime as language_model
+from resprune.runtime.bundle.files import read_bundle
+from resprune.runtime.bundle.inspection import describe
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.inspection import describe
 from resprune.runtime.pipeline import Pipeline
 from tests.exporter import test_parity_qwen
 from tests.exporter.hugging_face_qwen import HuggingFaceQwen

@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from resprune.runtime.bundle import read_bundle
+from resprune.runtime.bundle.files import read_bundle
 
 
 @pytest.mark.parametrize("optimize", [None, "ort"])

@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from resprune.exporter import language_checkpoint as module
-from resprune.exporter.checkpoint import Checkpoint, resolve
+from resprune.exporter.checkpoint import language_checkpoint as module
+from resprune.exporter.checkpoint.checkpoint import Checkpoint, resolve
+from resprune.exporter.checkpoint.language_checkpoint import LanguageCheckpoint, language_checkpoint
+from resprune.exporter.checkpoint.shards import open_weights
+from resprune.exporter.checkpoint.weightless import fake_mode
 from resprune.exporter.export import Options, export
 from resprune.exporter.families import family_of
-from resprune.exporter.language_checkpoint import LanguageCheckpoint, language_checkpoint
-from resprune.exporter.shards import open_weights
-from resprune.exporter.weightless import fake_mode
-from resprune.exporter.weights import find_weights
-from resprune.runtime.bundle import read_bundle
+from resprune.exporter.trace.weights import find_weights
+from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from tests.tiny_qwen import VARIANTS, write_checkpoint
@@ -35,8 +35,8 @@ LLAVAS = (
 
 
 def planned(checkpoint: Checkpoint) -> LanguageCheckpoint:
-    pieces = family_of(checkpoint).take_apart(checkpoint, torch.float32, fake_mode())
-    return language_checkpoint(pieces.model, find_weights(checkpoint, pieces.model))
+    components = family_of(checkpoint).split_model(checkpoint, torch.float32, fake_mode())
+    return language_checkpoint(components.model, find_weights(checkpoint, components.model))
 
 
 @pytest.mark.parametrize("variant", LLAVAS)

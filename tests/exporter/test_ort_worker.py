@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from resprune.exporter.ort_worker import OrtWorker
+from resprune.exporter.verify.ort_worker import OrtWorker
 from resprune.runtime.errors import ResPruneError
 
 
@@ -63,7 +63,7 @@ def test_an_answer_that_is_cut_off_is_a_death_too(doubling, monkeypatch):
 CTRL_C = """
 import os, signal, sys
 import numpy as np
-from resprune.exporter.ort_worker import OrtWorker
+from resprune.exporter.verify.ort_worker import OrtWorker
 signal.signal(signal.SIGINT, lambda *_: None)  # and not SIG_IGN, which a child would inherit
 with OrtWorker() as worker:
     os.killpg(0, signal.SIGINT)  # while it imports
@@ -83,7 +83,7 @@ def test_ctrl_c_is_not_for_it(doubling):
 
 KILLED = """
 import os, pickle, signal, sys
-from resprune.exporter.ort_worker import OrtWorker
+from resprune.exporter.verify.ort_worker import OrtWorker
 with OrtWorker() as worker:
     if sys.argv[1] == "waited for":
         pickle.dump(("run", "missing.onnx", {}), worker._process.stdin)
@@ -100,6 +100,8 @@ def test_it_ends_without_a_word_when_the_exporter_is_killed(answer):
 
 
 def test_it_is_light():
-    code = "import sys, resprune.exporter.ort_worker; print({'torch', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, resprune.exporter.verify.ort_worker; print({'torch', 'transformers'} & set(sys.modules))"
+    )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told == "set()\n"

@@ -12,13 +12,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from resprune.exporter.packed import pack
-from resprune.exporter.quantize import int4_blocks, int8_scales, quantize
-from resprune.exporter.shards import StoredTensor
-from resprune.exporter.trace import Traced, Weight, unwritten
-from resprune.exporter.verify_weights import Comparison
-from resprune.exporter.weights import write_graph, write_weights
-from resprune.runtime.bundle import read_bundle
+from resprune.exporter.checkpoint.shards import StoredTensor
+from resprune.exporter.trace.packed import pack
+from resprune.exporter.trace.quantize import int4_blocks, int8_scales, quantize
+from resprune.exporter.trace.tracer import Traced, Weight, unwritten
+from resprune.exporter.trace.weights import write_graph, write_weights
+from resprune.exporter.verify.weights import Comparison
+from resprune.runtime.bundle.files import read_bundle
 from tests.exporter.test_grouped_query import KEPT
 
 K = 70  # of q4 two blocks of 32 and a part of one
@@ -95,7 +95,7 @@ def numbers(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_one_product_where_there_were_three(dtype, stored, tmp_path, monkeypatch):
     """Written a few columns at a time; cast once where half was cast thrice; the others stay as they were."""
-    monkeypatch.setattr("resprune.exporter.weights.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("resprune.exporter.trace.weights.CHUNK_BYTES", 1000)
     plain, packed = tmp_path / "plain" / "graph.onnx", tmp_path / "packed" / "graph.onnx"
     assert written(traced(dtype), plain, stored) == ([], 5)
     assert written(pack(traced(dtype)), packed, stored) == ([], 3)
@@ -113,7 +113,7 @@ def test_one_product_where_there_were_three(dtype, stored, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("form", ["int8", "q4"])
 def test_what_is_quantized_is_the_same_to_the_bit(form, stored, tmp_path, monkeypatch):
-    monkeypatch.setattr("resprune.exporter.quantize.CHUNK_BYTES", 4000)
+    monkeypatch.setattr("resprune.exporter.trace.quantize.CHUNK_BYTES", 4000)
     plain, packed = tmp_path / "plain" / "graph.onnx", tmp_path / "packed" / "graph.onnx"
     assert written(quantize(traced(), form), plain, stored)[0] == []
     assert written(quantize(pack(traced()), form), packed, stored) == ([], 6)

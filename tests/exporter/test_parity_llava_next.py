@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from resprune.exporter.export import Options, export
-from resprune.runtime.bundle import read_bundle, write_manifest
+from resprune.runtime.bundle.files import read_bundle, write_manifest
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from resprune.exporter import precision
+from resprune.exporter.checkpoint.weightless import fake_mode
 from resprune.exporter.export import Options, export
-from resprune.exporter.families import qwen2_5_vl
-from resprune.exporter.weightless import fake_mode
-from resprune.runtime.bundle import read_bundle
+from resprune.exporter.families import qwen2_vl as qwen2_5_vl
+from resprune.exporter.trace import precision
+from resprune.runtime.bundle.files import read_bundle
+from resprune.runtime.bundle.manifest import share_of
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.manifest import share_of
 from resprune.runtime.pipeline import Pipeline
 from tests.exporter.hugging_face import Picture
 from tests.exporter.hugging_face_qwen import HuggingFaceQwen
@@ -325,11 +325,11 @@ class LargestTensor(torch.overrides.TorchFunctionMode):
 def test_nothing_in_a_windowed_block_grows_with_the_square_of_the_patches(full_blocks, least, most):
     """15 and 27 rows of merged tokens: 1.8 times the patches, whose square a full block alone needs."""
     model = make_model(TinyQwen(full_blocks=full_blocks), 500, dict.fromkeys(SPECIAL, 1))
-    piece = qwen2_5_vl._vision_piece(model, model.config, torch.float32)
+    component = qwen2_5_vl._vision_component(model, model.config, torch.float32)
     sizes = []
     for rows in (12, 24):
-        inputs = piece.samples({"batch_size": rows}, torch.Generator())
+        inputs = component.samples({"batch_size": rows}, torch.Generator())
         with torch.no_grad(), LargestTensor() as watch:
-            piece.module(*inputs)
+            component.module(*inputs)
         sizes.append(watch.size)
     assert least < sizes[1] / sizes[0] < most

@@ -11,12 +11,12 @@ from typing import Any
 import onnx
 import pytest
 
-from resprune.exporter import engines, plugin
-from resprune.exporter.engines import build
-from resprune.exporter.plugin import plugin_versions, with_plugin
+from resprune.exporter.tensorrt import engines, plugin
+from resprune.exporter.tensorrt.engines import build
+from resprune.exporter.tensorrt.plugin import plugin_versions, with_plugin
 from resprune.graphs.kernels import tensorrt_plugin
-from resprune.runtime.bundle import read_bundle
-from resprune.runtime.cuda import Gpu
+from resprune.runtime.backends.cuda import Gpu
+from resprune.runtime.bundle.files import read_bundle
 
 GPU = Gpu("Stand-in", (8, 6), (13, 0), 84)
 

@@ -7,8 +7,8 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto
 
-from resprune.exporter.precision import precision_of
-from resprune.runtime.bundle import Bundle, read_bundle
+from resprune.exporter.trace.precision import precision_of
+from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from onnx import ModelProto, TensorProto, helper
 
-from resprune.exporter.quantize import int4_blocks, int8_scales, quantize, quantized_chunks
-from resprune.exporter.trace import Traced, Weight
-from resprune.exporter.weights import write_graph, write_weights
-from resprune.runtime.bundle import Bundle, read_bundle
+from resprune.exporter.trace.quantize import int4_blocks, int8_scales, quantize, quantized_chunks
+from resprune.exporter.trace.tracer import Traced, Weight
+from resprune.exporter.trace.weights import write_graph, write_weights
+from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.pipeline import Pipeline
 from tests.exporter.portable import PORTABLE, domains
 from tests.exporter.test_parity_llava import QUESTION, STEPS, picture

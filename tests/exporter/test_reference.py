@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resprune.exporter.reference import (
+from resprune.exporter.verify.reference import (
     counts_within_rounding,
     keep,
     kept_counts,
@@ -15,7 +15,7 @@ from resprune.exporter.reference import (
     text_gain,
 )
 from resprune.graphs import functions
-from resprune.runtime import manifest
+from resprune.runtime.bundle import manifest
 from tests.vectors import CASES
 
 

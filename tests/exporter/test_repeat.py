@@ -11,13 +11,13 @@ import onnxruntime
 import pytest
 import torch
 
-from resprune.exporter import repeat
-from resprune.exporter.checkpoint import resolve
+from resprune.exporter.checkpoint.checkpoint import resolve
+from resprune.exporter.checkpoint.weightless import fake_mode
 from resprune.exporter.families import family_of
-from resprune.exporter.trace import trace
-from resprune.exporter.verify import SIZES
-from resprune.exporter.weightless import fake_mode
-from resprune.exporter.weights import find_weights, write_graph, write_weights
+from resprune.exporter.trace import repeat
+from resprune.exporter.trace.tracer import trace
+from resprune.exporter.trace.weights import find_weights, write_graph, write_weights
+from resprune.exporter.verify.verifier import SIZES
 from tests import tiny, tiny_qwen
 
 ALTERNATING = {
@@ -45,18 +45,18 @@ PIECES = [
 def test_the_graph_is_that_of_tracing_everything(model, part, layers, kinds, tmp_path, monkeypatch):
     module, variant = MODELS[model]
     checkpoint, mode = resolve(str(module.write_checkpoint(tmp_path / "model", variant))), fake_mode()
-    pieces = family_of(checkpoint).take_apart(checkpoint, torch.float16, mode)
-    piece, stored = getattr(pieces, part), find_weights(checkpoint, pieces.model)
+    components = family_of(checkpoint).split_model(checkpoint, torch.float16, mode)
+    component, stored = getattr(components, part), find_weights(checkpoint, components.model)
     copied = set()
     copy = repeat._copied
     monkeypatch.setattr(
         repeat, "_copied", lambda node, values, index: copied.add(index) or copy(node, values, index)
     )
-    inputs = piece.samples(SIZES, torch.Generator().manual_seed(0))
-    feeds = {spec.name: tensor.numpy() for spec, tensor in zip(piece.inputs, inputs, strict=True)}
+    inputs = component.samples(SIZES, torch.Generator().manual_seed(0))
+    feeds = {spec.name: tensor.numpy() for spec, tensor in zip(component.inputs, inputs, strict=True)}
     graphs, outputs = [], []
     for name, once in (("whole", False), ("once", True)):
-        traced = trace(piece, pieces.model, mode, repeat=once)
+        traced = trace(component, components.model, mode, repeat=once)
         assert len(copied) == (layers - kinds if once else 0)
         write_graph(traced, tmp_path / f"{name}.onnx")
         write_weights(traced, tmp_path / f"{name}.onnx", stored)
@@ -66,7 +66,7 @@ def test_the_graph_is_that_of_tracing_everything(model, part, layers, kinds, tmp
     whole, once_traced = graphs
     assert once_traced.weights == whole.weights
     assert operators(once_traced.model) == operators(whole.model)
-    for spec, one, other in zip(piece.outputs, *outputs, strict=True):
+    for spec, one, other in zip(component.outputs, *outputs, strict=True):
         np.testing.assert_array_equal(one, other, err_msg=spec.name)
 
 
@@ -77,7 +77,7 @@ def operators(model: Any) -> Counter[str]:
 def test_the_second_of_two_kinds_in_turn_is_found_by_how_it_is_called(tmp_path: Path):
     module, variant = MODELS["Qwen2 with windows in every other layer"]
     checkpoint, mode = resolve(str(module.write_checkpoint(tmp_path, variant))), fake_mode()
-    decoder = family_of(checkpoint).take_apart(checkpoint, torch.float32, mode).decoder
+    decoder = family_of(checkpoint).split_model(checkpoint, torch.float32, mode).decoder
     with mode:
         inputs = [mode.from_tensor(tensor) for tensor in decoder.samples(SIZES, torch.Generator())]
         firsts = repeat.firsts_alike(decoder, inputs)
@@ -89,8 +89,8 @@ def test_the_second_of_two_kinds_in_turn_is_found_by_how_it_is_called(tmp_path: 
 
 def test_layers_that_differ_in_anything_but_weights_are_not_alike(tiny_checkpoint: Callable[[str], Path]):
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
-    pieces = family_of(checkpoint).take_apart(checkpoint, torch.float32, mode)
-    first, second = pieces.decoder.layers
+    components = family_of(checkpoint).split_model(checkpoint, torch.float32, mode)
+    first, second = components.decoder.layers
     assert repeat._signature(first) == repeat._signature(second)
     second.input_layernorm.variance_epsilon *= 2  # type: ignore[union-attr, operator]
     assert repeat._signature(first) != repeat._signature(second)

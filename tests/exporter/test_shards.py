@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from resprune.exporter.shards import HINT_BYTES, StoredTensor, open_weights, read_header, read_soon
+from resprune.exporter.checkpoint.shards import HINT_BYTES, StoredTensor, open_weights, read_header, read_soon
 from resprune.runtime.errors import ResPruneError
 
 
@@ -44,7 +44,7 @@ def test_a_header_of_odd_length_is_read(tmp_path):
 
 
 def test_what_fits_is_read_soon(tmp_path, monkeypatch):
-    """In pieces that Linux takes whole; nothing where the system takes no hints."""
+    """In components that Linux takes whole; nothing where the system takes no hints."""
     long, short = HINT_BYTES + 100, 300
     for name in ("one", "two"):
         (tmp_path / name).write_bytes(bytes(long + short))

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlavaProcessor
 
-from resprune.exporter.checkpoint import resolve
-from resprune.exporter.sidefiles import (
+from resprune.exporter.checkpoint.checkpoint import resolve
+from resprune.exporter.checkpoint.side_files import (
     COPIED,
     chat_template,
     check_side_files,
@@ -19,9 +19,9 @@ from resprune.exporter.sidefiles import (
     image_processor_config,
     read_tokenizer,
 )
-from resprune.runtime import template
-from resprune.runtime.bundle import Bundle, describe_files
+from resprune.runtime.bundle.files import Bundle, describe_files
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.prompt import template
 from tests.runtime.bundles import MANIFEST
 from tests.tiny import CHAT_TEMPLATE, VARIANTS
 

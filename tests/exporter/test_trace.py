@@ -7,22 +7,22 @@ from pathlib import Path
 import onnx
 import torch
 
-from resprune.exporter.checkpoint import resolve
+from resprune.exporter.checkpoint.checkpoint import resolve
+from resprune.exporter.checkpoint.weightless import fake_mode
 from resprune.exporter.families import family_of
-from resprune.exporter.trace import OPSET, trace
-from resprune.exporter.weightless import fake_mode
+from resprune.exporter.trace.tracer import OPSET, trace
 
 
 def test_the_decoder_graph_is_portable(tiny_checkpoint: Callable[[str], Path]):
     """Standard operators only, names and axes of the bundle's table, nothing of this machine."""
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
-    pieces = family_of(checkpoint).take_apart(checkpoint, torch.float16, mode)
-    model = trace(pieces.decoder, pieces.model, mode).model
+    components = family_of(checkpoint).split_model(checkpoint, torch.float16, mode)
+    model = trace(components.decoder, components.model, mode).model
     assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", OPSET)}
     assert {node.domain for node in model.graph.node} == {""}
     operators = Counter(node.op_type for node in model.graph.node)
     assert not operators.keys() & {"Loop", "If", "NonZero", "Reciprocal"}
-    assert operators["Div"] == operators["Sqrt"] == 2 * len(pieces.decoder.layers) + 1, "RMS norms"
+    assert operators["Div"] == operators["Sqrt"] == 2 * len(components.decoder.layers) + 1, "RMS norms"
     names = [value.name for value in model.graph.input]
     assert names[:5] == [
         "inputs_embeds",
@@ -47,8 +47,8 @@ def test_the_decoder_graph_is_portable(tiny_checkpoint: Callable[[str], Path]):
 def test_half_precision_is_for_products_alone(tiny_checkpoint: Callable[[str], Path]):
     """Every operator that takes float16 moves or multiplies it; softmax, norms and angles are float32."""
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
-    pieces = family_of(checkpoint).take_apart(checkpoint, torch.float16, mode)
-    model = onnx.shape_inference.infer_shapes(trace(pieces.vision, pieces.model, mode).model)
+    components = family_of(checkpoint).split_model(checkpoint, torch.float16, mode)
+    model = onnx.shape_inference.infer_shapes(trace(components.vision, components.model, mode).model)
     half = {value.name for value in model.graph.value_info if value.type.tensor_type.elem_type == 10}
     half |= {tensor.name for tensor in model.graph.initializer if tensor.data_type == 10}
     takers = {node.op_type for node in model.graph.node if half & set(node.input)}

@@ -8,20 +8,20 @@ import sys
 import pytest
 import torch
 
-from resprune.exporter import trace_ahead
-from resprune.exporter.checkpoint import resolve
+from resprune.exporter.checkpoint.checkpoint import resolve
+from resprune.exporter.checkpoint.weightless import fake_mode
+from resprune.exporter.components import Component
 from resprune.exporter.families import family_of
-from resprune.exporter.pieces import Piece
-from resprune.exporter.trace import trace
-from resprune.exporter.weightless import fake_mode
+from resprune.exporter.trace import ahead as trace_ahead
+from resprune.exporter.trace.tracer import trace
 from resprune.runtime.errors import ResPruneError
 
 
 @pytest.fixture
 def taken_apart(tiny_checkpoint):
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
-    pieces = family_of(checkpoint).take_apart(checkpoint, torch.float16, mode)
-    return [pieces.embed, pieces.vision, pieces.decoder], pieces.model, mode
+    components = family_of(checkpoint).split_model(checkpoint, torch.float16, mode)
+    return [components.embed, components.vision, components.decoder], components.model, mode
 
 
 @pytest.mark.parametrize(("platform", "count"), [("linux", 3), ("darwin", 1)])
@@ -31,7 +31,7 @@ def test_the_graphs_are_those_of_trace(platform, count, taken_apart, monkeypatch
     parts = parts[:count]
     with trace_ahead.traced_ahead(parts, whole, mode) as graphs:
         ahead = list(graphs)
-    wanted = [trace(piece, whole, mode) for piece in parts]
+    wanted = [trace(component, whole, mode) for component in parts]
     assert [traced.weights for traced in ahead] == [traced.weights for traced in wanted]
     texts = [
         [traced.model.SerializeToString(deterministic=True) for traced in some] for some in (ahead, wanted)
@@ -42,10 +42,10 @@ def test_the_graphs_are_those_of_trace(platform, count, taken_apart, monkeypatch
 def test_a_graph_that_cannot_be_traced_is_an_error_where_it_is_taken(taken_apart, monkeypatch):
     parts, whole, mode = taken_apart
 
-    def fail_at_the_second(piece: Piece, *arguments: object) -> object:
-        if piece is parts[1]:
+    def fail_at_the_second(component: Component, *arguments: object) -> object:
+        if component is parts[1]:
             raise LookupError("an operator that nobody knows")
-        return trace(piece, whole, mode)
+        return trace(component, whole, mode)
 
     monkeypatch.setattr(trace_ahead, "trace", fail_at_the_second)
     with trace_ahead.traced_ahead(parts, whole, mode) as graphs:

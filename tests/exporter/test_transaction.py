@@ -13,8 +13,8 @@ import pytest
 
 from resprune.exporter import transaction
 from resprune.exporter.transaction import new_directory, require_space
+from resprune.runtime.bundle.manifest import MANIFEST_NAME
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.manifest import MANIFEST_NAME
 
 
 def make(out: Path, text: str, *, force: bool = False) -> None:

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from resprune.exporter import verify
-from resprune.exporter.checkpoint import resolve
+from resprune.exporter.checkpoint.checkpoint import resolve
+from resprune.exporter.checkpoint.weightless import fake_mode
 from resprune.exporter.families import family_of
 from resprune.exporter.language import proportional
-from resprune.exporter.reference import keep, kept_counts
-from resprune.exporter.verify import SEEDS, Difference, ParityError, Verifier, require
-from resprune.exporter.weightless import fake_mode
-from resprune.exporter.weights import find_weights
-from resprune.runtime.manifest import Selection
+from resprune.exporter.trace.weights import find_weights
+from resprune.exporter.verify import verifier as verify
+from resprune.exporter.verify.reference import keep, kept_counts
+from resprune.exporter.verify.verifier import SEEDS, Difference, ParityError, Verifier, require
+from resprune.runtime.bundle.manifest import Selection
 
 
 def test_nan_is_a_miss():
@@ -34,14 +34,14 @@ def test_what_is_prepared_is_not_computed_again(
 ):
     """And what ONNX Runtime returns, here zeros, is compared with it all the same."""
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
-    pieces = family_of(checkpoint).take_apart(checkpoint, torch.float32, mode)
-    verifier = Verifier(pieces, find_weights(checkpoint, pieces.model), "fp32", "layers")
+    components = family_of(checkpoint).split_model(checkpoint, torch.float32, mode)
+    verifier = Verifier(components, find_weights(checkpoint, components.model), "fp32", "layers")
     selection = Selection(5, 16, 1.0, "minmax", "loop")
     verifier.prepare(selection)
     for name in ("residual_select", "reference_outputs", "blank"):
         monkeypatch.delattr(verify, name)
     zeros = dict.fromkeys(("pick_order", "kept_indices"), np.zeros((1, 5), np.int64))
-    zeros["image_features"] = np.zeros((1, 5, pieces.vision.outputs[0].shape[2]), np.float32)
+    zeros["image_features"] = np.zeros((1, 5, components.vision.outputs[0].shape[2]), np.float32)
     monkeypatch.setattr(verify, "SEEDS", SEEDS[:1])
     worker = SimpleNamespace(run=lambda graph, inputs: zeros)
     (features,), counted = verifier.compare_selection(worker, Path("vision_select.onnx"), selection)
@@ -57,8 +57,8 @@ def test_another_picture_is_tried_before_picks_and_counts_count_as_wrong(
 ):
     """The stand-in for ONNX Runtime reverses them in its first runs, as ties within rounding would."""
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
-    pieces = proportional(family_of(checkpoint).take_apart(checkpoint, torch.float32, mode))
-    verifier = Verifier(pieces, find_weights(checkpoint, pieces.model), "fp32")
+    components = proportional(family_of(checkpoint).split_model(checkpoint, torch.float32, mode))
+    verifier = Verifier(components, find_weights(checkpoint, components.model), "fp32")
     selection = Selection(5, 16, 1.0, "minmax", "loop")
     runs: list[Path] = []
 

@@ -10,10 +10,10 @@ from typing import Any
 import onnx
 import pytest
 
-from resprune.exporter import writer as writer_module
 from resprune.exporter.export import Options, export
-from resprune.exporter.verify_layers import chosen_layers, unlike_layers
-from resprune.runtime.bundle import read_bundle
+from resprune.exporter.trace import writer as writer_module
+from resprune.exporter.verify.layers import chosen_layers, unlike_layers
+from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from tests import tiny

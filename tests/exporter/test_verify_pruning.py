@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from resprune.exporter import verify_pruning
-from resprune.exporter.ort_worker import OrtWorker
-from resprune.exporter.verify_pruning import pruned_picks
+from resprune.exporter.verify import pruning as verify_pruning
+from resprune.exporter.verify.ort_worker import OrtWorker
+from resprune.exporter.verify.pruning import pruned_picks
 from resprune.graphs import token_select_model
-from resprune.runtime.manifest import Selection
+from resprune.runtime.bundle.manifest import Selection
 
 
 @pytest.mark.parametrize("form", ["linear", "quadratic"])

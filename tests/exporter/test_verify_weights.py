@@ -5,9 +5,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from resprune.exporter.quantize import int4_blocks, int8_scales
-from resprune.exporter.shards import StoredTensor
-from resprune.exporter.verify_weights import ROUNDED, Comparison
+from resprune.exporter.checkpoint.shards import StoredTensor
+from resprune.exporter.trace.quantize import int4_blocks, int8_scales
+from resprune.exporter.verify.weights import ROUNDED, Comparison
 
 
 def test_bits_are_compared_after_the_cast_whatever_they_are(tmp_path):

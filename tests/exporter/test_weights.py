@@ -12,16 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from resprune.exporter import weights as weights_module
-from resprune.exporter.checkpoint import resolve
+from resprune.exporter.checkpoint.checkpoint import resolve
+from resprune.exporter.checkpoint.shards import StoredTensor
+from resprune.exporter.checkpoint.weightless import fake_mode, fake_parameter
+from resprune.exporter.components import Component
 from resprune.exporter.families import family_of
-from resprune.exporter.pieces import Piece
-from resprune.exporter.precision import DTYPES
-from resprune.exporter.shards import StoredTensor
-from resprune.exporter.trace import Traced, trace
-from resprune.exporter.verify_weights import Comparison
-from resprune.exporter.weightless import fake_mode, fake_parameter
-from resprune.exporter.weights import (
+from resprune.exporter.trace import weights as weights_module
+from resprune.exporter.trace.precision import DTYPES
+from resprune.exporter.trace.tracer import Traced, trace
+from resprune.exporter.trace.weights import (
     OVERHEAD_BYTES,
     PAGE,
     SMALL,
@@ -31,9 +30,10 @@ from resprune.exporter.weights import (
     write_graph,
     write_weights,
 )
-from resprune.runtime.bundle import describe_files, read_bundle
+from resprune.exporter.verify.weights import Comparison
+from resprune.runtime.bundle.files import describe_files, read_bundle
+from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.manifest import TensorSpec
 
 WIDE = 160  # 160 × 160 float32 is above the size from which weights lie on pages
 
@@ -61,10 +61,15 @@ def traced() -> Traced:
                 setattr(module, name, fake_parameter(parameter.shape, torch.float32))
     spec = TensorSpec("x", "float32", ("batch_size", "sequence_length", WIDE))
     out = TensorSpec("y", "float32", ("batch_size", "sequence_length", 3))
-    piece = Piece(
-        "piece", whole, (spec,), (out,), lambda sizes, generator: (torch.randn(2, 3, WIDE),), lambda *_: ()
+    component = Component(
+        "component",
+        whole,
+        (spec,),
+        (out,),
+        lambda sizes, generator: (torch.randn(2, 3, WIDE),),
+        lambda *_: (),
     )
-    return trace(piece, whole, mode)
+    return trace(component, whole, mode)
 
 
 @pytest.fixture
@@ -97,7 +102,7 @@ def test_a_graph_without_weights(traced):
 
 
 def test_weights_are_cast_transposed_aligned_and_complete(traced, stored, tmp_path, monkeypatch):
-    monkeypatch.setattr("resprune.exporter.weights.CHUNK_BYTES", 1000)  # many chunks
+    monkeypatch.setattr("resprune.exporter.trace.weights.CHUNK_BYTES", 1000)  # many chunks
     folder = tmp_path / "out"
     folder.mkdir()
     path = folder / "graph.onnx"
@@ -156,17 +161,17 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
 @pytest.mark.parametrize(("change", "sentence"), CHANGES.values(), ids=CHANGES.keys())
 def test_weights_that_do_not_fit_are_named(change, sentence, tiny_checkpoint, tmp_path):
     checkpoint = resolve(str(rewrite(tiny_checkpoint("clip-llama"), change, tmp_path / "copy")))
-    pieces = family_of(checkpoint).take_apart(checkpoint, torch.float32, fake_mode())
+    components = family_of(checkpoint).split_model(checkpoint, torch.float32, fake_mode())
     with pytest.raises(ResPruneError, match=sentence):
-        find_weights(checkpoint, pieces.model)
+        find_weights(checkpoint, components.model)
 
 
 def test_every_age_of_weight_names_is_understood(tiny_checkpoint):
     """The list variant is stored under the names of transformers 4, with `vision_model` inside the tower's."""
     checkpoint = resolve(str(tiny_checkpoint("clip-list")))
     assert any(name.startswith("vision_tower.vision_model.") for name in checkpoint.weights)
-    pieces = family_of(checkpoint).take_apart(checkpoint, torch.float32, fake_mode())
-    stored = find_weights(checkpoint, pieces.model)
+    components = family_of(checkpoint).split_model(checkpoint, torch.float32, fake_mode())
+    stored = find_weights(checkpoint, components.model)
     assert stored["lm_head.weight"] == stored["model.language_model.embed_tokens.weight"], "tied"
 
 
@@ -186,8 +191,8 @@ def test_the_bytes_needed_are_at_least_those_written_and_not_many_more(
     variant, options, tiny_checkpoint, tiny_bundle
 ):
     checkpoint, dtype = resolve(str(tiny_checkpoint(variant))), options.get("dtype", "fp32")
-    pieces = family_of(checkpoint).take_apart(checkpoint, DTYPES[dtype], fake_mode())
-    needed = bytes_needed(pieces, dtype, split=options.get("split", False))
+    components = family_of(checkpoint).split_model(checkpoint, DTYPES[dtype], fake_mode())
+    needed = bytes_needed(components, dtype, split=options.get("split", False))
     bundle = read_bundle(tiny_bundle(variant, **options))
     graphs = [onnx.load(bundle.graph_path(name), load_external_data=False) for name in bundle.manifest.graphs]
     stored = [tensor for graph in graphs for tensor in weights_module._external(graph)]

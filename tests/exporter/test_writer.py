@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from resprune.exporter import writer
 from resprune.exporter.export import Options, export
-from resprune.exporter.verify import ParityError
-from resprune.exporter.writer import ahead
+from resprune.exporter.trace import writer
+from resprune.exporter.trace.writer import ahead
+from resprune.exporter.verify.verifier import ParityError
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
@@ -60,7 +60,7 @@ def test_an_export_that_fails_ends_while_the_next_graph_is_being_written(
         raise ParityError("it differs")
 
     monkeypatch.setattr(writer, "write_weights", slow)
-    monkeypatch.setattr("resprune.exporter.verify.Verifier.compare_selection", differs)
+    monkeypatch.setattr("resprune.exporter.verify.verifier.Verifier.compare_selection", differs)
     with pytest.raises(ParityError, match="it differs"):
         export(str(tiny_checkpoint("clip-llama")), tmp_path / "out", Options(k=3))
     assert ended == ["the export has ended while decoder_model_merged.onnx was being written"]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.inliner import inline_local_functions
 
-from resprune.exporter.reference import picks_within_rounding, residual_select
+from resprune.exporter.verify.reference import picks_within_rounding, residual_select
 from resprune.graphs import choose_form, token_select_model
 from resprune.graphs.functions import GRAM_BYTES, SEGMENT
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from resprune.exporter.reference import keep, kept_counts, residual_select, text_gain
+from resprune.exporter.verify.reference import keep, kept_counts, residual_select, text_gain
 from resprune.graphs import attach_selection, token_select_model
 from tests.vectors import CASES
 

@@ -4,9 +4,8 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from resprune.runtime.bundle import Bundle
-from resprune.runtime.errors import ResPruneError
-from resprune.runtime.manifest import (
+from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.bundle.manifest import (
     EngineSet,
     EngineSpec,
     FileSpec,
@@ -15,6 +14,7 @@ from resprune.runtime.manifest import (
     Selection,
     TensorSpec,
 )
+from resprune.runtime.errors import ResPruneError
 
 MANIFEST = Manifest(
     format_version=1,

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from resprune.exporter.profiles import Limits, profiles
-from resprune.runtime.bundle import Bundle, describe_file, read_bundle, write_manifest
-from resprune.runtime.engines import graph_sources, set_name, target_name
-from resprune.runtime.manifest import EngineSet, EngineSpec
-from resprune.runtime.session import SessionOptions, open_session
+from resprune.exporter.tensorrt.profiles import Limits, profiles
+from resprune.runtime.backends.engines import graph_sources, set_name, target_name
+from resprune.runtime.backends.session import SessionOptions, open_session
+from resprune.runtime.bundle.files import Bundle, describe_file, read_bundle, write_manifest
+from resprune.runtime.bundle.manifest import EngineSet, EngineSpec
 
 FLAVOUR, VERSION = "tensorrt-rtx", "0.0.stand-in"
 GUARD = 64
@@ -46,7 +46,7 @@ class Properties:
 
 @dataclass
 class Cuda:
-    """`cuda.bindings.runtime`, as far as runtime/cuda.py calls it."""
+    """`cuda.bindings.runtime`, as far as runtime/backends/cuda.py calls it."""
 
     limit: int = 1 << 30
     gpus: int = 1

@@ -11,8 +11,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
-from resprune.runtime.anyres import PINPOINTS, AnyResolution
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.llava_next import PINPOINTS, AnyResolution
 from tests.runtime.test_image import noise
 
 TILE, PATCH = 42, 7

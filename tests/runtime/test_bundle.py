@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from resprune.runtime.bundle import MAX_MANIFEST_BYTES, describe_files, read_bundle, write_manifest
+from resprune.runtime.bundle.files import MAX_MANIFEST_BYTES, describe_files, read_bundle, write_manifest
+from resprune.runtime.bundle.manifest import MANIFEST_NAME
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.manifest import MANIFEST_NAME
 from tests.runtime.bundles import MANIFEST, one_sentence
 
 

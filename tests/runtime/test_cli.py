@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from resprune.runtime import Pipeline
+from resprune import Pipeline
 from resprune.runtime.cli import main
 
 QUESTION = "what colour is the square?"

@@ -17,7 +17,7 @@ assert main(["ask", {bundle!r}, {photo!r}, "what colour is the square?", "--max-
 """
 LOOP = """
 import gc, psutil
-from resprune.runtime import Pipeline
+from resprune import Pipeline
 
 vlm, process, seen = Pipeline.load({bundle!r}), psutil.Process(), []
 view = vlm.look({photo!r})

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resprune.runtime import Pipeline
-from resprune.runtime.bundle import Bundle
+from resprune import Pipeline
+from resprune.runtime.backends.backend import Generator, Piece, Request, onnxruntime_generator
+from resprune.runtime.backends.onnxruntime import Embedding
+from resprune.runtime.backends.session import SessionOptions
+from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.generate import Sampling
-from resprune.runtime.generator import Generator, Piece, Request, onnxruntime_generator
-from resprune.runtime.language_model import Embedding
-from resprune.runtime.session import SessionOptions
 from tests.runtime.test_pipeline import QUESTION, picture
 
 

@@ -18,7 +18,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.image import DEFAULTS, ImageProcessor, load_image
+from resprune.runtime.families.image import DEFAULTS, ImageProcessor, load_image
 
 HUGGING_FACE = {
     "CLIPImageProcessor": CLIPImageProcessorPil,

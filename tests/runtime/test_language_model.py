@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resprune.runtime.bundle import Bundle, read_bundle
+from resprune.runtime.backends.onnxruntime import Embedding, OrtLanguageModel
+from resprune.runtime.backends.session import OrtGraphs, SessionOptions
+from resprune.runtime.bundle.files import Bundle, read_bundle
+from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.language_model import Embedding, OrtLanguageModel
-from resprune.runtime.manifest import TensorSpec
-from resprune.runtime.session import OrtGraphs, SessionOptions
 
 OPTIONS = SessionOptions(threads=1)
 IDS = np.array([[1, 300, 301, 302, 303, 304, 305]])

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resprune.runtime.errors import ResPruneError
-from resprune.runtime.manifest import (
+from resprune.runtime.bundle.manifest import (
     MANIFEST_NAME,
     FileSpec,
     GraphSpec,
@@ -16,6 +15,7 @@ from resprune.runtime.manifest import (
     TensorSpec,
     share_of,
 )
+from resprune.runtime.errors import ResPruneError
 from tests.runtime.bundles import MANIFEST, one_sentence
 
 GRAPH = MANIFEST.graphs["vision_select"]

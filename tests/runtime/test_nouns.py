@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.nouns import question_terms
+from resprune.runtime.prompt.nouns import question_terms
 
 QUESTIONS = json.loads((Path(__file__).parent / "nouns.json").read_text())
 
@@ -96,7 +96,7 @@ def test_about_refuses_what_the_question_does_not_have(word: str) -> None:
 def test_the_tagger_is_loaded_when_it_is_needed_and_never_from_the_current_directory(tmp_path: Path) -> None:
     (tmp_path / "morphmodel_en.pgz").write_bytes(b"not the model")
     code = (
-        "import sys; from resprune.runtime.nouns import question_terms as terms\n"
+        "import sys; from resprune.runtime.prompt.nouns import question_terms as terms\n"
         "terms('what?', ['what']); assert 'HanTa' not in sys.modules\n"
         "assert terms('Is a cat there?') == [(5, 8)]"
     )

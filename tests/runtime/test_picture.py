@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from transformers import CLIPVisionConfig, Dinov2Config, LlavaConfig, SiglipVisionConfig
 
-from resprune.runtime.bundle import Bundle
+from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.families import FAMILIES, family_of
-from resprune.runtime.picture import LLAVA_TOWER, TOWER_DEFAULTS, FixedGrid, tower_size
+from resprune.runtime.families.picture import LLAVA_TOWER, TOWER_DEFAULTS, FixedGrid, tower_size
+from resprune.runtime.families.table import FAMILIES, family_of
 from tests.runtime.bundles import bundle_of_files
 
 PROCESSOR = {

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resprune.runtime import Pipeline, ResPruneError
+from resprune import Pipeline, ResPruneError
 from resprune.runtime.answer import Answer
-from resprune.runtime.bundle import read_bundle, write_manifest
-from resprune.runtime.prompt import Turn
+from resprune.runtime.bundle.files import read_bundle, write_manifest
+from resprune.runtime.prompt.prompter import Turn
 from tests.exporter.hugging_face import HuggingFace
 
 QUESTION = "what colour is the square on the table?"

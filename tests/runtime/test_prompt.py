@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.prompt import Prompter, Turn
-from resprune.runtime.template import DEFAULT_TEMPLATE
+from resprune.runtime.prompt.prompter import Prompter, Turn
+from resprune.runtime.prompt.template import DEFAULT_TEMPLATE
 from tests.runtime.bundles import bundle_of_files
 from tests.runtime.test_template import LLAVA_15
 from tests.runtime.tokenizers_made import KINDS

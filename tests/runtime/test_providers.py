@@ -9,11 +9,12 @@ from typing import Any
 import onnxruntime as ort
 import pytest
 
-from resprune.runtime import Pipeline, ResPruneError, providers
-from resprune.runtime.bundle import Bundle, read_bundle
+from resprune import Pipeline, ResPruneError
+from resprune.runtime.backends import providers
+from resprune.runtime.backends.providers import PROVIDERS, cache_device, new_session
+from resprune.runtime.backends.session import SessionOptions, open_session
+from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.cli import main
-from resprune.runtime.providers import PROVIDERS, cache_device, new_session
-from resprune.runtime.session import SessionOptions, open_session
 from tests.runtime.test_pipeline import QUESTION, picture
 
 

@@ -11,7 +11,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.qwen_vision import (
+from resprune.runtime.families.qwen2_vl import (
     DynamicResolution,
     Grid,
     patch_positions,

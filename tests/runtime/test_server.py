@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from resprune.runtime import Pipeline, ResPruneError
+from resprune import Pipeline, ResPruneError
+from resprune.runtime.backends.servers import APIS, KEY_VARIABLE, server
 from resprune.runtime.cli import SERVER_FORMATS, main
-from resprune.runtime.server import APIS, KEY_VARIABLE, server
-from resprune.runtime.splice import Floats
+from resprune.runtime.prompt.splice import Floats
 from tests.runtime.test_pipeline import QUESTION, picture, with_manifest
 from tests.runtime.wire import Fault, Model, Wire
 
@@ -64,7 +64,7 @@ def test_the_demo_answers_over_the_wire_as_it_does_here(
 def test_the_local_decoder_is_not_opened(
     demo_bundle: Path, demo_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from resprune.runtime import generator
+    from resprune.runtime.backends import backend as generator
 
     def opened(*_: object) -> None:
         raise AssertionError("the decoder was opened")
@@ -229,7 +229,7 @@ def test_a_fault_of_the_server_is_one_sentence(bundle: Path, tiny_model: Model, 
 def test_connecting_is_tried_again(bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     import http.client
 
-    from resprune.runtime import http_client
+    from resprune.runtime.backends import http_client
 
     pauses: list[float] = []
     monkeypatch.setattr(http_client, "sleep", pauses.append)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resprune.runtime.image import Box, ImageProcessor
+from resprune.runtime.families.image import Box, ImageProcessor
 from resprune.runtime.show import MAX_PIXELS, TAG, VEIL, draw_kept
 
 

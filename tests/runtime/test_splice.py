@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.splice import KeptTokens, Picks, cut_picks, splice
+from resprune.runtime.prompt.splice import KeptTokens, Picks, cut_picks, splice
 
 IMAGE = 7
 

@@ -5,9 +5,9 @@ import json
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from resprune.runtime.bundle import Bundle
+from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.template import (
+from resprune.runtime.prompt.template import (
     DEFAULT_TEMPLATE,
     assistant_message,
     chat_template,

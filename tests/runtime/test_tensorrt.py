@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from resprune.exporter.engines import build
-from resprune.exporter.profiles import Limits
-from resprune.runtime import Pipeline, ResPruneError
-from resprune.runtime.bundle import read_bundle
+from resprune import Pipeline, ResPruneError
+from resprune.exporter.tensorrt.engines import build
+from resprune.exporter.tensorrt.profiles import Limits
+from resprune.runtime.backends.cuda import Buffer, gpu_at_hand
+from resprune.runtime.backends.engines import choose_engines, installed_flavours
+from resprune.runtime.backends.onnxruntime import Embedding, OrtLanguageModel
+from resprune.runtime.backends.session import OrtGraphs, SessionOptions
+from resprune.runtime.backends.tensorrt import Engines, TensorRTLanguageModel, num_bytes
+from resprune.runtime.bundle.files import read_bundle
+from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.cli import main
-from resprune.runtime.cuda import Buffer, gpu_at_hand
-from resprune.runtime.engines import choose_engines, installed_flavours
-from resprune.runtime.language_model import Embedding, OrtLanguageModel
-from resprune.runtime.manifest import TensorSpec
-from resprune.runtime.session import OrtGraphs, SessionOptions
-from resprune.runtime.tensorrt import Engines, TensorRTLanguageModel, num_bytes
 from tests.runtime import gpu_stand_in
 from tests.runtime.gpu_stand_in import FLAVOUR, VERSION, Cuda, TensorRT, with_engines
 from tests.runtime.test_pipeline import QUESTION, picture
@@ -82,8 +82,8 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 def stand_in_for(monkeypatch: pytest.MonkeyPatch) -> Place:
     cuda = Cuda()
     trt = TensorRT(cuda)
-    monkeypatch.setattr("resprune.runtime.cuda._runtime", lambda: cuda)
-    monkeypatch.setattr("resprune.runtime.tensorrt.tensorrt_module", lambda flavour: trt)
+    monkeypatch.setattr("resprune.runtime.backends.cuda._runtime", lambda: cuda)
+    monkeypatch.setattr("resprune.runtime.backends.tensorrt.tensorrt_module", lambda flavour: trt)
     return Place(FLAVOUR, with_engines, 1e-5, cuda, trt)
 
 
@@ -277,7 +277,7 @@ def test_without_tensorrt_or_gpu_it_says_what_is_missing(
 
 
 def test_without_a_gpu_it_says_so(bundles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resprune.runtime.cuda._runtime", lambda: Cuda(gpus=0))
+    monkeypatch.setattr("resprune.runtime.backends.cuda._runtime", lambda: Cuda(gpus=0))
     with pytest.raises(ResPruneError, match="no GPU that CUDA can use here"):
         Pipeline.load(bundles("clip-llama"), engines="tensorrt-rtx")
 

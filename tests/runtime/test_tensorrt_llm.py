@@ -12,10 +12,10 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from resprune.runtime import Pipeline, ResPruneError
-from resprune.runtime.bundle import Bundle
-from resprune.runtime.generator import GeneratorFactory
-from resprune.runtime.tensorrt_llm import PyTorchGenerator, Rotary, engine_backend, pytorch_backend
+from resprune import Pipeline, ResPruneError
+from resprune.runtime.backends.backend import GeneratorFactory
+from resprune.runtime.backends.tensorrt_llm import PyTorchGenerator, Rotary, engine_backend, pytorch_backend
+from resprune.runtime.bundle.files import Bundle
 from tests.runtime.bundles import bundle_of_files
 from tests.runtime.fake_tensorrt_llm import install
 from tests.runtime.test_pipeline import QUESTION, picture, with_manifest

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from resprune.runtime.torch_save import torch_save
+from resprune.runtime.backends.torch_save import torch_save
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from resprune.runtime.whole import write_whole
+from resprune.runtime.bundle.whole import write_whole
 
 
 def test_it_takes_the_place_of_what_was_there(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resprune.exporter.reference import residual_select, text_gain
+from resprune.exporter.verify.reference import residual_select, text_gain
 from tests.graphs.kernels.interpreted import SMALL, alone, arguments, step_by_step, together
 from tests.vectors import CASES
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from resprune.exporter.reference import residual_select as reference
+from resprune.exporter.verify.reference import residual_select as reference
 from resprune.graphs.kernels.selection import (
     MAX_PROGRAMS,
     MAX_TOKENS,

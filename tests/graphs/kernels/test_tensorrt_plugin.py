@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 
-from resprune.exporter.reference import residual_select
+from resprune.exporter.verify.reference import residual_select
 from resprune.graphs import token_select_model
 from resprune.graphs.kernels.compiled import SHARED_MEMORY
 from resprune.graphs.kernels.selection import scratch_words

@@ -1,0 +1,58 @@
+"""What a family hands to the exporter: three traced components of one model, and the facts the manifest records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resprune.runtime.bundle.manifest import TensorSpec
+
+Sizes = Mapping[str, int]
+Samples = Callable[[Sizes, torch.Generator], tuple[Tensor, ...]]
+Reference = Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One graph to be: a module that takes and returns flat tensors, and how its inputs and outputs are declared.
+
+    `module.forward(*inputs)` returns a tuple in the order of `outputs`. A string in a shape names a dynamic axis, or
+    is a sum of such names. `samples(sizes, generator)` makes inputs whose dynamic axes have those sizes;
+    `reference(model, inputs)` computes the same outputs with the whole Hugging Face model, by its own code.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    samples: Samples
+    reference: Reference
+    layers: tuple[nn.Module, ...] = ()
+    """Submodules that run one after the other, as repeat.py wants them: like ones are traced once."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """A model split. `model` is the whole, weightless Hugging Face model that the components' modules share."""
+
+    model: nn.Module
+    vision: Component
+    embed: Component
+    decoder: Component
+    num_tokens: int | None
+    """N, the visual tokens of one image; None where it varies."""
+    image_token_id: int
+    context_length: int
+    max_tokens: int | None = None
+    """The largest N there is, where it varies."""
+    places: Callable[[tuple[Tensor, ...]], tuple[Tensor, int]] | None = None
+    """For M-RoPE: the vision graph's inputs → where its picture's tokens stand, [3, N] from the first, and how far
+    the text after them does."""
+    padding: str | None = None
+    """The vision graph's int64 input [batch_size, N] that is below 0 where a picture of the batch has no token."""
+    proportional: bool = False
+    """Whether the decoder's mask takes counts, and the selection is to give them (`language.proportional`)."""

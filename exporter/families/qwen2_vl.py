@@ -1,0 +1,231 @@
+"""Qwen2.5-VL, and Qwen2-VL, whose tower is the same without windows: pictures of any size, and M-RoPE.
+
+One vision graph serves every grid. Whatever depends on the grid alone comes in as integers that the runtime computes
+(runtime/families/qwen2_vl.py). Rows stay in merge order from end to end: windowed attention gathers them into its
+windows and back, full attention does not mind the order, and the merger finds its four rows side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+from resprune.exporter.checkpoint.checkpoint import Checkpoint, config_faults, parse_config
+from resprune.exporter.checkpoint.side_files import image_processor_config
+from resprune.exporter.checkpoint.weightless import build
+from resprune.exporter.components import Component, Components, Sizes
+from resprune.exporter.language import check_language, decoder_component, embed_component
+from resprune.exporter.trace.attention import grouped_attention, register_attention
+from resprune.exporter.trace.precision import lower, scale_outliers
+from resprune.runtime.bundle.manifest import TensorSpec
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.qwen2_vl import (
+    DynamicResolution,
+    Grid,
+    patch_positions,
+    token_positions,
+    windows,
+)
+
+MODELS: dict[str, tuple[Any, Any]] = {
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
+}
+
+
+class _Vision(nn.Module):
+    """The patches of one picture [P, C·T·p·p] in merge order → image_features [1, N, D], N = P / merge_size².
+
+    `patch_positions` [P, 2] int64 are the row and column of each patch; for a tower with windows, `window_patches`
+    [W, L] int64 are the patches of each window (−1: none) and `window_slots` [P] int64 the place of each patch in it.
+    """
+
+    def __init__(self, tower: Any, windowed: frozenset[int], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.tower = tower
+        # No ModuleList: the weights are the tower's, under its names.
+        self.blocks = tuple(
+            _Block(block, index in windowed, dtype) for index, block in enumerate(tower.blocks)
+        )
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        patch_positions: Tensor,
+        window_patches: Tensor | None = None,
+        window_slots: Tensor | None = None,
+    ) -> tuple[Tensor]:
+        window = (window_patches, window_slots)
+        # The convolution's kernel is as large as its input, so it is a product with the flattened kernel.
+        hidden = nn.functional.linear(pixel_values, self.tower.patch_embed.proj.weight.flatten(1))  # [P, C]
+        rotary = self.tower.rotary_pos_emb(hidden, patch_positions)
+        for block in self.blocks:
+            hidden = block(hidden, rotary, window)
+        return (self.tower.merger(hidden)[None],)
+
+
+class _Block(nn.Module):
+    """One block of the tower over the patches [P, C].
+
+    Windowed attention sees the L patches of a window and nothing else, so no mask is larger than [W, 1, 1, L]. Full
+    attention goes head by head: its scores, P² numbers a head, are by far the largest thing in the graph, and no two
+    heads need theirs at the same time.
+    """
+
+    def __init__(self, block: Any, windowed: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.block = block
+        self.windowed = windowed
+        self.dtype = dtype
+
+    def forward(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], window: tuple[Tensor | None, Tensor | None]
+    ) -> Tensor:
+        hidden = hidden + self._attention(self.block.attn, self.block.norm1(hidden), rotary, window)
+        mixed: Tensor = hidden + self.block.mlp(self.block.norm2(hidden))
+        return mixed
+
+    def _attention(
+        self,
+        layer: Any,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        window: tuple[Tensor | None, Tensor | None],
+    ) -> Tensor:
+        attend: Any = self._windowed if self.windowed else self._full
+        query, key, value = layer.qkv(hidden).unflatten(1, (3, layer.num_heads, -1)).unbind(1)  # [P, H, d]
+        query, key = apply_rotary_pos_emb_vision(query, key, *rotary)
+        mixed: Tensor = layer.proj(attend(query, key, value, layer.scaling, *window))
+        return mixed
+
+    def _windowed(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, patches: Tensor, slots: Tensor
+    ) -> Tensor:
+        places = patches.clamp(min=0)
+        query, key, value = (
+            nn.functional.embedding(places, rows.flatten(1))
+            .reshape(*places.shape, *rows.shape[1:])
+            .transpose(1, 2)
+            for rows in (query, key, value)
+        )  # [W, H, L, d]
+        mask = torch.where(patches < 0, torch.finfo(torch.float32).min, 0.0)[:, None, None, :]
+        mixed = grouped_attention(query, key, value, mask, scaling, self.dtype)  # [W, L, H, d]
+        return nn.functional.embedding(slots, mixed.flatten(2).flatten(0, 1))  # [P, C]
+
+    def _full(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, *window: Tensor | None
+    ) -> Tensor:
+        rows = (query * scaling).to(self.dtype).transpose(0, 1)  # [H, P, d]
+        columns, mixed = key.to(self.dtype).permute(1, 2, 0), value.to(self.dtype).transpose(0, 1)
+        heads = []
+        for head in range(query.shape[1]):
+            weights = torch.softmax(torch.matmul(rows[head], columns[head]).float(), dim=-1)  # [P, P]
+            heads.append(torch.matmul(weights.to(self.dtype), mixed[head]))
+        return torch.cat(heads, dim=-1).float()  # [P, C]
+
+
+def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode) -> Components:
+    """The three components of a checkpoint, weightless; `ResPruneError` for a config that they cannot carry."""
+    config_class, model_class = MODELS[checkpoint.config["model_type"]]
+    config = parse_config(config_class, checkpoint)
+    check_language(config.text_config)
+    processor = DynamicResolution.from_config(image_processor_config(checkpoint))
+    _check_processor(processor, config.vision_config)
+    config._attn_implementation = register_attention(dtype)
+    with config_faults(checkpoint):
+        model: Any = build(model_class, config, mode)
+    lower(model, dtype, mode)
+    # The last layer of these models' MLPs gives values past 65504, in the tower (TensorRT-LLM #3223, vLLM #13968) and
+    # in the language model (transformers #33312).
+    scale_outliers(
+        layer for name, layer in model.named_modules() if name.endswith(("mlp.down_proj", "mlp.fc2"))
+    )
+    with config_faults(checkpoint):
+        vision = _vision_component(model, config, dtype)
+    return Components(
+        model=model,
+        vision=vision,
+        embed=embed_component(model.get_input_embeddings(), config.text_config),
+        decoder=decoder_component(model.model.language_model, model.lm_head, config.text_config, dtype, (3,)),
+        num_tokens=None,
+        max_tokens=processor.max_tokens,
+        places=lambda inputs: _places(_grid(inputs, config.vision_config.spatial_merge_size)),
+        image_token_id=config.image_token_id,
+        context_length=config.text_config.max_position_embeddings,
+    )
+
+
+def _check_processor(processor: DynamicResolution, config: Any) -> None:
+    """The image processor must cut the patches that the tower was made for."""
+    for ours, theirs in (
+        ("patch_size", "patch_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+        ("merge_size", "spatial_merge_size"),
+    ):
+        if getattr(processor, ours) != getattr(config, theirs):
+            raise ResPruneError(
+                f"the checkpoint's image processor has {ours} {getattr(processor, ours)} and its vision tower "
+                f"{getattr(config, theirs)}; they belong to different models"
+            )
+
+
+def _vision_component(model: Any, config: Any, dtype: torch.dtype) -> Component:
+    vision = config.vision_config
+    merge = vision.spatial_merge_size
+    windowed: frozenset[int] = frozenset()
+    if vision.model_type == "qwen2_5_vl_vision":
+        windowed = frozenset(range(vision.depth)) - {
+            block % vision.depth for block in vision.fullatt_block_indexes
+        }
+    side = 1 if not windowed else vision.window_size // merge // vision.patch_size
+    if side < 1:
+        raise ResPruneError(f"the vision tower's window of {vision.window_size} pixels holds no merged token")
+    length = (side * merge) ** 2
+    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    inputs = [
+        TensorSpec("pixel_values", "float32", ("num_patches", pixels)),
+        TensorSpec("patch_positions", "int64", ("num_patches", 2)),
+    ]
+    if windowed:
+        inputs += [
+            TensorSpec("window_patches", "int64", ("num_windows", length)),
+            TensorSpec("window_slots", "int64", ("num_patches",)),
+        ]
+    features = TensorSpec("image_features", "float32", (1, "num_tokens", config.text_config.hidden_size))
+
+    def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
+        # Whole windows and cut ones, in both directions.
+        grid = Grid(merge * (side + sizes["batch_size"]), merge * (2 * side + 1), merge)
+        arrays = [patch_positions(grid), *(windows(grid, length) if windowed else ())]
+        patches = torch.randn(grid.rows * grid.columns, pixels, generator=generator)
+        return (patches, *(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+
+    module = _Vision(model.model.visual, windowed, dtype)
+    return Component("vision_encoder", module, tuple(inputs), (features,), samples, _reference, module.blocks)
+
+
+def _reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    grid = _grid(inputs, model.config.vision_config.spatial_merge_size)
+    features = model.get_image_features(inputs[0], torch.tensor([grid.thw])).pooler_output
+    return (torch.stack(list(features)),)
+
+
+def _grid(inputs: tuple[Tensor, ...], merge_size: int) -> Grid:
+    """The grid that the vision graph's inputs are of."""
+    rows, columns = (int(count) + 1 for count in inputs[1].amax(dim=0))
+    return Grid(rows, columns, merge_size)
+
+
+def _places(grid: Grid) -> tuple[Tensor, int]:
+    return torch.from_numpy(token_positions(grid)), max(grid.merged)

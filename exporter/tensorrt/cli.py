@@ -1,0 +1,85 @@
+"""`resprune build`: arguments in, exit status out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from resprune.exporter.cli import POSIX
+from resprune.runtime.bundle.manifest import FLAVOURS, Range
+from resprune.runtime.errors import ResPruneError, require_packages
+
+
+def register_build(subparsers: Any) -> None:
+    """Add the subcommand `build`."""
+    about = "Build TensorRT engines of a bundle's graphs, into the bundle."
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "build", help="build TensorRT engines of a bundle", description=about
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory that resprune export wrote")
+    parser.add_argument(
+        "--target",
+        type=lambda text: [target for target in text.split(",") if target],
+        default=[],
+        metavar="SM,...",
+        help="compute capabilities to build for, as in sm_86,sm_89 (default: the GPU at hand)",
+    )
+    parser.add_argument(
+        "--flavour", choices=FLAVOURS, help="which TensorRT (default: the one that is installed)"
+    )
+    limits = parser.add_argument_group(
+        "limits", "what the engines take: one number, or the least, the usual and the most"
+    )
+    for option, about in (
+        ("batch", "pictures, and questions, at once (default 1,1,4)"),
+        ("nouns", "tokens of the question's nouns (default 1,4,64)"),
+        (
+            "tokens",
+            "visual tokens of a picture before the selection, where that varies (default: half of the most)",
+        ),
+        ("prompt", "tokens of a pruned prompt (default 1, K + 32, 2 K + 512)"),
+    ):
+        limits.add_argument(f"--{option}", type=_range, metavar="MIN,OPT,MAX", help=about)
+    limits.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens of a prompt and its answer (default: the model's limit, but 4096 at most or 4 K)",
+    )
+    parser.set_defaults(run=run_build)
+
+
+def run_build(arguments: argparse.Namespace) -> int:
+    """Build; returns 0. Raises `ResPruneError`."""
+    try:
+        import tqdm  # noqa: F401 - what building needs beside TensorRT and polygraphy
+    except ImportError:
+        raise ResPruneError(
+            'building engines needs tqdm; install with: pip install "resprune[tensorrt-rtx]"'
+        ) from None
+    require_packages("build", *POSIX)
+    from resprune.exporter.tensorrt.engines import build
+    from resprune.exporter.tensorrt.profiles import Limits
+
+    options = ("batch", "nouns", "tokens", "prompt", "context")
+    given = {name: value for name in options if (value := getattr(arguments, name)) is not None}
+    build(arguments.bundle, arguments.flavour, arguments.target, Limits(**given), report=_print_line)
+    return 0
+
+
+def _print_line(line: str) -> None:
+    print(line, flush=True)
+
+
+def _range(text: str) -> Range:
+    try:
+        sizes = [int(word) for word in text.split(",")]
+    except ValueError:
+        sizes = []
+    least, usual, most = sizes * 3 if len(sizes) == 1 else sizes if len(sizes) == 3 else (0, 0, 0)
+    if not 1 <= least <= usual <= most:
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither a number from 1 nor three ascending ones, as in 1,1,4"
+        )
+    return least, usual, most

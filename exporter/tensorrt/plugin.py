@@ -1,0 +1,62 @@
+"""The selection's kernel in engines of classic TensorRT: its plugin, and the graph that the parser takes it from.
+
+TensorRT-RTX has no plugins, and where the kernel cannot be had the graph's own function is built.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from functools import cache
+from pathlib import Path
+
+import onnx
+
+from resprune.graphs.functions import RESIDUAL_SELECT
+from resprune.runtime.backends.cuda import gpu_at_hand
+
+
+def plugin_versions(graph: Path, flavour: str, num_tokens: int) -> tuple[dict[str, str], str]:
+    """What an engine of `graph` depends on if it is to carry the kernel, else nothing; and a note on which it is.
+
+    `num_tokens` is the most visual tokens of a picture. The plugin is registered with this process, for its GPU.
+    """
+    if flavour != "tensorrt":
+        return {}, ""
+    nodes = onnx.load(graph, load_external_data=False).graph.node
+    if not any(node.op_type == RESIDUAL_SELECT for node in nodes):
+        return {}, ""
+    reason = _registered()
+    if not reason:
+        from resprune.graphs.kernels.selection import MAX_TOKENS
+
+        if num_tokens > MAX_TOKENS:
+            reason = f"the kernel takes {MAX_TOKENS:,} tokens, not {num_tokens:,}"
+    if reason:
+        return {}, f"selection by its function ({reason})"
+    return {"triton": importlib.metadata.version("triton")}, "selection by its kernel"
+
+
+def with_plugin(graph: Path, folder: Path) -> Path:
+    """`graph` for the parser, in `folder`, with its weights beside it, where the parser looks for them."""
+    from resprune.graphs.kernels.tensorrt_plugin import for_plugin
+
+    changed = folder / graph.name
+    changed.write_bytes(for_plugin(onnx.load(graph, load_external_data=False)).SerializeToString())
+    data = graph.with_name(f"{graph.name}_data")
+    if data.exists():
+        shutil.copyfile(data, folder / data.name)  # onnx refuses links, hard ones too
+    return changed
+
+
+@cache
+def _registered() -> str:
+    """Register the plugin for the GPU at hand, once a process; returns why that cannot be, or nothing."""
+    gpu = gpu_at_hand()
+    try:
+        from resprune.graphs.kernels.tensorrt_plugin import register
+
+        register(capability=gpu.capability[0] * 10 + gpu.capability[1], processors=gpu.processors)
+    except ImportError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,94 @@
+"""Half precision where it pays: weights and matrix products. All else stays float32.
+
+The traced model is a float32 model whose linear layers, convolutions and embeddings hold half weights and compute
+their product in half; the residual stream, norms, softmax and rotary angles are float32. So nothing can overflow
+between layers, and the weights, which are what a decode step reads, take half the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from resprune.exporter.checkpoint.weightless import fake_parameter
+
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.float32,
+    "q4": torch.float32,
+}
+"""What each --dtype is traced in; int8 and q4 are made of the float32 graph afterwards (quantize.py)."""
+QUANTIZED = {
+    "int8": ("vision_select", "vision_encoder", "decoder_model_merged"),
+    "q4": ("decoder_model_merged",),
+}
+"""The graphs that these two change; the others of the bundle are fp32."""
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "bf16": "_bf16", "int8": "_quantized", "q4": "_q4"}
+
+
+def precision_of(graph: str, dtype: str) -> str:
+    """Precision of one graph of a bundle that was exported with `--dtype dtype`."""
+    return "fp32" if graph not in QUANTIZED.get(dtype, (graph,)) else dtype
+
+
+class _HalfLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        product = nn.functional.linear(x.to(self.weight.dtype), self.weight).float()
+        return product if self.bias is None else product + self.bias
+
+
+class _ScaledHalfLinear(nn.Linear):
+    """A half product of rows scaled to a largest magnitude of 1: neither its input nor its output can overflow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        product = nn.functional.linear((x / scale).to(self.weight.dtype), self.weight).float() * scale
+        return product if self.bias is None else product + self.bias
+
+
+class _HalfConv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = self._conv_forward(x.to(self.weight.dtype), self.weight, None).float()
+        return product if self.bias is None else product + self.bias[:, None, None]
+
+
+class _HalfEmbedding(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).float()
+
+
+HALVED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: _HalfLinear,
+    nn.Conv2d: _HalfConv2d,
+    nn.Embedding: _HalfEmbedding,
+}
+
+
+def lower(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> None:
+    """Give every layer of a kind in HALVED, exactly of that class, a fake weight of `dtype`; tied weights stay tied."""
+    if dtype == torch.float32:
+        return
+    # ONNX has no convolution in bfloat16 before opset 22; the only one is of the pixels, and stays float32.
+    kinds = set(HALVED) - ({nn.Conv2d} if dtype == torch.bfloat16 else set())
+    layers: list[Any] = [module for module in model.modules() if type(module) in kinds]
+    originals = {
+        id(layer.weight): layer.weight for layer in layers
+    }  # by identity: tied weights are one tensor
+    with mode:
+        halved = {key: fake_parameter(weight.shape, dtype) for key, weight in originals.items()}
+    for layer in layers:
+        layer.weight = halved[id(layer.weight)]
+        layer.__class__ = HALVED[type(layer)]
+
+
+def scale_outliers(layers: Iterable[nn.Module]) -> None:
+    """Give linear layers that `lower` has made half, and whose activations may pass half's 65504, scaled rows."""
+    halved: list[Any] = [layer for layer in layers if type(layer) is _HalfLinear]
+    for layer in halved:
+        layer.__class__ = _ScaledHalfLinear

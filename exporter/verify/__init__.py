@@ -1,0 +1,1 @@
+"""The proof of an export: graphs and weights compared with PyTorch."""

@@ -1,0 +1,163 @@
+"""ONNX Runtime in a child process: it does not return memory after a session, so it must not run in the exporter's.
+
+Run as a module it serves requests from its standard input; `OrtWorker` is the other end. It imports neither torch
+nor transformers, and onnx only where graphs are widened, so that it starts at once.
+"""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resprune.runtime.errors import ResPruneError
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class OrtWorker:
+    """Runs graphs on the CPU in a process of its own; use it as a context manager.
+
+    `widened`: bfloat16 graphs as `graphs.widen` makes them, with float32 in place of bfloat16 at their borders.
+    """
+
+    def __init__(self, *, widened: bool = False) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "resprune.exporter.verify.ort_worker",
+            *(["widened"] if widened else []),
+        ]
+        # In a process group of its own: the terminal's Ctrl-C is for the exporter, which ends this one.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
+        )
+
+    def run(self, graph: Path, inputs: Arrays) -> Arrays:
+        """Outputs of one run of `graph` by name."""
+        return cast(Arrays, self._ask("run", str(graph), inputs))
+
+    def greedy(
+        self,
+        embed: Path,
+        decoder: Path,
+        inputs_embeds: NDArray[Any],
+        attention_mask: NDArray[Any],
+        position_ids: NDArray[Any],
+        steps: int,
+    ) -> NDArray[np.int64]:
+        """`steps` greedy tokens after the prompt `inputs_embeds` [1, S, D] at `position_ids` [1, S]."""
+        prompt = (inputs_embeds, attention_mask, position_ids)
+        return cast(NDArray[np.int64], self._ask("greedy", str(embed), str(decoder), *prompt, steps))
+
+    def _ask(self, *request: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            pickle.dump(request, self._process.stdin)
+            self._process.stdin.flush()
+            failure, answer = pickle.load(self._process.stdout)  # noqa: S301 - our own child
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # the last of an answer that is cut off
+            status = self._process.wait()
+            if status == -signal.SIGKILL:
+                raise ResPruneError(
+                    "ONNX Runtime's process was killed, most likely for want of memory; export with --verify layers, "
+                    "or on a larger machine"
+                ) from None
+            raise RuntimeError(f"ONNX Runtime's process died (exit status {status})") from None
+        if failure is not None:
+            raise RuntimeError(failure)
+        return answer
+
+    def __enter__(self) -> OrtWorker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def _session(path: str, *, once: bool = False) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # a warning about each initializer that it folds is of no use here
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch runs in turn with it
+    if once:  # rearranging the weights for the kernels takes longer than it saves
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    graph: str | bytes = path
+    if sys.argv[1:] == ["widened"]:
+        import onnx
+
+        from resprune.graphs.widen import widen
+
+        folder = str(Path(path).parent)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        graph = widen(onnx.load(path, load_external_data=False)).SerializeToString()
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def _run(path: str, inputs: Arrays) -> Arrays:
+    session = _session(path, once=True)
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def _greedy(
+    embed_path: str,
+    decoder_path: str,
+    embeds: NDArray[Any],
+    mask: NDArray[Any],
+    positions: NDArray[Any],
+    steps: int,
+) -> NDArray[np.int64]:
+    embed, decoder = _session(embed_path), _session(decoder_path)
+    past: Arrays = {}
+    for value in decoder.get_inputs():
+        if value.name.startswith("past_key_values."):
+            dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+            past[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), dtype)
+    names = [output.name for output in decoder.get_outputs()]
+    tokens: list[int] = []
+    while len(tokens) < steps:
+        feeds = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, **past}
+        logits, *present = decoder.run(names, feeds)
+        past = {
+            name.replace("present", "past_key_values"): value
+            for name, value in zip(names[1:], present, strict=True)
+        }
+        tokens.append(int(logits[0, -1].argmax()))
+        (embeds,) = embed.run(None, {"input_ids": np.array([[tokens[-1]]])})
+        mask = np.append(mask, [[1]], axis=1)
+        positions = positions[..., -1:] + 1
+    return np.array(tokens)
+
+
+def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    actions: dict[str, Callable[..., Any]] = {"run": _run, "greedy": _greedy}
+    while True:
+        try:
+            action, *arguments = pickle.load(requests)  # noqa: S301 - from our own parent
+        except EOFError:
+            return
+        try:
+            answer: Any = (None, actions[action](*arguments))
+        except Exception as error:  # whatever it is, the parent raises it
+            answer = (f"{action} {Path(arguments[0]).name}: {error}", None)
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # an exporter that was killed waits for no answer
+    _serve(sys.stdin.buffer, sys.stdout.buffer)

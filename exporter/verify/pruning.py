@@ -1,0 +1,57 @@
+"""The selection by itself, for models whose sample picture has no more tokens than K, so that none is dropped.
+
+A picture with more would take minutes in a tower of real size; the selection needs none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import torch
+
+from resprune.exporter.verify.ort_worker import OrtWorker
+from resprune.exporter.verify.reference import picks_within_rounding, residual_select, text_gain
+from resprune.graphs import token_select_model
+from resprune.runtime.bundle.manifest import Selection
+
+TEXT_TOKENS = 5
+PICKS = 128
+"""Twice a segment of the Loop: more would take minutes for the budgets of the largest pictures, and try nothing new."""
+
+
+def pruned_picks(worker: OrtWorker, folder: Path, selection: Selection, hidden_size: int) -> tuple[int, int]:
+    """How many picks among twice as many seeded tokens are PyTorch's, as far as float32 can tell, and all of them.
+
+    There are K, or PICKS if that is fewer, in a graph like the bundle's for so many. It is written into `folder` and
+    removed again.
+    """
+    k = min(selection.k, PICKS)
+    generator = torch.Generator().manual_seed(0)
+    visual = torch.randn(1, 2 * k, hidden_size, generator=generator)
+    text = torch.randn(1, TEXT_TOKENS, hidden_size, generator=generator)
+    every = torch.ones(1, TEXT_TOKENS, dtype=torch.bool)
+    gain = text_gain(visual, text, every, None, alpha=selection.alpha, scale=selection.scale)
+    picks = residual_select(visual, gain, k, None)
+    path = folder / "token_select.pruning.onnx"
+    graph = token_select_model(
+        k, alpha=selection.alpha, scale=selection.scale, body=selection.body, form=selection.form
+    )
+    onnx.save(graph, path)
+    try:
+        got = worker.run(
+            path,
+            {
+                "image_features": visual.numpy(),
+                "text_embeds": text.numpy(),
+                "text_mask": every.numpy(),
+                "token_mask": torch.ones(visual.shape[:2], dtype=torch.bool).numpy(),
+            },
+        )
+    finally:
+        path.unlink()
+    order = torch.from_numpy(got["pick_order"])
+    same = order == picks
+    if not same.all():
+        same |= picks_within_rounding(visual, gain, order, None)
+    return int(same.sum()), same.numel()

@@ -1,0 +1,444 @@
+"""The export proves itself: every graph in ONNX Runtime against the Hugging Face model in PyTorch, on seeded inputs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from resprune.exporter.checkpoint.shards import StoredTensor
+from resprune.exporter.checkpoint.weightless import blank, fill, lay_over
+from resprune.exporter.components import Component, Components
+from resprune.exporter.language import decode
+from resprune.exporter.memory import available_memory
+from resprune.exporter.trace.precision import SUFFIXES, precision_of
+from resprune.exporter.verify.layers import (
+    chosen_layers,
+    cut_out,
+    of_layers,
+    reference_outputs,
+    unlike_layers,
+)
+from resprune.exporter.verify.ort_worker import OrtWorker
+from resprune.exporter.verify.pruning import TEXT_TOKENS, pruned_picks
+from resprune.exporter.verify.reference import (
+    counts_within_rounding,
+    keep,
+    kept_counts,
+    picks_within_rounding,
+    residual_select,
+    text_gain,
+)
+from resprune.runtime.bundle.manifest import Selection
+
+SIZES = {"batch_size": 3, "sequence_length": 4, "past_sequence_length": 6}
+"""Other than while tracing, so that an axis that was taken for a constant shows."""
+SEEDS = (20, 21, 22)
+"""The first is enough, unless two scores or two logits are so close that rounding decides between them: then another
+picture is tried. A graph that is wrong misses with all."""
+PROMPT_TOKENS = 8
+GREEDY_TOKENS = 32
+SELECTED = ("picks", "kept counts", "split picks", "split counts")
+COUNTED = (*SELECTED, "greedy tokens")
+ATOL = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 1e-1, "int8": 0.5, "q4": 0.75}
+"""Largest difference allowed, relative to the largest magnitude of the output where that is above 1."""
+
+
+Counted = tuple[int, int]
+"""How many are equal, and how many there are."""
+_Selected = tuple[tuple[tuple[Tensor, ...], Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Pictures, nouns and their mask; candidates, their gain, and the order of picks."""
+
+
+class ParityError(Exception):
+    """A graph differs from PyTorch by more than it may; the text is a table of outputs. The CLI exits with 1."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one output of one graph is from PyTorch's."""
+
+    graph: str
+    output: str
+    max_diff: float
+    scale: float
+    atol: float
+
+    @property
+    def within(self) -> bool:
+        """Whether it may be; a NaN may not."""
+        return self.max_diff <= self.atol * max(1.0, self.scale)
+
+
+class Verifier:
+    """The Hugging Face model with its real weights, filled in as far as memory allows, beside ONNX Runtime."""
+
+    def __init__(
+        self, components: Components, stored: Mapping[str, StoredTensor], precision: str, level: str = "auto"
+    ) -> None:
+        self._components, self._stored = components, stored
+        self._precision = precision
+        self.exact: Collection[str] = ()
+        if precision_of("vision_select", precision) == "fp32":
+            self.exact = COUNTED if precision == "fp32" else SELECTED
+        config: Any = copy.deepcopy(components.model.config)
+        config._attn_implementation = "sdpa"
+        self._config: Any = config
+        self._model: Any = None
+        self._held: set[str] = set()
+        parts = (components.vision, components.embed, components.decoder)
+        self._names = names = {component.name: _parameter_names(component, components) for component in parts}
+        # The decoder is held twice, here in float32 and by ONNX Runtime, which keeps half a weight beside it widened.
+        width = 10 if precision in ("fp16", "bf16") else 8
+        needed = width * sum(math.prod(stored[name].shape) for name in set().union(*names.values()))
+        self.has_decoder = needed < available_memory() if level == "auto" else level == "full"
+        # Where memory is short a picture at a time is enough: the graphs were traced with two.
+        self._pictures = SIZES["batch_size"] if self.has_decoder else 1
+        self._selected: dict[int, _Selected] = {}
+
+    def prepare(self, selection: Selection) -> None:
+        """Compute PyTorch's part of `compare_selection` and `compare_layers`, for which no graph is needed."""
+        self._wanted_selection(SEEDS[0], selection)
+        if not self.has_decoder:
+            _ = self._wanted_layers
+
+    def _holding(self, component: Component) -> Any:
+        """The Hugging Face model, with the weights of `component` at least."""
+        if self._model is None:
+            self._model, self._held = blank(type(self._components.model), self._config), set()
+        if component.name not in self._held:
+            # To look rows up, the table need be neither copied nor cast.
+            give = lay_over if component is self._components.embed else fill
+            give(self._model, self._stored, self._names[component.name])
+            self._held.add(component.name)
+        return self._model
+
+    def _make_room(self) -> None:
+        """Drop the weights before ONNX Runtime takes its own, where there is no room for both."""
+        if not self.has_decoder:
+            self._model = None
+
+    @property
+    def level(self) -> str:
+        """What the manifest says was compared: whole answers, or the decoder by layers."""
+        return "end to end" if self.has_decoder else "layers"
+
+    def compare(self, worker: OrtWorker, component: Component, graph: Path) -> list[Difference]:
+        """One graph against PyTorch on seeded inputs."""
+        sizes = {**SIZES, "batch_size": self._pictures} if component is self._components.vision else SIZES
+        inputs = component.samples(sizes, torch.Generator().manual_seed(SEEDS[0]))
+        with torch.no_grad():
+            wanted = component.reference(self._holding(component), inputs)
+        self._make_room()
+        names = [spec.name for spec in component.inputs]
+        got = worker.run(graph, dict(zip(names, map(_numpy, inputs), strict=True)))
+        return [
+            self._difference(graph.stem, spec.name, got[spec.name], want)
+            for spec, want in zip(component.outputs, wanted, strict=True)
+        ]
+
+    def compare_layers(self, worker: OrtWorker, graph: Path) -> tuple[list[Difference], list[int]]:
+        """The decoder's first and last layers against PyTorch, and the others against those; and which were run.
+
+        Raises `ParityError` for a layer that is wired otherwise.
+        """
+        chosen, inputs, wanted = self._wanted_layers
+        unlike = unlike_layers(graph, chosen, self._config.text_config.num_hidden_layers)
+        if unlike:
+            numbers = ", ".join(map(str, unlike))
+            raise ParityError(f"{graph.name} computes something else in layer {numbers} than in the others")
+        cut = cut_out(graph, chosen)
+        try:
+            names = [spec.name for spec in self._components.decoder.inputs]
+            got = worker.run(cut, dict(zip(names, map(_numpy, inputs), strict=True)))
+        finally:
+            cut.unlink()
+        differences = [
+            self._difference(graph.stem, name, values, want)
+            for (name, values), want in zip(got.items(), wanted, strict=True)
+        ]
+        return differences, chosen
+
+    @cached_property
+    def _wanted_layers(self) -> tuple[list[int], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The layers that are run, the whole decoder's inputs, and the outputs of a decoder of those layers."""
+        chosen = chosen_layers(self._config.text_config)
+        component = self._components.decoder
+        inputs = component.samples(SIZES, torch.Generator().manual_seed(SEEDS[0]))
+        run = of_layers(component, chosen, inputs)
+        return chosen, inputs, reference_outputs(self._components, self._stored, chosen, run)
+
+    def compare_selection(
+        self, worker: OrtWorker, graph: Path, selection: Selection
+    ) -> tuple[list[Difference], dict[str, Counted]]:
+        """`vision_select` against the reference: differences, and how many picks and counts are equal.
+
+        Equal is also what float32 cannot tell from the reference's, see `picks_within_rounding` and
+        `counts_within_rounding`.
+        """
+        differences: list[Difference] = []
+        for seed in SEEDS:
+            (images, text, mask), (features, gain, picks) = self._wanted_selection(seed, selection)
+            candidates, num_kept = self._candidates(images), _shares(selection.k, len(features))
+            got = worker.run(graph, self._select_inputs(images, text, mask, num_kept))
+            # Against the reference's rows of the graph's own picks, so that one pick that differs hides nothing.
+            order = torch.from_numpy(got["pick_order"])
+            rows, indices = keep(features, order)
+            differences.append(self._difference(graph.stem, "image_features", got["image_features"], rows))
+            same = order == picks
+            if not same.all():
+                same |= picks_within_rounding(features, gain, order, candidates)
+            same &= torch.from_numpy(got["kept_indices"]) == indices
+            counted = {"picks": _count(same[(order >= 0) | (picks >= 0)])}
+            if self._components.proportional:
+                counted["kept counts"] = _equal_counts(got, num_kept, features, candidates)
+            if all(equal == total or what not in self.exact for what, (equal, total) in counted.items()):
+                break
+        if selection.k >= features.shape[1]:
+            equal, total = pruned_picks(worker, graph.parent, selection, features.shape[2])
+            counted["picks"] = (counted["picks"][0] + equal, counted["picks"][1] + total)
+        return differences, counted
+
+    def _wanted_selection(self, seed: int, selection: Selection) -> _Selected:
+        """A seeded question, and what PyTorch selects."""
+        if seed not in self._selected:
+            question = self._question(self._pictures, seed)
+            self._selected[seed] = question, self._select(*question, selection)
+            self._make_room()
+        return self._selected[seed]
+
+    def compare_split(
+        self, worker: OrtWorker, graphs: Mapping[str, Path], selection: Selection
+    ) -> tuple[list[Difference], dict[str, Counted]]:
+        """`vision_encoder` and `token_select` against `vision_select`: rows and picks, and counts of their own."""
+        images, text, mask = self._question(self._pictures, SEEDS[0])
+        num_kept = _shares(selection.k, len(text))
+        inputs = self._select_inputs(images, text, mask, num_kept)
+        fused = worker.run(graphs["vision_select"], inputs)
+        pixels = {spec.name: inputs.pop(spec.name) for spec in self._components.vision.inputs}
+        features = worker.run(graphs["vision_encoder"], pixels)["image_features"]
+        candidates = self._candidates(images)
+        token_mask = np.ones(features.shape[:2], bool) if candidates is None else _numpy(candidates)
+        inputs |= {"image_features": features, "token_mask": token_mask}
+        split = worker.run(graphs["token_select"], inputs)
+        every, order = torch.from_numpy(features), torch.from_numpy(split["pick_order"])
+        wanted = torch.from_numpy(fused["pick_order"])
+        # Against the rows of its own picks, as `compare_selection` does.
+        rows, indices = keep(every, order)
+        same = (order == wanted) & (torch.from_numpy(split["kept_indices"]) == indices)
+        counted = {"split picks": _count(same[(order >= 0) | (wanted >= 0)])}
+        if self._components.proportional:
+            counted["split counts"] = _equal_counts(split, num_kept, every, candidates)
+        graph = graphs["token_select"].stem
+        return [self._difference(graph, "kept_features", split["kept_features"], rows)], counted
+
+    def compare_greedy(
+        self, worker: OrtWorker, graphs: Mapping[str, Path], selection: Selection, positions: str
+    ) -> Counted:
+        """A whole answer: equal greedy tokens and all tokens, after a seeded prompt with one pruned picture."""
+        for seed in SEEDS:
+            equal = self._equal_tokens(worker, graphs, selection, positions, seed)
+            if equal == GREEDY_TOKENS or "greedy tokens" not in self.exact:
+                break
+        return equal, GREEDY_TOKENS
+
+    def _equal_tokens(
+        self,
+        worker: OrtWorker,
+        graphs: Mapping[str, Path],
+        selection: Selection,
+        positions: str,
+        seed: int,
+    ) -> int:
+        images, text, mask = self._question(1, seed)
+        prompt = torch.randint(
+            self._vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(seed)
+        )
+        num_kept = torch.tensor([selection.k])
+        selected = worker.run(graphs["vision_select"], self._select_inputs(images, text, mask, num_kept))
+        # The graph's own picks and counts on both sides: they are judged in `compare_selection`.
+        picks = torch.from_numpy(selected["pick_order"])
+        counts = torch.from_numpy(selected.get("kept_counts", np.ones_like(selected["pick_order"])))
+        features, _, _ = self._select(images, text, mask, selection)
+        rows, _ = keep(features, picks)
+        places = (torch.arange(features.shape[1]), features.shape[1])
+        if self._components.places is not None:
+            places = self._components.places(images)
+        where = (picks, counts, places, positions)
+        with torch.no_grad():
+            wanted = self._generate(*self._splice(self._embeds(prompt), rows, *where))
+        embeds = worker.run(graphs["embed_tokens"], {"input_ids": _numpy(prompt)})["inputs_embeds"]
+        whole, prompt_mask, position_ids = self._splice(
+            torch.from_numpy(embeds), torch.from_numpy(selected["image_features"]), *where
+        )
+        got = worker.greedy(
+            graphs["embed_tokens"],
+            graphs["decoder_model_merged"],
+            _numpy(whole),
+            _numpy(prompt_mask),
+            _numpy(position_ids),
+            GREEDY_TOKENS,
+        )
+        return int((got == wanted).sum())
+
+    @property
+    def _vocab_size(self) -> int:
+        return int(self._config.text_config.vocab_size)
+
+    def _embeds(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            embeds: Tensor = self._holding(self._components.embed).get_input_embeddings()(ids)
+        return embeds.float()
+
+    def _question(self, batch_size: int, seed: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """Seeded pictures, nouns [B, M, D], and their mask [B, M] with padding in the last picture's row.
+
+        B is `batch_size`, or as many pictures as the vision graph takes.
+        """
+        fixed = self._components.vision.outputs[0].shape[0]
+        batch_size = fixed if isinstance(fixed, int) else batch_size
+        generator = torch.Generator().manual_seed(seed)
+        images = self._components.vision.samples({**SIZES, "batch_size": batch_size}, generator)
+        ids = torch.randint(self._vocab_size, (batch_size, TEXT_TOKENS), generator=generator)
+        mask = torch.ones(batch_size, TEXT_TOKENS, dtype=torch.bool)
+        mask[-1, 2:] = False
+        return images, self._embeds(ids), mask
+
+    def _select_inputs(
+        self, images: Sequence[Tensor], text: Tensor, mask: Tensor, num_kept: Tensor
+    ) -> dict[str, NDArray[Any]]:
+        names = [spec.name for spec in self._components.vision.inputs]
+        inputs = dict(zip(names, map(_numpy, images), strict=True))
+        inputs |= {"text_embeds": _numpy(text), "text_mask": _numpy(mask)}
+        return inputs | ({"num_kept": _numpy(num_kept)} if self._components.proportional else {})
+
+    def _select(
+        self, images: tuple[Tensor, ...], text: Tensor, mask: Tensor, selection: Selection
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The reference's candidates [B, N, D], their gain [B, N], and its pick order [B, K]."""
+        with torch.no_grad():
+            (features,) = self._components.vision.reference(self._holding(self._components.vision), images)
+        candidates = self._candidates(images)
+        gain = text_gain(features, text, mask, candidates, alpha=selection.alpha, scale=selection.scale)
+        picks = residual_select(features, gain, selection.k, candidates)
+        return features, gain, picks
+
+    def _candidates(self, images: Sequence[Tensor]) -> Tensor | None:
+        """Which of the N tokens each picture has, [B, N] bool; None: all of them."""
+        if self._components.padding is None:
+            return None
+        names = [spec.name for spec in self._components.vision.inputs]
+        return images[names.index(self._components.padding)] >= 0
+
+    def _splice(
+        self,
+        embeds: Tensor,
+        rows: Tensor,
+        picks: Tensor,
+        counts: Tensor,
+        places: tuple[Tensor, int],
+        positions: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The picture's rows in the middle of the prompt, the mask [1, S], and each row's position [1, S] or [3, 1, S].
+
+        `places` is where its N tokens stand, counted from the first, and how far the text after them does.
+        """
+        half = embeds.shape[1] // 2
+        kept = picks[0][picks[0] >= 0].sort().values
+        whole = torch.cat([embeds[:, :half], rows[:, : len(kept)], embeds[:, half:]], dim=1)
+        mask = torch.ones(whole.shape[:2], dtype=torch.int64)
+        mask[:, half : half + len(kept)] = counts[:, : len(kept)]
+        if positions == "contiguous":
+            return whole, mask, torch.arange(whole.shape[1])[None]
+        offsets, advance = places
+        before = torch.arange(half).expand(*offsets.shape[:-1], -1)
+        after = (torch.arange(embeds.shape[1] - half) + half + advance).expand(*offsets.shape[:-1], -1)
+        return whole, mask, torch.cat([before, half + offsets[..., kept], after], dim=-1)[..., None, :]
+
+    def _generate(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> NDArray[np.int64]:
+        config = self._config.text_config
+        shape = (1, config.num_key_value_heads, 0, self._components.decoder.inputs[3].shape[3])
+        past = tuple(torch.zeros(*map(int, shape)) for _ in range(2 * config.num_hidden_layers))
+        tokens: list[int] = []
+        while len(tokens) < GREEDY_TOKENS:
+            logits, *past_list = decode(
+                self._holding(self._components.decoder), (embeds, mask, positions, *past)
+            )
+            past = tuple(past_list)
+            tokens.append(int(logits[0, -1].argmax()))
+            embeds = self._embeds(torch.tensor([tokens[-1:]]))
+            mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
+            positions = positions[..., -1:] + 1
+        return np.array(tokens)
+
+    def _difference(self, graph: str, output: str, got: NDArray[Any], want: Tensor) -> Difference:
+        name = graph.removesuffix(SUFFIXES[self._precision])
+        atol = ATOL[precision_of(name, self._precision)]
+        if got.shape != tuple(want.shape):
+            return Difference(graph, output, float("nan"), 0.0, atol)
+        gap = torch.from_numpy(got.astype(np.float32)) - want
+        return Difference(graph, output, float(gap.abs().max()), float(want.abs().max()), atol)
+
+
+def require(
+    differences: Iterable[Difference], counts: Mapping[str, Counted], *, exact: Collection[str]
+) -> None:
+    """`ParityError` with a table if a difference is too large or, of a count in `exact`, fewer agree than there are."""
+    rows = list(differences)
+    short = any(equal < total for what, (equal, total) in counts.items() if what in exact)
+    if short or not all(row.within for row in rows):
+        table = [f"  {'graph':24} {'output':24} {'max diff':>10} {'allowed':>10}"]
+        for row in rows:
+            allowed = row.atol * max(1.0, row.scale)
+            mark = "" if row.within else "  <-"
+            table.append(f"  {row.graph:24} {row.output:24} {row.max_diff:10.1e} {allowed:10.1e}{mark}")
+        table += [f"  {what:49} {equal} of {total} equal" for what, (equal, total) in counts.items()]
+        raise ParityError("the graphs differ from PyTorch, so no bundle was written\n" + "\n".join(table))
+
+
+def _shares(k: int, batch_size: int) -> Tensor:
+    """Three quarters of the picks of the first picture, half of the second's …: [B] int64, each at least one."""
+    return torch.tensor([max(1, k - (picture + 1) * k // 4) for picture in range(batch_size)])
+
+
+def _equal_counts(
+    got: Mapping[str, NDArray[Any]], num_kept: Tensor, features: Tensor, candidates: Tensor | None
+) -> Counted:
+    """How many of a graph's `kept_counts` are the reference's for the same picks, as far as float32 can tell."""
+    order, counts = torch.from_numpy(got["pick_order"]), torch.from_numpy(got["kept_counts"])
+    first = order.masked_fill(torch.arange(order.shape[1]) >= num_kept[:, None], -1)
+    _, indices = keep(features, order)
+    real = indices >= 0
+    indices = indices.masked_fill((indices[:, :, None] != first[:, None, :]).all(dim=2), -1)
+    same = counts == kept_counts(features, indices, candidates)
+    if not same.all():
+        same |= counts_within_rounding(features, indices, counts, candidates)
+    return _count(same[real])
+
+
+def _count(same: Tensor) -> Counted:
+    return int(same.sum()), same.numel()
+
+
+def _parameter_names(component: Component, components: Components) -> set[str]:
+    own = {id(parameter) for parameter in component.module.parameters()}
+    return {
+        name
+        for name, tensor in components.model.named_parameters(remove_duplicate=False)
+        if id(tensor) in own
+    }
+
+
+def _numpy(tensor: Tensor) -> NDArray[Any]:
+    # NumPy has no bfloat16, and the graphs are widened where they have.
+    array: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array

@@ -1,0 +1,174 @@
+"""Every weight of a written graph against the checkpoint's, from the file alone and not by its writer.
+
+A weight that was cast or transposed must be the checkpoint's bit for bit; a quantized one no further from it than
+rounding takes it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor
+
+from resprune.exporter.checkpoint.shards import StoredTensor
+from resprune.exporter.trace.tracer import PACKED
+
+TRANSPOSED = "T"
+SCALES = "_scales"
+DTYPES: dict[int, torch.dtype] = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.BFLOAT16: torch.bfloat16,
+    onnx.TensorProto.INT8: torch.int8,
+    onnx.TensorProto.UINT8: torch.uint8,
+}
+ROWS = 512
+SLACK = 1e-3
+"""Of a quantization step: what float32 may make of a number that lies between two steps."""
+
+
+class Comparison:
+    """The weights of a graph that is being written: each is compared as soon as it is in the file, in a thread.
+
+    By then both files are in the system's memory, where they do not stay if they are larger than that.
+    """
+
+    def __init__(self, graph: Path, stored: Mapping[str, StoredTensor]) -> None:
+        """`graph` itself is written already; its data need not be."""
+        model = onnx.load(graph, load_external_data=False)
+        self._stored = stored
+        self._written = {
+            tensor.name: _place(tensor, graph.parent)
+            for tensor in model.graph.initializer
+            if tensor.external_data
+        }
+        self._waiting = deque(sorted(self._written, key=lambda name: self._written[name].offset))
+        # Comparing releases the interpreter's lock. PyTorch has no threads of its own here.
+        self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+        self._equal: dict[str, Future[bool]] = {}
+
+    def advance(self, size: int) -> None:
+        """The first `size` bytes of the data are in the file."""
+        while self._waiting and self._end(self._waiting[0]) <= size:
+            name = self._waiting.popleft()
+            self._equal[name] = self._thread.submit(_same, name, self._written, self._stored)
+
+    def finish(self, progress: Callable[[int], object] = lambda count: None) -> tuple[list[str], int]:
+        """Names of the weights that are not the checkpoint's, or not in the file, and how many weights there are.
+
+        `progress(count)` is called as `count` more bytes have been compared.
+        """
+        wrong = [*self._waiting]
+        for name, equal in self._equal.items():
+            wrong += [] if equal.result() else [name]
+            progress(self._written[name].nbytes)
+        return wrong, len(self._written)
+
+    def __enter__(self) -> Comparison:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _end(self, name: str) -> int:
+        """Where in the file the weight ends, with the scales that it is compared with."""
+        parts = [self._written[part] for part in (name, name + SCALES) if part in self._written]
+        return max(place.offset + place.nbytes for place in parts)
+
+
+def _place(tensor: onnx.TensorProto, folder: Path) -> StoredTensor:
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    return StoredTensor(
+        folder / place["location"],
+        DTYPES[tensor.data_type],
+        tuple(tensor.dims),
+        int(place["offset"]),
+        int(place["length"]),
+    )
+
+
+def _same(name: str, written: Mapping[str, StoredTensor], stored: Mapping[str, StoredTensor]) -> bool:
+    stem, _, part = name.rpartition(".")
+    if part.endswith(SCALES):
+        return name.removesuffix(SCALES) in written  # with which they are compared
+    parameters = (stem if part == TRANSPOSED or part in ROUNDED else name).split(PACKED)
+    if not stored.keys() >= set(parameters):
+        return False
+    sources = [stored[parameter] for parameter in parameters]
+    ours = [_split(written[name], sources, axis=1 if part in (TRANSPOSED, "int8") else 0)]
+    if part in ROUNDED:
+        ours.append(_split(written[name + SCALES], sources, axis=0))
+    compare: Callable[..., bool] = ROUNDED.get(part) or partial(_equal, transposed=part == TRANSPOSED)
+    return all(map(len, ours)) and all(
+        compare(*parts, source.read()) for *parts, source in zip(*ours, sources, strict=True)
+    )
+
+
+def _split(written: StoredTensor, sources: Sequence[StoredTensor], axis: int) -> Sequence[Tensor]:
+    """What a weight has of each of the `sources` that it was made of, along an axis; nothing if it is not as long."""
+    if len(sources) == 1:
+        return (written.read(),)
+    counts = [source.shape[0] for source in sources]
+    return torch.split(written.read(), counts, axis) if sum(counts) == written.shape[axis] else ()
+
+
+def _equal(ours: Tensor, theirs: Tensor, transposed: bool) -> bool:
+    """Bit for bit, a few rows of the checkpoint's at a time."""
+    if ours.shape != (theirs.shape[::-1] if transposed else theirs.shape):
+        return False
+    if not transposed:
+        ours = ours.reshape(*theirs.shape[:1], -1)
+    theirs = theirs.reshape(*theirs.shape[:1], -1)
+    return all(
+        torch.equal(
+            # PyTorch is quick to transpose a matrix, and slow with a part of one.
+            _bits(ours[:, rows].contiguous().t().contiguous() if transposed else ours[rows]),
+            _bits(theirs[rows].to(ours.dtype)),
+        )
+        for rows in _rows(len(theirs))
+    )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """As integers, so that a NaN equals itself, and a zero not its negative."""
+    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
+
+
+def _int8_rounded(numbers: Tensor, scales: Tensor, weight: Tensor) -> bool:
+    """Numbers [K, N] int8, a scale for each of N, weight [N, K]."""
+    return all(
+        _within(numbers[:, rows].t().float(), scales[rows, None], weight[rows])
+        for rows in _rows(weight.shape[0])
+    )
+
+
+def _int4_rounded(numbers: Tensor, scales: Tensor, weight: Tensor) -> bool:
+    """Numbers [N, blocks, 16] uint8, the first of two in the low bits, eight being zero; scales [N, blocks]."""
+    return all(
+        _within(
+            torch.stack([numbers[rows] & 15, numbers[rows] >> 4], dim=-1).flatten(1).float() - 8,
+            scales[rows].repeat_interleave(2 * numbers.shape[2], dim=1),
+            torch.nn.functional.pad(weight[rows].float(), (0, -weight.shape[1] % (2 * numbers.shape[2]))),
+            clipped=7,
+        )
+        for rows in _rows(weight.shape[0])
+    )
+
+
+def _rows(count: int) -> list[slice]:
+    return [slice(start, start + ROWS) for start in range(0, count, ROWS)]
+
+
+def _within(numbers: Tensor, scales: Tensor, weight: Tensor, clipped: int | None = None) -> bool:
+    """Whether all numbers stand for the weight to within half a step, or a whole one where they were `clipped`."""
+    steps = torch.where(numbers == clipped, 1.0, 0.5) if clipped is not None else 0.5
+    return bool(((numbers * scales - weight.float()).abs() <= (steps + SLACK) * scales.abs()).all())
+
+
+ROUNDED: dict[str, Callable[[Tensor, Tensor, Tensor], bool]] = {"int8": _int8_rounded, "q4": _int4_rounded}

@@ -1,0 +1,1 @@
+"""What runs graphs and generates text: ONNX Runtime, TensorRT, TensorRT-LLM, servers."""

@@ -1,0 +1,345 @@
+"""A language model on a server: the selection here, the kept rows over HTTP, the answer back as it is written.
+
+What differs from server to server is one row of `APIS`. None of them has been run with this: the formats were read in
+vLLM 0.33 (docs/features/multimodal_inputs.md), TensorRT-LLM 1.3 (tensorrt_llm/serve/chat_utils.py) and SGLang 0.5.23
+(srt/multimodal/processors/qwen_vl.py), and the server that the tests answer from speaks them.
+"""
+
+import base64
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from resprune.runtime.backends.backend import (
+    Generator,
+    GeneratorFactory,
+    Piece,
+    Request,
+    expanded_ids,
+    require_plain_attention,
+    together,
+)
+from resprune.runtime.backends.http_client import Exchange, Server
+from resprune.runtime.backends.onnxruntime import Embedding
+from resprune.runtime.backends.session import SessionOptions
+from resprune.runtime.backends.torch_save import torch_save
+from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.table import FAMILIES, family_of
+from resprune.runtime.generate import Sampling
+from resprune.runtime.prompt.prompter import Prompt
+from resprune.runtime.prompt.splice import Floats, Ints, KeptTokens
+
+TIMEOUT_SECONDS = 120.0
+KEY_VARIABLE = "RESPRUNE_SERVER_KEY"
+SGLANG_WITH_POSITIONS = (0, 5, 23)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt on its way to a server.
+
+    `expanded_ids` has an image token for each row that is kept; `position_ids` [S] or [3, S] are its numbers.
+    """
+
+    prompt: Prompt
+    pictures: Sequence[KeptTokens]
+    expanded_ids: list[int]
+    position_ids: Ints
+    sampling: Sampling
+    model: str | None
+
+
+@dataclass(frozen=True)
+class Api:
+    """One row: where and how a kind of server takes kept rows, and for which families it gets their positions right.
+
+    `wrong` says why it is none of the others; `positions` are the policies that it can follow.
+    """
+
+    title: str
+    path: str
+    families: tuple[str, ...]
+    positions: tuple[str, ...]
+    wrong: str
+    body: Callable[[Question], dict[str, Any]]
+    read: Callable[[Question, Iterator[dict[str, Any]]], Iterator[Piece]]
+    meet: Callable[[Server, str | None], str | None]
+    """First contact, before anything is sent: checks the server and returns the name of its model."""
+
+
+def server(
+    url: str, *, api: str = "vllm", model: str | None = None, timeout: float = TIMEOUT_SECONDS
+) -> GeneratorFactory:
+    """What `Pipeline.load(bundle, generator=…)` takes to let the server at `url` answer.
+
+    `api` is a name in `APIS`; `model` what the server calls its model, None for the only one it has; `timeout` the
+    longest silence in seconds. A key in the environment variable RESPRUNE_SERVER_KEY is sent along.
+    """
+    if api not in APIS:
+        raise ResPruneError(f"there is no server format {api}; choose from {', '.join(APIS)}")
+    target = Server(url, timeout, _key())
+
+    def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:
+        require_plain_attention(bundle, APIS[api].title)
+        check_positions(bundle, APIS[api])
+        return ServerGenerator(target, APIS[api], model, bundle.manifest.image_token_id)
+
+    return factory
+
+
+def _key() -> str | None:
+    """The key, as a header can carry it; None where there is none."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ResPruneError(
+            f"{KEY_VARIABLE} should be printable ASCII; set it to the server's key, or unset it"
+        )
+    return key or None
+
+
+def check_positions(bundle: Bundle, api: Api) -> None:
+    """`ResPruneError` if such a server would give this bundle's kept tokens, or its text, wrong positions."""
+    family, positions = family_of(bundle), bundle.manifest.positions
+    if family.name not in api.families:
+        raise ResPruneError(f"{api.title} {api.wrong.format(family=family.title)}")
+    if positions not in api.positions:
+        raise ResPruneError(
+            f"{api.title} numbers every prompt 0, 1, 2 …, and this bundle was exported with --positions {positions}; "
+            f"export it again with --positions contiguous"
+        )
+
+
+class ServerGenerator:
+    """Sends each prompt of a request as a request of its own; the server puts them in one batch as it sees fit."""
+
+    def __init__(self, target: Server, api: Api, model: str | None, image_token_id: int) -> None:
+        self._server = target
+        self._api = api
+        self._image_token_id = image_token_id
+        self._model = api.meet(target, model)
+
+    def start(self, request: Request, sampling: Sampling) -> Iterator[list[Piece]]:
+        """Send the prompts and wait until all are accepted (see `Generator`)."""
+        questions = [self._question(request, row, sampling) for row in range(len(request.prompts))]
+        exchanges: list[Exchange] = []
+        try:
+            # All are under way before the first is waited for.
+            exchanges.extend(
+                self._server.post(self._api.path, self._api.body(question)) for question in questions
+            )
+            for exchange in exchanges:
+                exchange.begin()
+        except BaseException:
+            for exchange in exchanges:
+                exchange.close()
+            raise
+        return together([self._read(*pair) for pair in zip(questions, exchanges, strict=True)])
+
+    def close(self) -> None:
+        """Nothing is held between requests."""
+
+    def _question(self, request: Request, row: int, sampling: Sampling) -> Question:
+        present = request.spliced.attention_mask[row] > 0
+        return Question(
+            request.prompts[row],
+            request.pictures[row],
+            expanded_ids(request, row, self._image_token_id),
+            request.spliced.position_ids[..., row, present],
+            sampling,
+            self._model,
+        )
+
+    def _read(self, question: Question, exchange: Exchange) -> Iterator[Piece]:
+        with closing(exchange), _understood(self._server, self._api):
+            yield from self._api.read(question, exchange.events())
+
+
+@contextmanager
+def _understood(target: Server, api: Api) -> Iterator[None]:
+    """An event that lacks what its API promises is one sentence."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ResPruneError(
+            f"{target.url} sent an event that is not one of {api.title}'s ({type(error).__name__}: {error}); check "
+            f"--server-format and the server's version"
+        ) from None
+
+
+def _named_model(target: Server, model: str | None) -> str:
+    """What the user calls the model, else the only one there is."""
+    if model is not None:
+        return model
+    listed = target.get("/v1/models")
+    try:
+        names = [str(model["id"]) for model in listed["data"]]
+    except (KeyError, TypeError):
+        raise ResPruneError(
+            f"{target.url} does not say which models it has; name one with --server-model"
+        ) from None
+    if len(names) != 1:
+        raise ResPruneError(
+            f"{target.url} has {len(names)} models ({', '.join(names)}); choose one with --server-model"
+        )
+    return names[0]
+
+
+def _takes_positions(target: Server, model: str | None) -> str | None:
+    """An SGLang that does not read `mrope_positions` would number the tokens itself, and say nothing."""
+    info = target.get("/server_info") or target.get("/get_server_info")
+    version = str(info.get("version", "")) if isinstance(info, dict) else ""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    if numbers < SGLANG_WITH_POSITIONS:
+        needed = ".".join(map(str, SGLANG_WITH_POSITIONS))
+        raise ResPruneError(
+            f"{target.url} runs SGLang {version or 'of an unknown version'}, which may not take positions; "
+            f"{needed} or newer does"
+        )
+    return model
+
+
+def _image_rows(rows: Floats) -> str:
+    """Rows [n, D] as base64 of `torch.save`: float16 where that loses nothing, as with the rows of an fp16 tower."""
+    half = rows.astype(np.float16)
+    lossless = bool(np.array_equal(half, rows))
+    return base64.b64encode(torch_save(half if lossless else rows)).decode()
+
+
+def _chat_body(question: Question, image_embeds: Callable[[str], Any]) -> dict[str, Any]:
+    """Chat completions: the conversation, its pictures in place of the template's, and what to draw tokens with."""
+    rows = iter(_image_rows(picture.rows) for picture in question.pictures)
+    messages = [
+        {
+            **message,
+            "content": [
+                {"type": "image_embeds", "image_embeds": image_embeds(next(rows))}
+                if part["type"] == "image"
+                else part
+                for part in message["content"]
+            ],
+        }
+        for message in question.prompt.messages
+    ]
+    sampling = question.sampling
+    body = {
+        "model": question.model,
+        "messages": messages,
+        "stream": True,
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+    }
+    return body if sampling.seed is None else body | {"seed": sampling.seed}
+
+
+def _vllm_body(question: Question) -> dict[str, Any]:
+    # vLLM takes what is left unsaid from the checkpoint's generation_config.json; `Sampling` knows no such things.
+    unsaid = {"top_k": -1, "repetition_penalty": 1.0}
+    return _chat_body(question, lambda rows: rows) | unsaid | {"return_token_ids": True}
+
+
+def _trtllm_body(question: Question) -> dict[str, Any]:
+    return _chat_body(question, lambda rows: {"data": rows})
+
+
+def _read_chat(question: Question, events: Iterator[dict[str, Any]]) -> Iterator[Piece]:
+    """Token ids where the server tells them, else text; vLLM also tells what prompt it made of the messages."""
+    for event in events:
+        written = event.get("prompt_token_ids")
+        if written is not None and written not in (question.expanded_ids, question.prompt.ids):
+            raise ResPruneError(
+                "the server makes another prompt of the question than this bundle; serve the checkpoint that the "
+                "bundle was exported from, with its own chat template"
+            )
+        for choice in event["choices"]:
+            ids, text = choice.get("token_ids"), choice["delta"].get("content")
+            if ids is not None:
+                yield [int(token) for token in ids]
+            elif text:
+                yield str(text)
+
+
+def _sglang_body(question: Question) -> dict[str, Any]:
+    """SGLang's own /generate: token ids, and one dict with the rows of all pictures and the positions of all tokens."""
+    sampling, positions = question.sampling, question.position_ids
+    drawing = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": -1,
+        "repetition_penalty": 1.0,
+    }
+    picture = {
+        "format": "precomputed_embedding",
+        "feature": np.concatenate([picture.rows for picture in question.pictures]).tolist(),
+        "mrope_positions": positions.tolist(),
+        "mrope_position_delta": int(positions.max()) + 1 - positions.shape[-1],
+    }
+    return {
+        "input_ids": question.expanded_ids,
+        "image_data": [picture],
+        "sampling_params": drawing if sampling.seed is None else drawing | {"sampling_seed": sampling.seed},
+        "stream": True,
+    }
+
+
+def _read_sglang(question: Question, events: Iterator[dict[str, Any]]) -> Iterator[Piece]:
+    """An event has all ids so far, or with incremental output the new ones; it counts all either way."""
+    seen = 0
+    for event in events:
+        finish = event["meta_info"].get("finish_reason")
+        if isinstance(finish, dict) and finish.get("type") == "abort":
+            raise ResPruneError(f"the server gave up the answer: {finish.get('message', 'no reason given')}")
+        total = int(event["meta_info"]["completion_tokens"])
+        ids = event["output_ids"]
+        yield [int(token) for token in ids[len(ids) - (total - seen) :]]
+        seen = total
+
+
+_LLAVA = ("llava", "llava_next")
+_BY_GRID = (
+    "numbers the visual tokens of {family} by the picture's grid, so those that were kept would get wrong positions; "
+    "serve it with SGLang (--server-format sglang), or leave out --server"
+)
+_BY_SIZE = (
+    "lays out the visual tokens of {family} by the picture's size, so fewer of them cannot be passed; serve it with "
+    "vLLM (--server-format vllm) or TensorRT-LLM (--server-format trtllm)"
+)
+APIS = {
+    "vllm": Api(
+        "vLLM",
+        "/v1/chat/completions",
+        _LLAVA,
+        ("contiguous",),
+        _BY_GRID,
+        _vllm_body,
+        _read_chat,
+        _named_model,
+    ),
+    "trtllm": Api(
+        "TensorRT-LLM",
+        "/v1/chat/completions",
+        _LLAVA,
+        ("contiguous",),
+        _BY_GRID,
+        _trtllm_body,
+        _read_chat,
+        _named_model,
+    ),
+    "sglang": Api(
+        "SGLang",
+        "/generate",
+        tuple(name for name, family in FAMILIES.items() if family.position_axes == 3),
+        ("original",),
+        _BY_SIZE,
+        _sglang_body,
+        _read_sglang,
+        _takes_positions,
+    ),
+}

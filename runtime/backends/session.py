@@ -1,0 +1,118 @@
+"""Running graphs: the seam that engines share, and ONNX Runtime's sessions, their options and their faults."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy.typing as npt
+
+from resprune.runtime.backends.providers import CPU, check_providers, new_session
+from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.errors import ResPruneError, one_line
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Array = npt.NDArray[Any]
+MAX_THREADS = 1024
+"""ONNX Runtime starts as many as it is told, and with thousands hangs."""
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """`providers`: names in `providers.PROVIDERS`, best first; `threads`: 0 is one a physical core."""
+
+    providers: Sequence[str] = (CPU,)
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
+
+
+def check_threads(threads: int) -> None:
+    """`ResPruneError` for a number of threads that nothing can run with."""
+    if not 0 <= threads <= MAX_THREADS:
+        raise ResPruneError(f"threads should be 0 (one a physical core) to {MAX_THREADS}, not {threads}")
+
+
+def open_session(bundle: Bundle, graph: str, options: SessionOptions) -> "onnxruntime.InferenceSession":
+    """Session of a bundle's graph; `ResPruneError` for a provider not installed or a file it cannot load."""
+    path = bundle.graph_path(graph)
+    check_providers(options.providers, bundle.manifest)
+    try:
+        return new_session(str(path), session_settings(options.threads), options.providers)
+    except ResPruneError:
+        raise
+    except Exception as error:  # onnxruntime's own exception types share no base but this one
+        narrow = bundle.manifest.graphs[graph].precision == "bf16"
+        if narrow and "Could not find an implementation" in str(error):
+            raise ResPruneError(
+                f"{path} is bf16, in which the provider {' or '.join(options.providers)} cannot compute; "
+                "choose another or export with --dtype fp16 or fp32"
+            ) from None
+        raise ResPruneError(f"{path} cannot be opened by onnxruntime ({one_line(error)})") from None
+
+
+def session_settings(threads: int) -> "onnxruntime.SessionOptions":
+    """ONNX Runtime's options for graphs that take turns; `threads` as in `SessionOptions`."""
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    # The stages run one after another, and a pool that spins on after its own takes cores from the next. Within a run
+    # the threads do spin: a step of a billion int8 weights has hundreds of short operators, and 16 of them took 0.78 s
+    # in place of 0.90 where the threads were woken up for each (two cores).
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    settings.log_severity_level = 3  # errors come back as exceptions; warnings are about node placement
+    return settings
+
+
+class GraphRunner(Protocol):
+    """Runs the graphs of one bundle, by their names."""
+
+    def open(self, graph: str) -> None:
+        """Make a graph ready now; otherwise its first run does."""
+        ...
+
+    def run(self, graph: str, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """The named outputs of one run on host arrays; `ResPruneError` for a run that fails."""
+        ...
+
+    def close(self) -> None:
+        """Give back what was opened; nothing can be run afterwards."""
+        ...
+
+
+class OrtGraphs:
+    """A bundle's graphs in ONNX Runtime, each opened when it is first needed."""
+
+    def __init__(self, bundle: Bundle, options: SessionOptions) -> None:
+        self._bundle = bundle
+        self._options = options
+        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+
+    def open(self, graph: str) -> None:
+        """Open the session of a graph."""
+        if graph not in self._sessions:
+            self._sessions[graph] = open_session(self._bundle, graph, self._options)
+
+    def run(self, graph: str, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """The named outputs of one run (see `GraphRunner`)."""
+        self.open(graph)
+        with graph_faults(graph):
+            arrays: list[Array] = self._sessions[graph].run(list(outputs), dict(feeds))
+        return arrays
+
+    def close(self) -> None:
+        """Give back the sessions."""
+        self._sessions.clear()
+
+
+@contextmanager
+def graph_faults(graph: str) -> Iterator[None]:
+    """Turn what onnxruntime raises while a graph runs (out of memory, a shape it refuses) into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise ResPruneError(f"onnxruntime could not run {graph} ({one_line(error)})") from None

@@ -1,0 +1,297 @@
+"""TensorRT-LLM in this process: its PyTorch backend, and engines that trtllm-build made.
+
+It could not be installed here, so nothing of this has run on it: calls follow the signatures of TensorRT-LLM 1.2
+(llmapi/llm.py, sampling_params.py, runtime/model_runner_cpp.py), and the tests hold them to those. It is made of
+torch, which therefore only this file of the runtime imports, and only together with it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from resprune.runtime.backends.backend import (
+    Generator,
+    GeneratorFactory,
+    Piece,
+    Request,
+    expanded_ids,
+    require_plain_attention,
+    together,
+)
+from resprune.runtime.backends.onnxruntime import Embedding
+from resprune.runtime.backends.session import SessionOptions
+from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.errors import ResPruneError, one_line
+from resprune.runtime.families.table import family_of
+from resprune.runtime.generate import Sampling, eos_token_ids
+from resprune.runtime.prompt.prompter import Prompt, load_tokenizer
+from resprune.runtime.prompt.splice import Floats, Ints
+
+if TYPE_CHECKING:
+    import torch
+
+
+def pytorch_backend(model: str | Path) -> GeneratorFactory:
+    """What `Pipeline.load(bundle, generator=…)` takes to answer with TensorRT-LLM's PyTorch backend.
+
+    `model` is the directory or hub id of the whole checkpoint that the bundle was exported from.
+    """
+
+    def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:
+        require_plain_attention(bundle, "TensorRT-LLM")
+        family = family_of(bundle)
+        if family.position_axes != 1:
+            raise ResPruneError(
+                f"TensorRT-LLM's PyTorch backend makes up a grid for the visual tokens of {family.title}, so those "
+                f"that were kept would get wrong positions; build an engine and use engine_backend"
+            )
+        _require_contiguous(bundle)
+        with _faults(f"open {model}"):
+            llm = _package().LLM(model=str(model))
+        return PyTorchGenerator(llm, bundle)
+
+    return factory
+
+
+def engine_backend(engine: str | Path) -> GeneratorFactory:
+    """What `Pipeline.load(bundle, generator=…)` takes to answer from an engine of trtllm-build.
+
+    `engine` is its directory, built with `--max_multimodal_len` of at least K times the pictures of a batch, for
+    LLaVA from the `language_model/` that `resprune export --for trtllm` writes.
+    """
+
+    def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:
+        require_plain_attention(bundle, "TensorRT-LLM")
+        rotary = None
+        if family_of(bundle).position_axes == 3:
+            rotary = Rotary(bundle)
+        else:
+            _require_contiguous(bundle)
+        with _faults(f"open {engine}"):
+            runner = _package().runtime.ModelRunnerCpp.from_dir(engine_dir=str(engine))
+        return EngineGenerator(runner, bundle, rotary)
+
+    return factory
+
+
+class PyTorchGenerator:
+    """`tensorrt_llm.LLM`, which takes the prompt's text and a list of [K, D] tensors."""
+
+    def __init__(self, llm: Any, bundle: Bundle) -> None:
+        self._llm = llm
+        self._tokenizer = load_tokenizer(bundle)
+        self._eos = sorted(eos_token_ids(bundle))
+
+    def start(self, request: Request, sampling: Sampling) -> Iterator[list[Piece]]:
+        """Hand the prompts over (see `Generator`); TensorRT-LLM puts them in one batch as it sees fit."""
+        drawing: dict[str, Any] = {"top_k": 1}  # greedy
+        if sampling.temperature > 0:
+            drawing = {
+                "top_p": sampling.top_p,
+                "temperature": sampling.temperature,
+                "seed": sampling.seed,
+            }
+        with _faults("take the prompt"):
+            parameters = _package().SamplingParams(
+                max_tokens=sampling.max_new_tokens,
+                end_id=self._eos[0],
+                stop_token_ids=self._eos[1:] or None,
+                detokenize=False,
+                **drawing,
+            )
+            results = [
+                self._llm.generate_async(
+                    {
+                        "prompt": self._text(prompt),
+                        "multi_modal_embeddings": {"image": [_tensor(picture.rows) for picture in pictures]},
+                    },
+                    sampling_params=parameters,
+                    streaming=True,
+                )
+                for prompt, pictures in zip(request.prompts, request.pictures, strict=True)
+            ]
+        return together([_new_tokens(result) for result in results])
+
+    def close(self) -> None:
+        """Shut TensorRT-LLM's workers down."""
+        self._llm.shutdown()
+
+    def _text(self, prompt: Prompt) -> str:
+        """The text from which TensorRT-LLM's tokenizer, which adds what it adds, makes the ids of the prompt."""
+        special = self._tokenizer.id_to_token(prompt.ids[0]) or ""
+        for text in (prompt.text, prompt.text.removeprefix(special)):
+            if self._tokenizer.encode(text, add_special_tokens=True).ids == prompt.ids:
+                return text
+        raise ResPruneError(
+            "the tokenizer adds other special tokens than the chat template writes, and TensorRT-LLM's PyTorch backend "
+            "takes text alone; build an engine and use engine_backend"
+        )
+
+
+class EngineGenerator:
+    """`ModelRunnerCpp`: visual token i of a prompt is the id vocab_size + i, and row i of its prompt table."""
+
+    def __init__(self, runner: Any, bundle: Bundle, rotary: "Rotary | None") -> None:
+        self._runner = runner
+        self._image_token_id = bundle.manifest.image_token_id
+        self._eos = sorted(eos_token_ids(bundle))
+        self._rotary = rotary
+
+    def start(self, request: Request, sampling: Sampling) -> Iterator[list[Piece]]:
+        """Enqueue the prompts (see `Generator`)."""
+        rows = [
+            np.concatenate([picture.rows for picture in pictures]) for pictures in request.pictures
+        ]  # each [K_b, D]
+        ids = [self._ids(request, row) for row in range(len(rows))]
+        drawing: dict[str, Any] = {"top_k": 1}
+        if sampling.temperature > 0:
+            drawing = {"top_p": sampling.top_p, "temperature": sampling.temperature}
+            drawing |= {} if sampling.seed is None else {"random_seed": sampling.seed}
+        with _faults("take the prompt"):
+            steps = self._runner.generate(
+                batch_input_ids=[_tensor(np.asarray(row, np.int32)) for row in ids],
+                prompt_table=_tensor(self._table(rows)),
+                prompt_tasks=",".join(map(str, range(len(rows)))),
+                mrope_params=None if self._rotary is None else self._rotary.parameters(request),
+                max_new_tokens=sampling.max_new_tokens,
+                end_id=self._eos[0],
+                pad_id=self._eos[0],
+                stop_words_list=[[[token] for token in self._eos]] * len(rows),
+                streaming=True,
+                return_dict=True,
+                output_sequence_lengths=True,
+                **drawing,
+            )
+        return self._read(steps, [len(row) for row in ids])
+
+    def close(self) -> None:
+        """Give the engine back."""
+        del self._runner
+
+    def _ids(self, request: Request, row: int) -> list[int]:
+        ids = expanded_ids(request, row, self._image_token_id)
+        visual = iter(range(self._runner.vocab_size, self._runner.vocab_size + len(ids)))
+        return [next(visual) if token == self._image_token_id else token for token in ids]
+
+    def _table(self, rows: list[Floats]) -> Floats:
+        """[B, most rows, D], zeros where a prompt has fewer."""
+        longest = max(map(len, rows))
+        limit = int(self._runner.max_prompt_embedding_table_size)
+        if longest * len(rows) > limit:
+            raise ResPruneError(
+                f"the engine takes {limit} visual tokens and there are {longest * len(rows)}; build it with "
+                f"--max_multimodal_len {longest * len(rows)}, or keep fewer"
+            )
+        table = np.zeros((len(rows), longest, rows[0].shape[1]), np.float32)
+        for index, row in enumerate(rows):
+            table[index, : len(row)] = row
+        return table
+
+    @staticmethod
+    def _read(steps: Iterator[dict[str, Any]], read: list[int]) -> Iterator[list[Piece]]:
+        """`output_ids` [B, 1, S] begin with the prompt; `sequence_lengths` [B, 1] say how far they are written."""
+        with _faults("answer"):
+            for step in steps:
+                lengths = [int(length) for length in step["sequence_lengths"][:, 0]]
+                yield [
+                    [int(token) for token in step["output_ids"][row, 0, start:end]]
+                    for row, (start, end) in enumerate(zip(read, lengths, strict=True))
+                ]
+                read = lengths
+
+
+class Rotary:
+    """M-RoPE as an engine takes it: cosine and sine of every place of the context, by the place's true position.
+
+    An engine turns place s of the prompt by row s of this table, whatever stands there, so the tokens that were kept
+    and the text behind them get the positions they had unpruned; what is generated goes on `deltas` after its place.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        config = bundle.json("config.json")
+        text = config.get("text_config") or config
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        try:
+            width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+            theta = float(rope.get("rope_theta") or text["rope_theta"])
+            self._axes = np.repeat(np.arange(3), rope["mrope_section"])  # [width / 2], as transformers has it
+        except (KeyError, TypeError, ValueError) as error:
+            raise ResPruneError(
+                f"config.json in {bundle.root} does not say how positions turn ({error}); export it again"
+            ) from None
+        self._frequencies = theta ** (-np.arange(0, width, 2) / width)
+        self._context = bundle.manifest.context_length
+
+    def table(self, position_ids: Ints) -> Floats:
+        """`position_ids` [3, S] → [context, width / 2, 2] float32: cosine and sine."""
+        places = np.zeros((self._context, 3))
+        places[: position_ids.shape[1]] = position_ids.T
+        angles = places[:, self._axes] * self._frequencies  # [context, width / 2]
+        return np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+
+    def parameters(self, request: Request) -> Any:
+        """`MropeParams`: the tables [B, context · width] and how far positions are ahead of places, [B, 1]."""
+        spliced = request.spliced
+        positions = [
+            spliced.position_ids[:, row, spliced.attention_mask[row] > 0]
+            for row in range(len(request.prompts))
+        ]
+        deltas = [[int(rows.max()) + 1 - rows.shape[1]] for rows in positions]
+        return _package().layers.MropeParams(
+            mrope_rotary_cos_sin=_tensor(np.stack([self.table(rows).reshape(-1) for rows in positions])),
+            mrope_position_deltas=_tensor(np.asarray(deltas, np.int32)),
+        )
+
+
+def _new_tokens(result: Any) -> Iterator[Piece]:
+    """What each event of a streamed result adds; hangs up if it is not read to its end."""
+    seen = 0
+    try:
+        with _faults("answer"):
+            for event in result:
+                tokens = event.outputs[0].token_ids
+                yield [int(token) for token in tokens[seen:]]
+                seen = len(tokens)
+    except GeneratorExit:
+        result.abort()
+        raise
+
+
+def _require_contiguous(bundle: Bundle) -> None:
+    if bundle.manifest.positions != "contiguous":
+        raise ResPruneError(
+            f"TensorRT-LLM numbers every prompt 0, 1, 2 …, and this bundle was exported with --positions "
+            f"{bundle.manifest.positions}; export it again with --positions contiguous"
+        )
+
+
+def _package() -> Any:
+    try:
+        import tensorrt_llm
+        import tensorrt_llm.layers
+        import tensorrt_llm.runtime
+    except ImportError as error:
+        raise ResPruneError(
+            f"TensorRT-LLM is not installed here ({error}); see "
+            f"https://nvidia.github.io/TensorRT-LLM/installation/linux.html"
+        ) from None
+    return tensorrt_llm
+
+
+def _tensor(array: npt.NDArray[Any]) -> "torch.Tensor":
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+@contextmanager
+def _faults(what: str) -> Iterator[None]:
+    """Turn what TensorRT-LLM raises into one sentence."""
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError, AssertionError) as error:
+        raise ResPruneError(f"TensorRT-LLM could not {what} ({one_line(error)})") from None

@@ -1,0 +1,234 @@
+"""LLaVA-NeXT's any-resolution pictures: a small view of the whole picture, and tiles of a larger one.
+
+The picture is fitted into the best of a few resolutions and cut into tiles; each view and each tile is one picture
+to the vision tower. The language model reads the rows of the whole view, then those of the tiles as one grid: without
+what the padding alone covers, and with a newline row at the end of each of its rows. Geometry, float arithmetic
+included, is that of transformers' `LlavaNextImageProcessorPil` and `LlavaNextModel.pack_image_features`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.bundle.manifest import Range
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.image import Box, ImageProcessor
+from resprune.runtime.families.picture import Arrays, Picture, image_processor_config, tower_size
+
+PROCESSOR = "LlavaNextImageProcessor"
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+MAX_TILES = 144  # pictures of 4032 x 4032 at the usual tile: more is a mistake in a config
+
+NEWLINE = -1  # among the rows of one picture
+PADDING = -1  # among pack_indices, where the newline has a number of its own
+Size = tuple[int, int]  # width, height
+
+
+@dataclass(frozen=True)
+class AnyResolution:
+    """Tiles of the processor's config, and the packing of the rows that the tower makes of them.
+
+    `resolutions` are (height, width) as configs have them; `whole` is the (width, height) of the whole view, `tile` the
+    side of a tile, `processor` the steps from there to pixel values, `side` how many rows and columns of patches of
+    `patch_size` pixels the tower sees in one.
+    """
+
+    resolutions: tuple[tuple[int, int], ...]
+    whole: Size
+    tile: int
+    processor: ImageProcessor
+    side: int
+    patch_size: int
+    pictures_a_run: int | None = None
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any], *, image_size: int, patch_size: int) -> "AnyResolution":
+        """From the content of a preprocessor_config.json, and the sizes of the tower in pixels.
+
+        Raises `ResPruneError` for another kind of processor and for settings that make no sense together.
+        """
+        kind = str(config.get("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
+        if kind != PROCESSOR:
+            raise ResPruneError(
+                f"LLaVA-NeXT needs a {PROCESSOR}, and the checkpoint's image processor is {kind}; "
+                f"correct preprocessor_config.json"
+            )
+        clip = {
+            **config,
+            "image_processor_type": "CLIPImageProcessor",
+        }  # one tile's steps and defaults are its
+        processor = ImageProcessor.from_config(clip)
+        sizes = ImageProcessor.from_config(clip | {"do_resize": True, "do_center_crop": True})
+        edge = sizes.shortest_edge
+        height, width = (edge, edge) if edge is not None else sizes.resize_to or (0, 0)
+        tile = height if sizes.crop is None else sizes.crop[0]
+        resolutions = _resolutions(config.get("image_grid_pinpoints", PINPOINTS), tile)
+        if tile != image_size:
+            raise ResPruneError(
+                f"the image processor makes tiles of {tile} pixels and the vision tower takes {image_size}; "
+                f"correct crop_size in preprocessor_config.json"
+            )
+        return AnyResolution(
+            resolutions, (width, height), tile, processor, image_size // patch_size, patch_size
+        )
+
+    @staticmethod
+    def from_bundle(bundle: Bundle) -> "AnyResolution":
+        """From the bundle's image processor and the config of its tower."""
+        return AnyResolution.from_config(image_processor_config(bundle), **tower_size(bundle))
+
+    @property
+    def tile_size(self) -> tuple[int, int]:
+        """Height and width of a tile as the tower gets it."""
+        pixels = self.processor(Image.new("RGB", (self.tile, self.tile)))
+        return pixels.shape[1], pixels.shape[2]
+
+    @property
+    def max_tokens(self) -> int:
+        """N of the picture that has most: one that fills the best of the resolutions."""
+        grids = [(height // self.tile, width // self.tile) for height, width in self.resolutions]
+        return self.side**2 + max(rows * self.side * (columns * self.side + 1) for rows, columns in grids)
+
+    def __call__(self, image: Image.Image) -> Picture:
+        """`pixel_values` [tiles, 3, H, W] float32, and `rows` [N] int64: a row of them each, or NEWLINE."""
+        return self.picture(image.size, np.stack([self.processor(tile) for tile in self.tiles(image)]))
+
+    def picture(self, image_size: Size, pixel_values: npt.NDArray[np.float32]) -> Picture:
+        """A picture of `image_size` (width, height) whose tiles are processed already."""
+        rows = self.packed_rows(image_size)
+        return Picture({"pixel_values": pixel_values, "rows": rows}, np.arange(len(rows)), len(rows))
+
+    def batch(self, pictures: Sequence[Picture]) -> Arrays:
+        """`pixel_values` [num_tiles, 3, H, W] and `pack_indices` [B, N] int64.
+
+        The tiles of all pictures, one after another; and for each token the row that it is, of all rows of all tiles
+        with the newline row behind them. A picture with fewer tokens than another is filled up with PADDING.
+        """
+        pixels = [picture.arrays["pixel_values"] for picture in pictures]
+        newline = self.side**2 * sum(map(len, pixels))
+        packed = np.full((len(pictures), max(picture.num_tokens for picture in pictures)), PADDING, np.int64)
+        first = 0
+        for row, picture in zip(packed, pictures, strict=True):
+            own = picture.arrays["rows"]
+            row[: len(own)] = np.where(own == NEWLINE, newline, own + first)
+            first += self.side**2 * len(picture.arrays["pixel_values"])
+        return {"pixel_values": np.concatenate(pixels), "pack_indices": packed}
+
+    def tiles(self, image: Image.Image) -> list[Image.Image]:
+        """The whole view, then the tiles row by row."""
+        width, height = self.best_resolution(image.size)
+        fitted = self._fitted(image.size)
+        left, top = (width - fitted[0]) // 2, (height - fitted[1]) // 2
+        canvas = Image.new("RGB", (width, height))  # black
+        canvas.paste(image.resize(fitted, self.processor.resample), (left, top))
+        corners = [(x, y) for y in range(0, height, self.tile) for x in range(0, width, self.tile)]
+        return [
+            image.resize(self.whole, self.processor.resample),
+            *(canvas.crop((x, y, x + self.tile, y + self.tile)) for x, y in corners),
+        ]
+
+    def packed_rows(self, image_size: Size) -> npt.NDArray[np.int64]:
+        """[N] int64: which row of the tower's a token is, counted from the picture's first; NEWLINE for a newline."""
+        patches = self.side**2
+        rows, columns = self.tile_grid(image_size)
+        numbers = np.arange(patches, (1 + rows * columns) * patches, dtype=np.int64)
+        grid = numbers.reshape(rows, columns, self.side, self.side).transpose(0, 2, 1, 3)
+        grid = self._unpadded(grid.reshape(rows * self.side, columns * self.side), image_size)
+        lines = np.pad(grid, ((0, 0), (0, 1)), constant_values=NEWLINE)
+        return np.concatenate([np.arange(patches), lines.reshape(-1)])
+
+    def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
+        """As many tiles as the smallest and the largest of the resolutions have, whatever the tokens."""
+        counts = sorted(1 + height * width // self.tile**2 for height, width in self.resolutions)
+        fewest, most = counts[0], counts[-1]
+        tiles = (batch[0] * fewest, batch[1] * most, batch[2] * most)
+        return {"batch_size": batch, "num_tokens": tokens, "num_tiles": tiles}
+
+    def boxes(self, image_size: Size) -> list[Box | None]:
+        """Patches of the whole view, which are large, then those of the tiles; a newline lies nowhere."""
+        in_whole = self.processor.patch_boxes(self.whole, self.patch_size)
+        in_tile = self.processor.patch_boxes((self.tile, self.tile), self.patch_size)
+        width, height = self.best_resolution(image_size)
+        fitted = self._fitted(image_size)
+        left, top = (width - fitted[0]) // 2, (height - fitted[1]) // 2
+        boxes = [_scaled(box, (0, 0), self.whole, image_size) for box in in_whole]
+        for y in range(0, height, self.tile):
+            for x in range(0, width, self.tile):
+                boxes += [_scaled(box, (x - left, y - top), fitted, image_size) for box in in_tile]
+        return [None if row == NEWLINE else boxes[row] for row in self.packed_rows(image_size)]
+
+    def best_resolution(self, image_size: Size) -> Size:
+        """The resolution that keeps most of the picture's pixels, and among those wastes fewest."""
+        width, height = image_size
+        best, most, least_waste = (0, 0), 0, math.inf
+        for rows, columns in self.resolutions:
+            scale = min(columns / width, rows / height)
+            kept = min(int(width * scale) * int(height * scale), width * height)
+            waste = rows * columns - kept
+            if kept > most or (kept == most and waste < least_waste):
+                best, most, least_waste = (columns, rows), kept, waste
+        return best
+
+    def tile_grid(self, image_size: Size) -> tuple[int, int]:
+        """Rows and columns of tiles, beside the whole view."""
+        width, height = self.best_resolution(image_size)
+        return height // self.tile, width // self.tile
+
+    def _fitted(self, image_size: Size) -> Size:
+        """Size in which the picture is put into its resolution."""
+        width, height = image_size
+        most = self.best_resolution(image_size)
+        scale_x, scale_y = most[0] / width, most[1] / height
+        if scale_x < scale_y:
+            return most[0], min(math.ceil(height * scale_x), most[1])
+        return min(math.ceil(width * scale_y), most[0]), most[1]
+
+    def _unpadded(self, grid: npt.NDArray[np.int64], image_size: Size) -> npt.NDArray[np.int64]:
+        """The part of a grid of patches that the picture itself covers."""
+        width, height = image_size
+        rows, columns = grid.shape
+        if width / height > columns / rows:
+            padding = (rows - int(round(height * (columns / width), 7))) // 2
+            return grid[padding : rows - padding]
+        padding = (columns - int(round(width * (rows / height), 7))) // 2
+        return grid[:, padding : columns - padding]
+
+
+def _resolutions(value: object, tile: int) -> tuple[tuple[int, int], ...]:
+    if not isinstance(value, list | tuple) or not value:
+        raise _fault(value, "a list of heights and widths")
+    for pair in value:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise _fault(pair, "a height and a width")
+        if any(
+            isinstance(side, bool) or not isinstance(side, int) or side < 1 or side % tile for side in pair
+        ):
+            raise _fault(pair, f"multiples of the tile's {tile} pixels")
+        if pair[0] * pair[1] > MAX_TILES * tile**2:
+            raise _fault(pair, f"at most {MAX_TILES} tiles")
+    return tuple((pair[0], pair[1]) for pair in value)
+
+
+def _fault(value: object, wanted: str) -> ResPruneError:
+    return ResPruneError(
+        f"image_grid_pinpoints in preprocessor_config.json has {value!r:.80} where {wanted} should be; "
+        f"correct it in the checkpoint"
+    )
+
+
+def _scaled(box: Box, shift: tuple[int, int], seen: Size, image_size: Size) -> Box:
+    """A box of a view, moved by `shift` into one of size `seen` of the whole picture, in the picture's own pixels."""
+    x, y = (
+        [
+            min(max((edge + shift[axis]) * image_size[axis] / seen[axis], 0.0), float(image_size[axis]))
+            for edge in box[axis::2]
+        ]
+        for axis in range(2)
+    )
+    return x[0], y[0], x[1], y[1]

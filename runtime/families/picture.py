@@ -1,0 +1,127 @@
+"""What every family makes of a picture: arrays for its vision graph, and the places its tokens have in a prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.bundle.manifest import Range
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.image import Box, ImageProcessor
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+# patch_size and image_size where a checkpoint's config leaves them out, as in transformers 5.
+TOWER_DEFAULTS = {
+    "clip_vision_model": {"patch_size": 32, "image_size": 224},
+    "siglip_vision_model": {"patch_size": 16, "image_size": 224},
+    "dinov2": {"patch_size": 14, "image_size": 224},
+}
+LLAVA_TOWER = {"patch_size": 14, "image_size": 336}  # of a config without a vision_config
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture, ready for the vision graph.
+
+    `arrays` are what the family's `batch` joins into the graph's inputs. `offsets` [N] or, for positions of three
+    axes, [3, N] int64: how far each of the N candidate tokens stands from the first in the unpruned prompt;
+    `advance` is how far the text after the picture does.
+    """
+
+    arrays: Arrays
+    offsets: npt.NDArray[np.int64]
+    advance: int
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return int(self.offsets.shape[-1])
+
+
+class Preprocessor(Protocol):
+    """A family's way with pictures, made from a bundle."""
+
+    @property
+    def pictures_a_run(self) -> int | None:
+        """How many pictures one run of the vision graph takes; None: any number."""
+
+    def __call__(self, image: Image.Image) -> Picture:
+        """Prepare an RGB picture; `ResPruneError` for one that the family cannot see."""
+
+    def batch(self, pictures: Sequence[Picture]) -> Arrays:
+        """Inputs of the vision graph, by name, for pictures that go through it together."""
+
+    def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
+        """How long the named axes of the vision graphs' inputs get, `batch` pictures of `tokens` tokens at once."""
+
+    def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
+        """Where each of the N tokens lies in a picture of `image_size` (width, height); None for nowhere."""
+
+
+@dataclass(frozen=True)
+class FixedGrid:
+    """LLaVA-1.5: every picture is brought to one size and has N tokens."""
+
+    processor: ImageProcessor
+    num_tokens: int
+    patch_size: int
+    pictures_a_run: int | None = None
+
+    @staticmethod
+    def from_bundle(bundle: Bundle) -> "FixedGrid":
+        """From the bundle's image processor and manifest."""
+        num_tokens = bundle.manifest.selection.num_tokens
+        if num_tokens is None:
+            raise ResPruneError(
+                f"{bundle.root} does not say how many visual tokens a picture has; export it again"
+            )
+        processor = ImageProcessor.from_config(image_processor_config(bundle))
+        return FixedGrid(processor, num_tokens, tower_size(bundle)["patch_size"])
+
+    def __call__(self, image: Image.Image) -> Picture:
+        """`pixel_values` [3, H, W] float32."""
+        return Picture({"pixel_values": self.processor(image)}, np.arange(self.num_tokens), self.num_tokens)
+
+    def batch(self, pictures: Sequence[Picture]) -> Arrays:
+        """`pixel_values` [B, 3, H, W]."""
+        return {"pixel_values": np.stack([picture.arrays["pixel_values"] for picture in pictures])}
+
+    def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
+        """Any batch; the pictures differ in nothing."""
+        return {"batch_size": batch, "num_tokens": (self.num_tokens,) * 3}
+
+    def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
+        """Patch by patch; a class token, which some checkpoints keep in front, lies nowhere."""
+        patches = self.processor.patch_boxes(image_size, self.patch_size)
+        return [*[None] * (self.num_tokens - len(patches)), *patches]
+
+
+def image_processor_config(bundle: Bundle) -> dict[str, Any]:
+    """The settings of the bundle's image processor: transformers 5 nests them, and that goes first."""
+    if "processor_config.json" in bundle.manifest.files:
+        nested = bundle.json("processor_config.json").get("image_processor")
+        if nested and isinstance(nested, dict):
+            return nested
+    return bundle.json("preprocessor_config.json")
+
+
+def tower_size(bundle: Bundle) -> dict[str, int]:
+    """`patch_size` and `image_size` of the vision tower, in pixels."""
+    config = bundle.json("config.json").get("vision_config")
+    if not isinstance(config, dict):
+        return dict(LLAVA_TOWER)
+    sizes = TOWER_DEFAULTS.get(config.get("model_type", "clip_vision_model"), {})
+    sizes = sizes | {key: config[key] for key in ("patch_size", "image_size") if key in config}
+    for key in ("patch_size", "image_size"):
+        value = sizes.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ResPruneError(
+                f"vision_config.{key} in {bundle.root / 'config.json'} should be a number from 1, "
+                f"not {value!r:.80}; correct it in the checkpoint and export again"
+            )
+    return sizes

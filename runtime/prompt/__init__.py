@@ -1,0 +1,1 @@
+"""From a question to token ids and embeddings: template, keywords, splice."""

@@ -1,0 +1,179 @@
+"""From a conversation to token ids, and to the ids that steer the selection: those of the question's nouns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.prompt.nouns import question_terms
+from resprune.runtime.prompt.splice import Ints
+from resprune.runtime.prompt.template import Message, assistant_message, chat_template, render, user_message
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# Unicode noncharacters: no text carries them, so they show where a template puts the question.
+_QUESTION_START, _QUESTION_END = "\ufdd0", "\ufdd1"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question that has been answered."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt ready for the model.
+
+    `messages` is the conversation and `text` what the chat template makes of it; `ids` have one image token a picture;
+    `text_positions` are the indices into `ids` of tokens whose characters overlap a noun of the last question; `nouns`
+    are those words as they stand in the question.
+    """
+
+    messages: list[Message]
+    text: str
+    ids: list[int]
+    text_positions: list[int]
+    nouns: list[str]
+
+    @property
+    def text_token_ids(self) -> list[int]:
+        """The ids that steer the selection, as they stand in the prompt."""
+        return [self.ids[position] for position in self.text_positions]
+
+    def ids_to_embed(self, image_token_id: int) -> Ints:
+        """`ids` [S] with 0 for each image token: a checkpoint's table may end before it, and its row is never used."""
+        ids = np.array(self.ids, dtype=np.int64)
+        ids[ids == image_token_id] = 0
+        return ids
+
+
+class Prompter:
+    """Writes prompts with a bundle's tokenizer and chat template; ids are those of the Hugging Face processor."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.tokenizer = load_tokenizer(bundle)
+        self.template = chat_template(bundle)
+        self.image_token_id = bundle.manifest.image_token_id
+        image_token = self.tokenizer.id_to_token(self.image_token_id)
+        if image_token is None:
+            raise ResPruneError(
+                f"the tokenizer has no token {self.image_token_id}, the image token; export the bundle again"
+            )
+        self.variables = _special_tokens(bundle) | {"image_token": image_token}
+
+    def prompt(
+        self,
+        question: str,
+        images: int,
+        *,
+        history: Sequence[Turn] = (),
+        about: Sequence[str] | None = None,
+    ) -> Prompt:
+        """Prompt for a question about `images` pictures, which stand at the head of the first turn.
+
+        `about` replaces the nouns found in the question. `ResPruneError` for a question that is empty, is no
+        Unicode text, or types the image token.
+        """
+        if not question.strip():
+            raise ResPruneError("the question is empty; ask something about the picture")
+        if any("\ud800" <= character <= "\udfff" for character in question):
+            raise ResPruneError("the question is not valid UTF-8; check the encoding of the terminal or file")
+        messages = _messages(question, images, history)
+        text = self._render(messages)
+        # A template that writes BOS itself must not get a second one (transformers' apply_chat_template).
+        bos = self.variables.get("bos_token")
+        encoding = self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+        if encoding.ids.count(self.image_token_id) != images:
+            raise ResPruneError(
+                f"the question contains {self.variables['image_token']}, which stands for a picture; "
+                "leave it out and give the picture itself"
+            )
+        terms = question_terms(question, about)
+        spans = self._locate(terms, question, text, images, history)
+        return Prompt(
+            messages=messages,
+            text=text,
+            ids=encoding.ids,
+            text_positions=[
+                index
+                for index, (start, end) in enumerate(encoding.offsets)
+                if any(start < last and first < end for first, last in spans)
+            ],
+            nouns=[question[first:last] for first, last in terms],
+        )
+
+    def _render(self, messages: list[Message]) -> str:
+        return render(messages, self.template, self.variables)
+
+    def _locate(
+        self,
+        terms: Sequence[tuple[int, int]],
+        question: str,
+        text: str,
+        images: int,
+        history: Sequence[Turn],
+    ) -> list[tuple[int, int]]:
+        """Spans of the question's terms in the prompt's text, never in the template's own words.
+
+        The template is rendered once more with marks around the question: what stands before and after them is
+        the template's and the history's. If the template trims the question the spans shift; if it rewrites it,
+        each term is looked for inside that region.
+        """
+        marked = self._render(_messages(f"{_QUESTION_START}{question}{_QUESTION_END}", images, history))
+        before, _, rest = marked.partition(_QUESTION_START)
+        after = rest.rpartition(_QUESTION_END)[2]
+        region = text[len(before) : len(text) - len(after)]
+        shift = region.find(question.strip())
+        if shift >= 0:
+            shift += len(before) - (len(question) - len(question.lstrip()))
+            return [(first + shift, last + shift) for first, last in terms]
+        spans, cursor = [], 0
+        for first, last in terms:
+            found = region.find(question[first:last], cursor)
+            if found >= 0:
+                cursor = found + last - first
+                spans.append((len(before) + found, len(before) + cursor))
+        return spans
+
+
+def _messages(question: str, images: int, history: Sequence[Turn]) -> list[Message]:
+    messages: list[Message] = []
+    for turn in history:
+        messages.append(user_message(turn.question, 0 if messages else images))
+        messages.append(assistant_message(turn.answer))
+    messages.append(user_message(question, 0 if messages else images))
+    return messages
+
+
+def load_tokenizer(bundle: Bundle) -> "tokenizers.Tokenizer":
+    """The bundle's tokenizer, which neither cuts nor fills up; `ResPruneError` for a file that is none."""
+    import tokenizers
+
+    path = bundle.file_path("tokenizer.json")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # what tokenizers raises is a bare Exception
+        raise ResPruneError(f"{path} is not a tokenizer ({error}); export the bundle again") from None
+    # A tokenizer.json may carry the settings it was last trained with; a prompt is never cut or filled up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _special_tokens(bundle: Bundle) -> dict[str, str]:
+    """Special tokens by name (`bos_token`: "<s>"), as templates read them."""
+    tokens = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # older checkpoints have both
+        config: dict[str, Any] = bundle.json(name) if name in bundle.manifest.files else {}
+        for key, value in config.items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(content, str):
+                tokens[key] = content
+    return tokens
