@@ -17,19 +17,21 @@ from resprune.runtime.families.qwen2_vl import DynamicResolution
 class Family:
     """One row: the manifest's `family`, and what reads its pictures.
 
-    `position_axes`: 1 for `position_ids` [B, S], 3 for M-RoPE's [3, B, S].
+    `position_axes`: 1 for `position_ids` [B, S], 3 for M-RoPE's [3, B, S]. `plain_prompt`: whether the family was
+    trained with the prompt that stands in for a missing chat template, and with pictures as a token in plain text.
     """
 
     name: str
     title: str
     preprocessor: Callable[[Bundle], Preprocessor]
     position_axes: int = 1
+    plain_prompt: bool = False
 
 
 FAMILIES = {
     family.name: family
     for family in (
-        Family("llava", "LLaVA-1.5", FixedGrid.from_bundle),
+        Family("llava", "LLaVA-1.5", FixedGrid.from_bundle, plain_prompt=True),
         Family("llava_next", "LLaVA-NeXT", AnyResolution.from_bundle),
         Family("qwen2_5_vl", "Qwen2.5-VL", DynamicResolution.from_bundle, position_axes=3),
         Family("qwen2_vl", "Qwen2-VL", DynamicResolution.from_bundle, position_axes=3),

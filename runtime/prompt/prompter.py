@@ -8,6 +8,7 @@ import numpy as np
 
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.nouns import question_terms
 from resprune.runtime.prompt.splice import Ints
 from resprune.runtime.prompt.template import Message, assistant_message, chat_template, render, user_message
@@ -60,6 +61,7 @@ class Prompter:
     def __init__(self, bundle: Bundle) -> None:
         self.tokenizer = load_tokenizer(bundle)
         self.template = chat_template(bundle)
+        self._plain = family_of(bundle).plain_prompt
         self.image_token_id = bundle.manifest.image_token_id
         image_token = self.tokenizer.id_to_token(self.image_token_id)
         if image_token is None:
@@ -110,7 +112,7 @@ class Prompter:
         )
 
     def _render(self, messages: list[Message]) -> str:
-        return render(messages, self.template, self.variables)
+        return render(messages, self.template, self.variables, plain=self._plain)
 
     def _locate(
         self,
@@ -168,12 +170,17 @@ def load_tokenizer(bundle: Bundle) -> "tokenizers.Tokenizer":
 
 
 def _special_tokens(bundle: Bundle) -> dict[str, str]:
-    """Special tokens by name (`bos_token`: "<s>"), as templates read them."""
+    """Special tokens by name (`bos_token`: "<s>"), as templates read them.
+
+    `special_tokens_map.json` has those that transformers made of all the checkpoint's files; bundles of before have
+    `tokenizer_config.json` alone.
+    """
     tokens = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # older checkpoints have both
-        config: dict[str, Any] = bundle.json(name) if name in bundle.manifest.files else {}
-        for key, value in config.items():
-            content = value.get("content") if isinstance(value, dict) else value
-            if key.endswith("_token") and isinstance(content, str):
-                tokens[key] = content
+    names = ("special_tokens_map.json", "tokenizer_config.json")
+    name = next((name for name in names if name in bundle.manifest.files), None)
+    config: dict[str, Any] = bundle.json(name) if name else {}
+    for key, value in config.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(content, str):
+            tokens[key] = content
     return tokens

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError, one_line
+from resprune.runtime.families.table import family_of
 
 if TYPE_CHECKING:
     import jinja2
@@ -31,12 +32,19 @@ TEMPLATE_FILE = "chat_template.jinja"
 
 
 def chat_template(bundle: Bundle) -> str:
-    """The bundle's chat template; `DEFAULT_TEMPLATE` where the checkpoint has none."""
+    """The bundle's chat template; `DEFAULT_TEMPLATE` where it has none and its family was trained with that.
+
+    `ResPruneError` for a bundle of another family without one.
+    """
     files = bundle.manifest.files
     found = find_template(
         lambda name: bundle.json(name) if name in files else {},
         bundle.file_path(TEMPLATE_FILE) if TEMPLATE_FILE in files else None,
     )
+    if found is None and not family_of(bundle).plain_prompt:
+        raise ResPruneError(
+            f"the bundle {bundle.root} has no chat template; export it again with --chat-template FILE"
+        )
     return DEFAULT_TEMPLATE if found is None else found
 
 
@@ -82,11 +90,13 @@ def assistant_message(text: str) -> Message:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
-def render(messages: Sequence[Message], template: str, variables: Mapping[str, str]) -> str:
+def render(
+    messages: Sequence[Message], template: str, variables: Mapping[str, str], *, plain: bool = True
+) -> str:
     """The prompt's text, ending where the answer begins; `variables`: special tokens by their names.
 
-    A template made for plain text (`message['content'] + …`) is given the parts joined into a string, each
-    picture as `variables["image_token"]` and a line break. `ResPruneError` if neither form renders with as many
+    With `plain` a template made for plain text (`message['content'] + …`) is given the parts joined into a string,
+    each picture as `variables["image_token"]` and a line break. `ResPruneError` if no form renders with as many
     image tokens as there are pictures.
     """
     image_token = variables["image_token"]
@@ -96,9 +106,13 @@ def render(messages: Sequence[Message], template: str, variables: Mapping[str, s
     )
     compiled = _compile(template)
     fault = f"it gave no {image_token} for a picture"
-    for form in (messages, [_as_string(message, image_token) for message in messages]):
+    forms = [messages, [as_string(message, image_token) for message in messages]]
+    for form in forms if plain else forms[:1]:
         try:
-            text = compiled.render(messages=form, add_generation_prompt=True, **variables)
+            # What transformers gives where there are none of them: a template may ask whether they `is none`.
+            text = compiled.render(
+                messages=form, tools=None, documents=None, add_generation_prompt=True, **variables
+            )
         except Exception as error:  # a template is a program of someone else's: it can raise anything
             fault = one_line(error)
             continue
@@ -109,7 +123,8 @@ def render(messages: Sequence[Message], template: str, variables: Mapping[str, s
     )
 
 
-def _as_string(message: Message, image_token: str) -> Message:
+def as_string(message: Message, image_token: str) -> Message:
+    """A message for a template made for plain text: its parts as one string, each picture as a token and a break."""
     parts = (f"{image_token}\n" if part["type"] == "image" else part["text"] for part in message["content"])
     return {"role": message["role"], "content": "".join(parts)}
 

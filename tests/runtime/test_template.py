@@ -1,6 +1,7 @@
 """Prompts as text: the same as transformers renders them, for templates of every make."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -47,7 +48,14 @@ BLOCKS = """{{ bos_token }}
 """
 
 
-@pytest.mark.parametrize("template", [LLAVA_15, BLOCKS])
+# What a template asks of tools and documents: transformers gives None, which is not the same as nothing.
+ABSENT = (
+    "{%- if tools is not none %}[TOOLS]{% endif %}{% if documents is none %}[none]{% endif %}"
+    "{{ tools is defined }}{{ (documents or [])|length }}"
+)
+
+
+@pytest.mark.parametrize("template", [LLAVA_15, BLOCKS, ABSENT + LLAVA_15])
 def test_renders_as_transformers_does(template: str) -> None:
     expected, _ = render_jinja_template(
         [CHAT], chat_template=template, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
@@ -60,11 +68,27 @@ def test_default_is_the_template_of_llava_15() -> None:
     assert render([user_message("Why?", 1)], DEFAULT_TEMPLATE, VARIABLES) == "USER: <image>\nWhy? ASSISTANT:"
 
 
+PLAIN = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] + '\n' }}{% endfor %}"
+
+
+def test_a_template_for_plain_text_is_refused_where_its_family_has_no_such_prompt() -> None:
+    with pytest.raises(ResPruneError, match="chat template cannot make this prompt"):
+        render(CHAT, PLAIN, VARIABLES, plain=False)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "qwen2_vl"])
+def test_only_llava_15_has_a_prompt_of_its_own(family, tmp_path) -> None:
+    bundle = bundle_of_files(tmp_path, {"tokenizer_config.json": "{}"})
+    assert chat_template(bundle) == DEFAULT_TEMPLATE
+    other = Bundle(bundle.root, replace(bundle.manifest, family=family))
+    with pytest.raises(
+        ResPruneError, match="has no chat template; export it again with --chat-template FILE"
+    ):
+        chat_template(other)
+
+
 def test_a_template_for_plain_text_gets_strings() -> None:
-    template = (
-        "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] + '\n' }}{% endfor %}"
-    )
-    assert render(CHAT, template, VARIABLES) == (
+    assert render(CHAT, PLAIN, VARIABLES) == (
         '[user] <image>\n<image>\nWhat is <b>it</b> & why?\n[assistant] It\'s a "café" 🎉\n[user] And\nnow?\n'
     )
 
