@@ -109,7 +109,7 @@ def register_ask(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--provider",
-        type=_listed,
+        type=listed,
         default=["cpu"],
         metavar="NAMES",
         help="what ONNX Runtime runs on, best first: cuda,cpu; default: cpu",
@@ -143,7 +143,7 @@ def _ask(arguments: argparse.Namespace) -> int:
     max_pixels = MAX_PIXELS if arguments.max_pixels is None else arguments.max_pixels
     about = None
     if arguments.about is not None:
-        about = _listed(arguments.about)
+        about = listed(arguments.about)
     with Pipeline.load(
         arguments.bundle,
         check_hashes=not arguments.skip_hashes,
@@ -194,7 +194,7 @@ def _generator(arguments: argparse.Namespace) -> "GeneratorFactory | None":
     return None
 
 
-def _listed(text: str) -> list[str]:
+def listed(text: str) -> list[str]:
     """Words between commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
 

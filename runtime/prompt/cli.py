@@ -1,0 +1,43 @@
+"""`resprune prompt`: write a fixed question as JSON."""
+
+import argparse
+import json
+from pathlib import Path
+
+from resprune.runtime.cli import listed
+from resprune.runtime.errors import ResPruneError
+
+
+def register_prompt(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `resprune prompt`."""
+    parser = subparsers.add_parser(
+        "prompt", help="write a fixed question as JSON, for devices without tokenizer and Python"
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="directory that resprune export wrote")
+    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("--out", required=True, metavar="JSON", help="file to write")
+    parser.add_argument(
+        "--images", type=int, default=1, metavar="N", help="images in the prompt; default: %(default)s"
+    )
+    parser.add_argument("--about", metavar="WORDS", help='words that steer the selection: "square,table"')
+    parser.add_argument("--skip-hashes", action="store_true", help="do not check the SHA-256 of the files")
+    parser.set_defaults(run=_prompt)
+
+
+def _prompt(arguments: argparse.Namespace) -> int:
+    from resprune.runtime.bundle.files import read_bundle
+    from resprune.runtime.bundle.whole import write_whole
+    from resprune.runtime.prompt.fixed import fixed_prompt
+
+    bundle = read_bundle(arguments.bundle, check_hashes=not arguments.skip_hashes)
+    about = None if arguments.about is None else listed(arguments.about)
+    prompt = fixed_prompt(bundle, arguments.question, images=arguments.images, about=about)
+    out = Path(arguments.out)
+    try:
+        write_whole(out, json.dumps(prompt, ensure_ascii=False).encode() + b"\n")
+    except OSError as error:
+        raise ResPruneError(
+            f"{out} cannot be written ({error.strerror}); give --out a file in a folder that is there"
+        ) from None
+    print(f"{out}: {len(prompt['ids'])} tokens; keywords: {', '.join(prompt['keywords']) or 'none'}")
+    return 0

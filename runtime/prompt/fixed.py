@@ -1,0 +1,43 @@
+"""A fixed question as one JSON object: what a device without tokenizer, template and Python needs to ask it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.table import family_of
+from resprune.runtime.generate import eos_token_ids
+from resprune.runtime.prompt.pieces import vocabulary_pieces
+from resprune.runtime.prompt.prompter import Prompter
+
+PROMPT_FORMAT = 1
+
+
+def fixed_prompt(
+    bundle: Bundle, question: str, *, images: int = 1, about: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The prompt of `question` about `images` images, as JSON values (docs/node.md, "prompt.json").
+
+    `about` names the keywords, as in `Pipeline.ask`. Raises `ResPruneError` for a question that cannot be asked, or
+    fewer images than one.
+    """
+    if images < 1:
+        raise ResPruneError(f"a question is about 1 image or more, not {images}")
+    manifest = bundle.manifest
+    prompter = Prompter(bundle)
+    prompt = prompter.prompt(question, images, about=about)
+    return {
+        "format_version": PROMPT_FORMAT,
+        "question": question,
+        "text": prompt.text,
+        "ids": prompt.ids,
+        "image_places": [place for place, token in enumerate(prompt.ids) if token == manifest.image_token_id],
+        "keywords": prompt.nouns,
+        "keyword_places": prompt.text_positions,
+        "keyword_ids": prompt.text_token_ids,
+        "positions": manifest.positions,
+        "position_axes": family_of(bundle).position_axes,
+        "stop_ids": sorted(eos_token_ids(bundle)),
+        "tokenizer_sha256": manifest.files["tokenizer.json"].sha256,
+        "pieces": vocabulary_pieces(prompter.tokenizer),
+    }
