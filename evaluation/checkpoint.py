@@ -96,19 +96,20 @@ def _without_graphs(checkpoint: Checkpoint, root: Path, attention: str) -> Bundl
     """What an export writes beside its graphs, and the facts its manifest would have, with K as large as N."""
     import torch
 
+    from resprune.exporter.checkpoint.checkpoint import family_of
     from resprune.exporter.checkpoint.side_files import check_side_files, copy_side_files, read_tokenizer
     from resprune.exporter.checkpoint.weightless import fake_mode
-    from resprune.exporter.families import family_of
+    from resprune.exporter.families import split_model
     from resprune.exporter.trace.weights import find_weights
 
     family = family_of(checkpoint)
     check_side_files(checkpoint)
-    components = family.split_model(checkpoint, torch.float32, fake_mode())
+    components = split_model(checkpoint, torch.float32, fake_mode())
     find_weights(checkpoint, components.model)  # transformers fills those that are missing with random values
     copy_side_files(checkpoint, read_tokenizer(checkpoint), root)
     most = components.num_tokens or components.max_tokens
     assert most is not None
-    # Qwen-VL's preprocessor asks this graph for its windows, which PyTorch makes itself.
+    # Preprocessors ask this graph for its inputs, some of which PyTorch makes itself.
     vision = GraphSpec("", "fp32", (), ())
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -116,7 +117,7 @@ def _without_graphs(checkpoint: Checkpoint, root: Path, attention: str) -> Bundl
         model=checkpoint.name,
         revision=checkpoint.revision,
         selection=Selection(
-            most, components.num_tokens, 1.0, "minmax", "loop", max_tokens=components.max_tokens
+            most, components.num_tokens, family.alpha, "minmax", "loop", max_tokens=components.max_tokens
         ),
         positions=family.positions[0],
         image_token_id=components.image_token_id,

@@ -24,7 +24,7 @@ from resprune.runtime.bundle.manifest import ATTENTION, MANIFEST_NAME, POSITIONS
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import ImageSource, load_image
 from resprune.runtime.families.picture import Picture
-from resprune.runtime.families.table import family_of
+from resprune.runtime.families.table import FAMILIES, family_of
 from resprune.runtime.generate import Sampling, TextStream, eos_token_ids, generate
 from resprune.runtime.prompt.prompter import Prompt, Prompter
 from resprune.runtime.prompt.splice import Floats, Ints, KeptTokens, Picks, splice
@@ -273,9 +273,7 @@ def _with_positions(manifest: Manifest, positions: str | None) -> Manifest:
     """The manifest under another position policy, where the family allows it."""
     if positions is None or positions == manifest.positions:
         return manifest
-    if positions == "contiguous" and manifest.family.startswith("qwen"):
-        raise ResPruneError("Qwen-VL's tokens keep their original positions; leave out --positions")
-    return replace(manifest, positions=positions)
+    return replace(manifest, positions=FAMILIES[manifest.family].policy(positions))
 
 
 def _with_attention(manifest: Manifest, attention: str | None) -> Manifest:

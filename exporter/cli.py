@@ -26,7 +26,7 @@ def register_export(subparsers: Any) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="demo, llava15, llava-next, qwen25vl-3b or another alias, a hub id, or a directory",
+        help="demo, another alias (an unknown name lists them), a hub id, or a directory",
     )
     parser.add_argument(
         "out", metavar="OUT", type=Path, help="the bundle's directory, which must not exist yet"
@@ -53,8 +53,7 @@ def register_export(subparsers: Any) -> None:
     parser.add_argument(
         "--alpha",
         type=_strength,
-        default=1.0,
-        help="strength of the question's guidance, 0 for none (default 1)",
+        help="strength of the question's guidance, 0 for none (default: the family's, mostly 1)",
     )
     parser.add_argument(
         "--scale", choices=SCALES, default="minmax", help="how relevance is scaled (default minmax)"
@@ -63,8 +62,7 @@ def register_export(subparsers: Any) -> None:
     parser.add_argument(
         "--attention",
         choices=ATTENTION,
-        default="plain",
-        help="proportional: a kept token counts for those it stands for as well (default plain)",
+        help="proportional: a kept token counts for those it stands for as well (default: the family's, mostly plain)",
     )
     parser.add_argument("--body", choices=BODIES, default="loop", help="selection in Loops, or unrolled")
     parser.add_argument(

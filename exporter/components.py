@@ -43,10 +43,10 @@ class Components:
     vision: Component
     embed: Component
     decoder: Component
-    num_tokens: int | None
-    """N, the visual tokens of one image; None where it varies."""
     image_token_id: int
     context_length: int
+    num_tokens: int | None = None
+    """N, the visual tokens of one image; None where it varies."""
     max_tokens: int | None = None
     """The largest N there is, where it varies."""
     places: Callable[[tuple[Tensor, ...]], tuple[Tensor, int]] | None = None

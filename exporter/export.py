@@ -13,14 +13,15 @@ from threading import Thread
 from time import perf_counter
 from typing import Any
 
-from resprune.exporter.checkpoint.checkpoint import Checkpoint, resolve
-from resprune.exporter.checkpoint.language_checkpoint import CLASSES, LanguageCheckpoint, language_checkpoint
+from resprune.exporter.checkpoint.checkpoint import Checkpoint, family_of, resolve
+from resprune.exporter.checkpoint.language_checkpoint import LanguageCheckpoint, language_checkpoint
 from resprune.exporter.checkpoint.shards import read_soon
 from resprune.exporter.checkpoint.side_files import check_side_files, copy_side_files, read_tokenizer
 from resprune.exporter.checkpoint.weightless import fake_mode
 from resprune.exporter.components import Component, Components
-from resprune.exporter.families import Family, family_of
+from resprune.exporter.families import split_model
 from resprune.exporter.language import proportional
+from resprune.exporter.language_models import LANGUAGE_MODELS
 from resprune.exporter.memory import available_memory
 from resprune.exporter.trace import precision
 from resprune.exporter.trace.ahead import traced_ahead
@@ -43,6 +44,7 @@ from resprune.runtime.bundle.manifest import (
     share_of,
 )
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.table import Family
 
 PACKAGES = ("resprune", "torch", "transformers", "onnx", "onnxscript")
 
@@ -51,8 +53,9 @@ PACKAGES = ("resprune", "torch", "transformers", "onnx", "onnxscript")
 class Options:
     """What the user may choose: `k` tokens a picture, or a `share` of its tokens, above 0 and at most 1.
 
-    `positions` None means the family's default, `max_pixels` None the checkpoint's own limit, `form` None what
-    `choose_form` says; `language_checkpoint` writes the language model once more as a plain Hugging Face checkpoint.
+    `alpha`, `positions` and `attention` None mean the family's default, `max_pixels` None the checkpoint's own limit,
+    `form` None what `choose_form` says; `language_checkpoint` writes the language model once more as a plain Hugging
+    Face checkpoint.
     `verify` "full" compares whole answers, "layers" the decoder layer by layer, "auto" whichever fits in memory.
     """
 
@@ -61,10 +64,10 @@ class Options:
     dtype: str = "fp32"
     optimize: str | None = None
     split: bool = False
-    alpha: float = 1.0
+    alpha: float | None = None
     scale: str = "minmax"
     positions: str | None = None
-    attention: str = "plain"
+    attention: str | None = None
     body: str = "loop"
     form: str | None = None
     language_checkpoint: bool = False
@@ -116,6 +119,7 @@ class _Export:
     options: Options
     report: Report
     work: Path
+    attention: str = "plain"
     differences: list[Difference] = field(default_factory=list)
     counts: dict[str, Counted] = field(default_factory=dict)
     layers: list[int] = field(default_factory=list)
@@ -126,17 +130,19 @@ class _Export:
         checkpoint = resolve(self.model, revision=self.options.revision)
         family = family_of(checkpoint)
         checkpoint = self._limit_pixels(checkpoint, family)
-        positions = self._positions(family)
+        positions = family.policy(self.options.positions)
+        plain = "plain" if self.options.language_checkpoint else family.attention
+        self.attention = self.options.attention or plain
         check_side_files(checkpoint)
         mode = fake_mode()
         dtype = precision.DTYPES[self.options.dtype]
-        components = family.split_model(checkpoint, dtype, mode)
+        components = split_model(checkpoint, dtype, mode)
         tokenizer = read_tokenizer(checkpoint)
-        if self.options.attention == "proportional":
+        if self.attention == "proportional":
             components = proportional(components)
         if self.options.optimize:
             components = optimize_decoder(components, dtype)
-        selection = self._selection(components)
+        selection = self._selection(family, components)
         stored = find_weights(checkpoint, components.model)
         language = language_checkpoint(components.model, stored) if self.options.language_checkpoint else None
         extra = 0 if language is None else language.nbytes
@@ -259,7 +265,9 @@ class _Export:
     def _language(self, language: LanguageCheckpoint) -> None:
         with progress_bar("language_model", language.nbytes) as bar:
             language.write(self.work / "language_model", self.work, bar.update)
-        self._line("language_model", language.nbytes, CLASSES[language.config.model_type])
+        self._line(
+            "language_model", language.nbytes, LANGUAGE_MODELS[language.config.model_type].causal_class or ""
+        )
 
     def _compared(self, path: Path, differences: list[Difference], note: str) -> None:
         self.differences += differences
@@ -301,15 +309,7 @@ class _Export:
             )
         return replace(checkpoint, image_processor={"max_pixels": self.options.max_pixels})
 
-    def _positions(self, family: Family) -> str:
-        positions = self.options.positions or family.positions[0]
-        if positions not in family.positions:
-            raise ResPruneError(
-                f"{family.title} allows --positions {' or '.join(family.positions)}, not {positions}"
-            )
-        return positions
-
-    def _selection(self, components: Components) -> Selection:
+    def _selection(self, family: Family, components: Components) -> Selection:
         options, n = self.options, components.num_tokens or components.max_tokens
         assert n is not None
         k = options.k or share_of(options.share or 0.0, n)  # the other one is None
@@ -319,7 +319,7 @@ class _Export:
         return Selection(
             k,
             components.num_tokens,
-            options.alpha,
+            family.alpha if options.alpha is None else options.alpha,
             options.scale,
             options.body,
             max_tokens=components.max_tokens,
@@ -348,7 +348,7 @@ class _Export:
         write_manifest(
             self.work,
             Manifest(
-                format_version=ATTENTION[self.options.attention],
+                format_version=ATTENTION[self.attention],
                 family=family.name,
                 model=checkpoint.name,
                 revision=checkpoint.revision,
@@ -367,7 +367,7 @@ class _Export:
                 parity=parity,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 optimize=self.options.optimize,
-                attention=self.options.attention,
+                attention=self.attention,
             ),
         )
 

@@ -12,10 +12,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from resprune.exporter.components import Component, Components, Sizes
+from resprune.exporter.language_models import LANGUAGE_MODELS
 from resprune.runtime.bundle.manifest import TensorSpec, axis_size
 from resprune.runtime.errors import ResPruneError
 
-LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
 # The others rescale their angles by the length seen so far, which no static graph can do.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -89,7 +89,7 @@ class _Decoder(nn.Module):
         window = config.sliding_window if _windowed(config) else None
         near = seen if window is None else seen & (key > query - window)[None, None]
         weight = log_counts(attention_mask)[:, None, None, :] if self.proportional else 0.0
-        if config.model_type.startswith("qwen2"):
+        if LANGUAGE_MODELS[config.model_type].masks_by_kind:
             return {
                 "full_attention": _additive(seen, weight),
                 "sliding_attention": _additive(near, weight),

@@ -39,7 +39,7 @@ def draw_kept(image: Image.Image, boxes: Sequence[Box | None], pick_order: Itera
     shown = Image.blend(clear, Image.new("RGB", size, VEIL), VEIL_OPACITY)
     draw = ImageDraw.Draw(shown)
     corners = []
-    # Large ones first: LLaVA-NeXT's tokens of the whole view lie below those of its tiles.
+    # Large ones first: where an image is cut into tiles, tokens of the whole view lie below those of the tiles.
     for number, index in sorted(enumerate(picks, 1), key=lambda pick: -_area(boxes[pick[1]])):
         left, top, right, bottom = (round(edge * scale) for edge in boxes[index] or (0, 0, 0, 0))
         if left < right and top < bottom:  # else the patch saw nothing of the picture

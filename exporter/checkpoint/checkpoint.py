@@ -14,16 +14,9 @@ from typing import Any
 from resprune.exporter.checkpoint.shards import StoredTensor, open_weights
 from resprune.exporter.transaction import NO_SPACE
 from resprune.runtime.errors import ResPruneError, one_line
+from resprune.runtime.families.table import FAMILIES, Family, aliases, known_families
 
 DEMO = "demo"
-ALIASES = {
-    "llava15": "llava-hf/llava-1.5-7b-hf",
-    "llava15-13b": "llava-hf/llava-1.5-13b-hf",
-    "llava-next": "llava-hf/llava-v1.6-mistral-7b-hf",
-    "llava-next-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
-    "qwen25vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
-    "qwen25vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
-}
 DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 
 
@@ -64,6 +57,19 @@ class Checkpoint:
         if not isinstance(value, dict):
             raise ResPruneError(f"{path} should hold a JSON object; download it again")
         return value
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """The row for a checkpoint's config; `ResPruneError`, listing the families, if there is none."""
+    model_type = str(checkpoint.config.get("model_type"))
+    if model_type not in FAMILIES:
+        raise ResPruneError(
+            f"{checkpoint.root} holds a model of type {model_type}, which is not supported; supported are "
+            f"{known_families()}"
+        )
+    if "quantization_config" in checkpoint.config:
+        raise ResPruneError(f"{checkpoint.root} is quantized; export the checkpoint that it was made from")
+    return FAMILIES[model_type]
 
 
 def parse_config(config_class: Any, checkpoint: Checkpoint) -> Any:
@@ -108,7 +114,7 @@ def resolve(model: str, *, revision: str | None = None) -> Checkpoint:
         return Checkpoint(_demo_directory(), DEMO)
     if here:
         return Checkpoint(Path(model), Path(model).resolve().name)
-    repository = ALIASES.get(model, model)
+    repository = aliases().get(model, model)
     if not _is_hub_id(repository):
         raise _unknown(model)
     root, commit = _download(repository, revision)
@@ -116,8 +122,8 @@ def resolve(model: str, *, revision: str | None = None) -> Checkpoint:
 
 
 def _unknown(model: str) -> ResPruneError:
-    aliases = ", ".join([DEMO, *ALIASES])
-    return ResPruneError(f"{model} is not a directory, a hub id like owner/name, or one of {aliases}")
+    names = ", ".join([DEMO, *aliases()])
+    return ResPruneError(f"{model} is not a directory, a hub id like owner/name, or one of {names}")
 
 
 def _demo_directory() -> Path:

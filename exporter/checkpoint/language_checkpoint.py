@@ -1,4 +1,4 @@
-"""The language model of a LLaVA as a plain Hugging Face checkpoint, which trtllm-build and vLLM take.
+"""The language model of a vision-language model as a plain Hugging Face checkpoint, which trtllm-build and vLLM take.
 
 Its config by itself, its weights under the names of a causal language model, copied byte for byte and never loaded,
 and its tokenizer.
@@ -16,14 +16,14 @@ from typing import Any
 
 from resprune.exporter.checkpoint.shards import DTYPES, INDEX_NAME, SINGLE_NAME, StoredTensor
 from resprune.exporter.checkpoint.side_files import write_json
+from resprune.exporter.language_models import LANGUAGE_MODELS
 from resprune.runtime.errors import ResPruneError
 
 Progress = Callable[[int], object]
-CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 SHARD_BYTES = 5 * 10**9
 CHUNK_BYTES = 16 << 20
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-# Where the language model is inside a LLaVA, and its name by itself.
+# Where the language model is inside the whole model, and its name by itself.
 INSIDE, OUTSIDE = "model.language_model.", "model."
 HEAD = "lm_head."
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -66,12 +66,12 @@ class LanguageCheckpoint:
 
 
 def language_checkpoint(model: Any, stored: Mapping[str, StoredTensor]) -> LanguageCheckpoint:
-    """The language model of a weightless LLaVA whose weights `find_weights` has found.
+    """The language model of a weightless model whose weights `find_weights` has found.
 
     `ResPruneError` if a language model of its kind has no class of its own.
     """
     config = model.config.text_config
-    if config.model_type not in CLASSES:
+    if LANGUAGE_MODELS[config.model_type].causal_class is None:
         raise ResPruneError(
             f"the language model {config.model_type} has no class of its own: TensorRT-LLM and SGLang take it in the "
             f"whole checkpoint, so give them that, and leave out --for"
@@ -88,7 +88,8 @@ def language_checkpoint(model: Any, stored: Mapping[str, StoredTensor]) -> Langu
 
 def plain_config(config: Any, dtype: str) -> dict[str, Any]:
     """A text config as a config.json by itself, for transformers 5 and for those who still read 4's keys."""
-    table: dict[str, Any] = config.to_dict() | {"architectures": [CLASSES[config.model_type]], "dtype": dtype}
+    name = LANGUAGE_MODELS[config.model_type].causal_class
+    table: dict[str, Any] = config.to_dict() | {"architectures": [name], "dtype": dtype}
     rope = dict(table["rope_parameters"])
     theta = rope.pop("rope_theta")
     scaling = None if rope.get("rope_type", "default") == "default" else rope

@@ -10,13 +10,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from resprune.exporter.checkpoint.checkpoint import Checkpoint, config_faults, parse_config
+from resprune.exporter.checkpoint.checkpoint import Checkpoint
 from resprune.exporter.checkpoint.side_files import image_processor_config
-from resprune.exporter.checkpoint.weightless import build
 from resprune.exporter.components import Component, Components, Sizes
-from resprune.exporter.language import check_language, decoder_component, embed_component
-from resprune.exporter.trace.attention import register_attention
-from resprune.exporter.trace.precision import lower
+from resprune.exporter.split import assemble, read_config, weightless_model
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.families.image import ImageProcessor
@@ -54,23 +51,11 @@ class Vision(nn.Module):
 
 def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode) -> Components:
     """The three components of a LLaVA checkpoint, weightless; `ResPruneError` for a config that they cannot carry."""
-    config = parse_config(LlavaConfig, checkpoint)
-    check_language(config.text_config)
+    config = read_config(checkpoint, LlavaConfig)
     check_tower(config.vision_config)
-    config._attn_implementation = register_attention(dtype)
-    with config_faults(checkpoint):
-        model: Any = build(LlavaForConditionalGeneration, config, mode)
-    lower(model, dtype, mode)
+    model = weightless_model(checkpoint, LlavaForConditionalGeneration, config, dtype, mode)
     vision = _vision_component(model, config, pixel_size(checkpoint), mode)
-    return Components(
-        model=model,
-        vision=vision,
-        embed=embed_component(model.get_input_embeddings(), config.text_config),
-        decoder=decoder_component(model.model.language_model, model.lm_head, config.text_config, dtype),
-        num_tokens=int(vision.outputs[0].shape[1]),
-        image_token_id=config.image_token_id,
-        context_length=config.text_config.max_position_embeddings,
-    )
+    return assemble(checkpoint, model, vision, dtype, num_tokens=int(vision.outputs[0].shape[1]))
 
 
 def tower_output(tower: nn.Module, size: tuple[int, int], mode: FakeTensorMode) -> tuple[int, int]:

@@ -14,14 +14,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from resprune.exporter.checkpoint.checkpoint import Checkpoint, config_faults, parse_config
+from resprune.exporter.checkpoint.checkpoint import Checkpoint
 from resprune.exporter.checkpoint.side_files import image_processor_config
-from resprune.exporter.checkpoint.weightless import build
 from resprune.exporter.components import Component, Components, Sizes
 from resprune.exporter.families.llava import Vision, check_tower, tower_output
-from resprune.exporter.language import check_language, decoder_component, embed_component
-from resprune.exporter.trace.attention import register_attention
-from resprune.exporter.trace.precision import lower
+from resprune.exporter.split import assemble, read_config, weightless_model
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.llava_next import AnyResolution
@@ -48,25 +45,12 @@ class _PackedVision(nn.Module):
 
 def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode) -> Components:
     """The three components of a LLaVA-NeXT checkpoint, weightless; `ResPruneError` for a config they cannot carry."""
-    config = parse_config(LlavaNextConfig, checkpoint)
-    check_language(config.text_config)
+    config = read_config(checkpoint, LlavaNextConfig)
     check_tower(config.vision_config)
     anyres = _any_resolution(checkpoint, config)
-    config._attn_implementation = register_attention(dtype)
-    with config_faults(checkpoint):
-        model: Any = build(LlavaNextForConditionalGeneration, config, mode)
-    lower(model, dtype, mode)
-    return Components(
-        model=model,
-        vision=_vision_component(model, config, anyres, mode),
-        embed=embed_component(model.get_input_embeddings(), config.text_config),
-        decoder=decoder_component(model.model.language_model, model.lm_head, config.text_config, dtype),
-        num_tokens=None,
-        max_tokens=anyres.max_tokens,
-        padding="pack_indices",
-        image_token_id=config.image_token_id,
-        context_length=config.text_config.max_position_embeddings,
-    )
+    model = weightless_model(checkpoint, LlavaNextForConditionalGeneration, config, dtype, mode)
+    vision = _vision_component(model, config, anyres, mode)
+    return assemble(checkpoint, model, vision, dtype, max_tokens=anyres.max_tokens, padding="pack_indices")
 
 
 def _any_resolution(checkpoint: Checkpoint, config: Any) -> AnyResolution:

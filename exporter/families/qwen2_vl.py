@@ -21,13 +21,12 @@ from transformers import (
 )
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-from resprune.exporter.checkpoint.checkpoint import Checkpoint, config_faults, parse_config
+from resprune.exporter.checkpoint.checkpoint import Checkpoint, config_faults
 from resprune.exporter.checkpoint.side_files import image_processor_config
-from resprune.exporter.checkpoint.weightless import build
 from resprune.exporter.components import Component, Components, Sizes
-from resprune.exporter.language import check_language, decoder_component, embed_component
-from resprune.exporter.trace.attention import grouped_attention, register_attention
-from resprune.exporter.trace.precision import lower, scale_outliers
+from resprune.exporter.split import assemble, read_config, weightless_model
+from resprune.exporter.trace.attention import grouped_attention
+from resprune.exporter.trace.precision import scale_outliers
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.qwen2_vl import (
@@ -138,14 +137,10 @@ class _Block(nn.Module):
 def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode) -> Components:
     """The three components of a checkpoint, weightless; `ResPruneError` for a config that they cannot carry."""
     config_class, model_class = MODELS[checkpoint.config["model_type"]]
-    config = parse_config(config_class, checkpoint)
-    check_language(config.text_config)
+    config = read_config(checkpoint, config_class)
     processor = DynamicResolution.from_config(image_processor_config(checkpoint))
     _check_processor(processor, config.vision_config)
-    config._attn_implementation = register_attention(dtype)
-    with config_faults(checkpoint):
-        model: Any = build(model_class, config, mode)
-    lower(model, dtype, mode)
+    model = weightless_model(checkpoint, model_class, config, dtype, mode)
     # The last layer of these models' MLPs gives values past 65504, in the tower (TensorRT-LLM #3223, vLLM #13968) and
     # in the language model (transformers #33312).
     scale_outliers(
@@ -153,16 +148,13 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
     )
     with config_faults(checkpoint):
         vision = _vision_component(model, config, dtype)
-    return Components(
-        model=model,
-        vision=vision,
-        embed=embed_component(model.get_input_embeddings(), config.text_config),
-        decoder=decoder_component(model.model.language_model, model.lm_head, config.text_config, dtype, (3,)),
-        num_tokens=None,
+    return assemble(
+        checkpoint,
+        model,
+        vision,
+        dtype,
         max_tokens=processor.max_tokens,
         places=lambda inputs: _places(_grid(inputs, config.vision_config.spatial_merge_size)),
-        image_token_id=config.image_token_id,
-        context_length=config.text_config.max_position_embeddings,
     )
 
 

@@ -2,7 +2,7 @@
 
 What differs from server to server is one row of `APIS`. None of them has been run with this: the formats were read in
 vLLM 0.33 (docs/features/multimodal_inputs.md), TensorRT-LLM 1.3 (tensorrt_llm/serve/chat_utils.py) and SGLang 0.5.23
-(srt/multimodal/processors/qwen_vl.py), and the server that the tests answer from speaks them.
+(srt/multimodal/processors), and the server that the tests answer from speaks them.
 """
 
 import base64
@@ -30,7 +30,7 @@ from resprune.runtime.backends.session import SessionOptions
 from resprune.runtime.backends.torch_save import torch_save
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.families.table import FAMILIES, family_of
+from resprune.runtime.families.table import family_of
 from resprune.runtime.generate import Sampling
 from resprune.runtime.prompt.prompter import Prompt
 from resprune.runtime.prompt.splice import Floats, Ints, KeptTokens
@@ -57,14 +57,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Api:
-    """One row: where and how a kind of server takes kept rows, and for which families it gets their positions right.
+    """One row: where and how a kind of server takes kept rows.
 
-    `wrong` says why it is none of the others; `positions` are the policies that it can follow.
+    A family's row has the servers that get its positions right. `wrong` says why this one is not among them;
+    `positions` are the policies that it can follow.
     """
 
     title: str
     path: str
-    families: tuple[str, ...]
     positions: tuple[str, ...]
     wrong: str
     body: Callable[[Question], dict[str, Any]]
@@ -87,7 +87,7 @@ def server(
 
     def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:
         require_plain_attention(bundle, APIS[api].title)
-        check_positions(bundle, APIS[api])
+        check_positions(bundle, api)
         return ServerGenerator(target, APIS[api], model, bundle.manifest.image_token_id)
 
     return factory
@@ -103,10 +103,10 @@ def _key() -> str | None:
     return key or None
 
 
-def check_positions(bundle: Bundle, api: Api) -> None:
-    """`ResPruneError` if such a server would give this bundle's kept tokens, or its text, wrong positions."""
-    family, positions = family_of(bundle), bundle.manifest.positions
-    if family.name not in api.families:
+def check_positions(bundle: Bundle, name: str) -> None:
+    """`ResPruneError` if a server of this format would give the bundle's kept tokens, or its text, wrong positions."""
+    api, family, positions = APIS[name], family_of(bundle), bundle.manifest.positions
+    if name not in family.servers:
         raise ResPruneError(f"{api.title} {api.wrong.format(family=family.title)}")
     if positions not in api.positions:
         raise ResPruneError(
@@ -302,7 +302,6 @@ def _read_sglang(question: Question, events: Iterator[dict[str, Any]]) -> Iterat
         seen = total
 
 
-_LLAVA = ("llava", "llava_next")
 _BY_GRID = (
     "numbers the visual tokens of {family} by the picture's grid, so those that were kept would get wrong positions; "
     "serve it with SGLang (--server-format sglang), or leave out --server"
@@ -315,7 +314,6 @@ APIS = {
     "vllm": Api(
         "vLLM",
         "/v1/chat/completions",
-        _LLAVA,
         ("contiguous",),
         _BY_GRID,
         _vllm_body,
@@ -325,7 +323,6 @@ APIS = {
     "trtllm": Api(
         "TensorRT-LLM",
         "/v1/chat/completions",
-        _LLAVA,
         ("contiguous",),
         _BY_GRID,
         _trtllm_body,
@@ -335,7 +332,6 @@ APIS = {
     "sglang": Api(
         "SGLang",
         "/generate",
-        tuple(name for name, family in FAMILIES.items() if family.position_axes == 3),
         ("original",),
         _BY_SIZE,
         _sglang_body,

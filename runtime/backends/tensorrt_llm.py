@@ -34,6 +34,9 @@ from resprune.runtime.prompt.splice import Floats, Ints
 if TYPE_CHECKING:
     import torch
 
+PYTORCH, ENGINE = "trtllm-pytorch", "trtllm-engine"
+"""What the families that they can take call these backends, in their rows."""
+
 
 def pytorch_backend(model: str | Path) -> GeneratorFactory:
     """What `Pipeline.load(bundle, generator=…)` takes to answer with TensorRT-LLM's PyTorch backend.
@@ -44,7 +47,7 @@ def pytorch_backend(model: str | Path) -> GeneratorFactory:
     def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:
         require_plain_attention(bundle, "TensorRT-LLM")
         family = family_of(bundle)
-        if family.position_axes != 1:
+        if PYTORCH not in family.servers:
             raise ResPruneError(
                 f"TensorRT-LLM's PyTorch backend makes up a grid for the visual tokens of {family.title}, so those "
                 f"that were kept would get wrong positions; build an engine and use engine_backend"
@@ -60,14 +63,20 @@ def pytorch_backend(model: str | Path) -> GeneratorFactory:
 def engine_backend(engine: str | Path) -> GeneratorFactory:
     """What `Pipeline.load(bundle, generator=…)` takes to answer from an engine of trtllm-build.
 
-    `engine` is its directory, built with `--max_multimodal_len` of at least K times the pictures of a batch, for
-    LLaVA from the `language_model/` that `resprune export --for trtllm` writes.
+        `engine` is its directory, built with `--max_multimodal_len` of at least K times the pictures of a batch, for
+    a language model with a class of its own from the `language_model/` that `resprune export --for trtllm` writes.
     """
 
     def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:
         require_plain_attention(bundle, "TensorRT-LLM")
+        family = family_of(bundle)
+        if ENGINE not in family.servers:
+            raise ResPruneError(
+                f"an engine of trtllm-build takes one row for each visual token and causal masks alone, which is not "
+                f"enough for {family.title}; leave out --engine"
+            )
         rotary = None
-        if family_of(bundle).position_axes == 3:
+        if family.position_axes == 3:
             rotary = Rotary(bundle)
         else:
             _require_contiguous(bundle)

@@ -1,10 +1,11 @@
-"""The families this runtime can run, one row each: how pictures reach the vision graph, and how positions count.
+"""The model families, one row each, with everything that depends on the family; no other code names one.
 
-A family with pictures of its own is one file with a `Preprocessor` (picture.py) and one row here.
+A family is one module in `runtime/families/` with a `Preprocessor` (picture.py), one in `exporter/families/` with
+`split_model`, and one row here. docs/adding-a-family.md says how to write them.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
@@ -15,36 +16,108 @@ from resprune.runtime.families.qwen2_vl import DynamicResolution
 
 @dataclass(frozen=True)
 class Family:
-    """One row: the manifest's `family`, and what reads its pictures.
-
-    `position_axes`: 1 for `position_ids` [B, S], 3 for M-RoPE's [3, B, S]. `plain_prompt`: whether the family was
-    trained with the prompt that stands in for a missing chat template, and with pictures as a token in plain text.
-    """
+    """One row. `name` is the `model_type` of the checkpoint's config.json, and the manifest's `family`."""
 
     name: str
     title: str
+    """For people: what the errors and reports call it."""
+    module: str
+    """The module of `exporter/families/` whose `split_model` splits such a checkpoint."""
     preprocessor: Callable[[Bundle], Preprocessor]
+    """Makes the image preprocessor of a bundle."""
+    positions: tuple[str, ...] = ("contiguous", "original")
+    """The legal position policies, the default first."""
     position_axes: int = 1
+    """1 for `position_ids` [B, S], 3 for M-RoPE's [3, B, S]."""
+    any_size: bool = False
+    """Whether an image has as many tokens as its pixels ask for, up to --max-pixels."""
+    servers: tuple[str, ...] = ()
+    """The server formats and TensorRT-LLM backends that give kept tokens, and the text, their right positions."""
+    alpha: float = 1.0
+    """Strength of the text guidance, unless --alpha says another."""
+    attention: str = "plain"
+    """"plain" or "proportional", unless --attention says another."""
     plain_prompt: bool = False
+    """Whether it was trained with the prompt that stands in for a missing chat template (template.py)."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Short names for the command line, each with the hub id that it stands for."""
+
+    def policy(self, asked: str | None) -> str:
+        """The position policy that was asked for, or the default; `ResPruneError` for one that is not legal."""
+        if asked is not None and asked not in self.positions:
+            raise ResPruneError(f"{self.title} allows --positions {' or '.join(self.positions)}, not {asked}")
+        return asked or self.positions[0]
 
 
 FAMILIES = {
     family.name: family
     for family in (
-        Family("llava", "LLaVA-1.5", FixedGrid.from_bundle, plain_prompt=True),
-        Family("llava_next", "LLaVA-NeXT", AnyResolution.from_bundle),
-        Family("qwen2_5_vl", "Qwen2.5-VL", DynamicResolution.from_bundle, position_axes=3),
-        Family("qwen2_vl", "Qwen2-VL", DynamicResolution.from_bundle, position_axes=3),
+        Family(
+            "llava",
+            "LLaVA-1.5",
+            "llava",
+            FixedGrid.from_bundle,
+            servers=("vllm", "trtllm", "trtllm-pytorch", "trtllm-engine"),
+            plain_prompt=True,
+            aliases={
+                "llava15": "llava-hf/llava-1.5-7b-hf",
+                "llava15-13b": "llava-hf/llava-1.5-13b-hf",
+            },
+        ),
+        Family(
+            "llava_next",
+            "LLaVA-NeXT",
+            "llava_next",
+            AnyResolution.from_bundle,
+            servers=("vllm", "trtllm", "trtllm-pytorch", "trtllm-engine"),
+            aliases={
+                "llava-next": "llava-hf/llava-v1.6-mistral-7b-hf",
+                "llava-next-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
+            },
+        ),
+        Family(
+            "qwen2_5_vl",
+            "Qwen2.5-VL",
+            "qwen2_vl",
+            DynamicResolution.from_bundle,
+            positions=("original",),
+            position_axes=3,
+            any_size=True,
+            servers=("sglang", "trtllm-engine"),
+            aliases={
+                "qwen25vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+                "qwen25vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+            },
+        ),
+        Family(
+            "qwen2_vl",
+            "Qwen2-VL",
+            "qwen2_vl",
+            DynamicResolution.from_bundle,
+            positions=("original",),
+            position_axes=3,
+            any_size=True,
+            servers=("sglang", "trtllm-engine"),
+        ),
     )
 }
+
+
+def aliases() -> dict[str, str]:
+    """Every alias of the command line and the hub id that it stands for."""
+    return {alias: hub_id for family in FAMILIES.values() for alias, hub_id in family.aliases.items()}
+
+
+def known_families() -> str:
+    """The families in words, for errors."""
+    return ", ".join(f"{family.title} ({family.name})" for family in FAMILIES.values())
 
 
 def family_of(bundle: Bundle) -> Family:
     """The row for a bundle; `ResPruneError`, listing the families, if there is none."""
     name = bundle.manifest.family
     if name not in FAMILIES:
-        known = ", ".join(f"{family.title} ({family.name})" for family in FAMILIES.values())
         raise ResPruneError(
-            f"the bundle is of the family {name} and this resprune runs {known}; upgrade resprune"
+            f"the bundle is of the family {name} and this resprune runs {known_families()}; upgrade resprune"
         )
     return FAMILIES[name]

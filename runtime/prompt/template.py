@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # {"role": "user" | "assistant" | "system", "content": [{"type": "image"}, {"type": "text", "text": …}]}
 Message = Mapping[str, Any]
 
-# What LLaVA-1.5 was trained with, for checkpoints that carry no template.
+# For checkpoints that carry no template: those are older than templates, and were trained with this one.
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"

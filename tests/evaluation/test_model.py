@@ -123,7 +123,7 @@ def test_a_qwen_checkpoint_answers_as_hugging_face(tmp_path):
     wanted = expected(model, HuggingFaceQwen(root), pictures, budgets=[6])
     assert (texts, [order.tolist() for order in kept]) == wanted
     assert model.num_tokens is None
-    with pytest.raises(ResPruneError, match="keep their original positions"):
+    with pytest.raises(ResPruneError, match="allows --positions original, not contiguous"):
         open_checkpoint(str(root), positions="contiguous")
 
 

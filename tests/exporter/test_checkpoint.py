@@ -11,9 +11,8 @@ from huggingface_hub import errors
 from huggingface_hub.utils import httpx
 
 from resprune.exporter.checkpoint import checkpoint
-from resprune.exporter.checkpoint.checkpoint import ALIASES, resolve
+from resprune.exporter.checkpoint.checkpoint import family_of, resolve
 from resprune.exporter.export import Options, export
-from resprune.exporter.families import family_of
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.errors import ResPruneError
 
@@ -110,7 +109,7 @@ def test_an_alias_is_downloaded_and_its_commit_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     found = resolve("llava15", revision="main")
     assert (found.name, found.revision) == ("llava15", "0123abc")
-    assert asked[0][:2] == (ALIASES["llava15"], "main")
+    assert asked[0][:2] == ("llava-hf/llava-1.5-7b-hf", "main")
     assert not any(pattern.endswith((".bin", ".pt", "*")) for pattern in asked[0][2]), (
         "no pickles are fetched"
     )

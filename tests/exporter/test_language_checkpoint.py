@@ -15,7 +15,8 @@ from resprune.exporter.checkpoint.language_checkpoint import LanguageCheckpoint,
 from resprune.exporter.checkpoint.shards import open_weights
 from resprune.exporter.checkpoint.weightless import fake_mode
 from resprune.exporter.export import Options, export
-from resprune.exporter.families import family_of
+from resprune.exporter.families import split_model
+from resprune.exporter.language_models import LANGUAGE_MODELS
 from resprune.exporter.trace.weights import find_weights
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
@@ -35,7 +36,7 @@ LLAVAS = (
 
 
 def planned(checkpoint: Checkpoint) -> LanguageCheckpoint:
-    components = family_of(checkpoint).split_model(checkpoint, torch.float32, fake_mode())
+    components = split_model(checkpoint, torch.float32, fake_mode())
     return language_checkpoint(components.model, find_weights(checkpoint, components.model))
 
 
@@ -57,7 +58,7 @@ def test_it_computes_what_it_does_inside(
     assert (out / "model.safetensors").exists() == (shard_bytes > language.nbytes)
     alone: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     whole: Any = AutoModelForImageTextToText.from_pretrained(root, dtype=torch.float32).eval()
-    assert type(alone).__name__ in module.CLASSES.values()
+    assert type(alone).__name__ in [row.causal_class for row in LANGUAGE_MODELS.values()]
     embeds = torch.randn(2, 30, alone.config.hidden_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         inside = whole.lm_head(whole.model.language_model(inputs_embeds=embeds).last_hidden_state)

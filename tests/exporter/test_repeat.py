@@ -13,7 +13,7 @@ import torch
 
 from resprune.exporter.checkpoint.checkpoint import resolve
 from resprune.exporter.checkpoint.weightless import fake_mode
-from resprune.exporter.families import family_of
+from resprune.exporter.families import split_model
 from resprune.exporter.trace import repeat
 from resprune.exporter.trace.tracer import trace
 from resprune.exporter.trace.weights import find_weights, write_graph, write_weights
@@ -45,7 +45,7 @@ PIECES = [
 def test_the_graph_is_that_of_tracing_everything(model, part, layers, kinds, tmp_path, monkeypatch):
     module, variant = MODELS[model]
     checkpoint, mode = resolve(str(module.write_checkpoint(tmp_path / "model", variant))), fake_mode()
-    components = family_of(checkpoint).split_model(checkpoint, torch.float16, mode)
+    components = split_model(checkpoint, torch.float16, mode)
     component, stored = getattr(components, part), find_weights(checkpoint, components.model)
     copied = set()
     copy = repeat._copied
@@ -77,7 +77,7 @@ def operators(model: Any) -> Counter[str]:
 def test_the_second_of_two_kinds_in_turn_is_found_by_how_it_is_called(tmp_path: Path):
     module, variant = MODELS["Qwen2 with windows in every other layer"]
     checkpoint, mode = resolve(str(module.write_checkpoint(tmp_path, variant))), fake_mode()
-    decoder = family_of(checkpoint).split_model(checkpoint, torch.float32, mode).decoder
+    decoder = split_model(checkpoint, torch.float32, mode).decoder
     with mode:
         inputs = [mode.from_tensor(tensor) for tensor in decoder.samples(SIZES, torch.Generator())]
         firsts = repeat.firsts_alike(decoder, inputs)
@@ -89,7 +89,7 @@ def test_the_second_of_two_kinds_in_turn_is_found_by_how_it_is_called(tmp_path: 
 
 def test_layers_that_differ_in_anything_but_weights_are_not_alike(tiny_checkpoint: Callable[[str], Path]):
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
-    components = family_of(checkpoint).split_model(checkpoint, torch.float32, mode)
+    components = split_model(checkpoint, torch.float32, mode)
     first, second = components.decoder.layers
     assert repeat._signature(first) == repeat._signature(second)
     second.input_layernorm.variance_epsilon *= 2  # type: ignore[union-attr, operator]

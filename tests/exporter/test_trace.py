@@ -9,14 +9,14 @@ import torch
 
 from resprune.exporter.checkpoint.checkpoint import resolve
 from resprune.exporter.checkpoint.weightless import fake_mode
-from resprune.exporter.families import family_of
+from resprune.exporter.families import split_model
 from resprune.exporter.trace.tracer import OPSET, trace
 
 
 def test_the_decoder_graph_is_portable(tiny_checkpoint: Callable[[str], Path]):
     """Standard operators only, names and axes of the bundle's table, nothing of this machine."""
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
-    components = family_of(checkpoint).split_model(checkpoint, torch.float16, mode)
+    components = split_model(checkpoint, torch.float16, mode)
     model = trace(components.decoder, components.model, mode).model
     assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", OPSET)}
     assert {node.domain for node in model.graph.node} == {""}
@@ -47,7 +47,7 @@ def test_the_decoder_graph_is_portable(tiny_checkpoint: Callable[[str], Path]):
 def test_half_precision_is_for_products_alone(tiny_checkpoint: Callable[[str], Path]):
     """Every operator that takes float16 moves or multiplies it; softmax, norms and angles are float32."""
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
-    components = family_of(checkpoint).split_model(checkpoint, torch.float16, mode)
+    components = split_model(checkpoint, torch.float16, mode)
     model = onnx.shape_inference.infer_shapes(trace(components.vision, components.model, mode).model)
     half = {value.name for value in model.graph.value_info if value.type.tensor_type.elem_type == 10}
     half |= {tensor.name for tensor in model.graph.initializer if tensor.data_type == 10}

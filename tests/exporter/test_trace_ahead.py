@@ -11,7 +11,7 @@ import torch
 from resprune.exporter.checkpoint.checkpoint import resolve
 from resprune.exporter.checkpoint.weightless import fake_mode
 from resprune.exporter.components import Component
-from resprune.exporter.families import family_of
+from resprune.exporter.families import split_model
 from resprune.exporter.trace import ahead as trace_ahead
 from resprune.exporter.trace.tracer import trace
 from resprune.runtime.errors import ResPruneError
@@ -20,7 +20,7 @@ from resprune.runtime.errors import ResPruneError
 @pytest.fixture
 def taken_apart(tiny_checkpoint):
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
-    components = family_of(checkpoint).split_model(checkpoint, torch.float16, mode)
+    components = split_model(checkpoint, torch.float16, mode)
     return [components.embed, components.vision, components.decoder], components.model, mode
 
 

@@ -11,7 +11,7 @@ import torch
 
 from resprune.exporter.checkpoint.checkpoint import resolve
 from resprune.exporter.checkpoint.weightless import fake_mode
-from resprune.exporter.families import family_of
+from resprune.exporter.families import split_model
 from resprune.exporter.language import proportional
 from resprune.exporter.trace.weights import find_weights
 from resprune.exporter.verify import verifier as verify
@@ -34,7 +34,7 @@ def test_what_is_prepared_is_not_computed_again(
 ):
     """And what ONNX Runtime returns, here zeros, is compared with it all the same."""
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
-    components = family_of(checkpoint).split_model(checkpoint, torch.float32, mode)
+    components = split_model(checkpoint, torch.float32, mode)
     verifier = Verifier(components, find_weights(checkpoint, components.model), "fp32", "layers")
     selection = Selection(5, 16, 1.0, "minmax", "loop")
     verifier.prepare(selection)
@@ -57,7 +57,7 @@ def test_another_picture_is_tried_before_picks_and_counts_count_as_wrong(
 ):
     """The stand-in for ONNX Runtime reverses them in its first runs, as ties within rounding would."""
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
-    components = proportional(family_of(checkpoint).split_model(checkpoint, torch.float32, mode))
+    components = proportional(split_model(checkpoint, torch.float32, mode))
     verifier = Verifier(components, find_weights(checkpoint, components.model), "fp32")
     selection = Selection(5, 16, 1.0, "minmax", "loop")
     runs: list[Path] = []

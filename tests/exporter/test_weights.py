@@ -16,7 +16,7 @@ from resprune.exporter.checkpoint.checkpoint import resolve
 from resprune.exporter.checkpoint.shards import StoredTensor
 from resprune.exporter.checkpoint.weightless import fake_mode, fake_parameter
 from resprune.exporter.components import Component
-from resprune.exporter.families import family_of
+from resprune.exporter.families import split_model
 from resprune.exporter.trace import weights as weights_module
 from resprune.exporter.trace.precision import DTYPES
 from resprune.exporter.trace.tracer import Traced, trace
@@ -161,7 +161,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
 @pytest.mark.parametrize(("change", "sentence"), CHANGES.values(), ids=CHANGES.keys())
 def test_weights_that_do_not_fit_are_named(change, sentence, tiny_checkpoint, tmp_path):
     checkpoint = resolve(str(rewrite(tiny_checkpoint("clip-llama"), change, tmp_path / "copy")))
-    components = family_of(checkpoint).split_model(checkpoint, torch.float32, fake_mode())
+    components = split_model(checkpoint, torch.float32, fake_mode())
     with pytest.raises(ResPruneError, match=sentence):
         find_weights(checkpoint, components.model)
 
@@ -170,7 +170,7 @@ def test_every_age_of_weight_names_is_understood(tiny_checkpoint):
     """The list variant is stored under the names of transformers 4, with `vision_model` inside the tower's."""
     checkpoint = resolve(str(tiny_checkpoint("clip-list")))
     assert any(name.startswith("vision_tower.vision_model.") for name in checkpoint.weights)
-    components = family_of(checkpoint).split_model(checkpoint, torch.float32, fake_mode())
+    components = split_model(checkpoint, torch.float32, fake_mode())
     stored = find_weights(checkpoint, components.model)
     assert stored["lm_head.weight"] == stored["model.language_model.embed_tokens.weight"], "tied"
 
@@ -191,7 +191,7 @@ def test_the_bytes_needed_are_at_least_those_written_and_not_many_more(
     variant, options, tiny_checkpoint, tiny_bundle
 ):
     checkpoint, dtype = resolve(str(tiny_checkpoint(variant))), options.get("dtype", "fp32")
-    components = family_of(checkpoint).split_model(checkpoint, DTYPES[dtype], fake_mode())
+    components = split_model(checkpoint, DTYPES[dtype], fake_mode())
     needed = bytes_needed(components, dtype, split=options.get("split", False))
     bundle = read_bundle(tiny_bundle(variant, **options))
     graphs = [onnx.load(bundle.graph_path(name), load_external_data=False) for name in bundle.manifest.graphs]

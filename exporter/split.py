@@ -1,0 +1,58 @@
+"""What every family's `split_model` does in the same way: config, weightless model, components.
+
+A family's module checks what is its own, and makes the vision component.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from resprune.exporter.checkpoint.checkpoint import Checkpoint, config_faults, family_of, parse_config
+from resprune.exporter.checkpoint.weightless import build
+from resprune.exporter.components import Component, Components
+from resprune.exporter.language import check_language, decoder_component, embed_component
+from resprune.exporter.trace.attention import register_attention
+from resprune.exporter.trace.precision import lower
+
+
+def read_config(checkpoint: Checkpoint, config_class: Any) -> Any:
+    """The checkpoint's config; `ResPruneError` for one that `config_class` refuses or a language model not known."""
+    config = parse_config(config_class, checkpoint)
+    check_language(config.text_config)
+    return config
+
+
+def weightless_model(
+    checkpoint: Checkpoint, model_class: Any, config: Any, dtype: torch.dtype, mode: FakeTensorMode
+) -> Any:
+    """`model_class(config)` without weights, with attention that can be traced and products in `dtype`."""
+    config._attn_implementation = register_attention(dtype)
+    with config_faults(checkpoint):
+        model = build(model_class, config, mode)
+    lower(model, dtype, mode)
+    return model
+
+
+def assemble(
+    checkpoint: Checkpoint, model: Any, vision: Component, dtype: torch.dtype, **facts: Any
+) -> Components:
+    """The components of a model of transformers: `vision`, and the language half, which all families have alike.
+
+    `facts` are further fields of `Components`.
+    """
+    config = model.config
+    axes = family_of(checkpoint).position_axes
+    return Components(
+        model=model,
+        vision=vision,
+        embed=embed_component(model.get_input_embeddings(), config.text_config),
+        decoder=decoder_component(
+            model.model.language_model, model.lm_head, config.text_config, dtype, (axes,) if axes > 1 else ()
+        ),
+        image_token_id=config.image_token_id,
+        context_length=config.text_config.max_position_embeddings,
+        **facts,
+    )

@@ -1,0 +1,83 @@
+"""Everything that depends on a model family stands in its modules and its row, and nowhere else in the product."""
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from resprune.exporter.language_models import LANGUAGE_MODELS
+from resprune.runtime.backends.servers import APIS
+from resprune.runtime.backends.tensorrt_llm import ENGINE, PYTORCH
+from resprune.runtime.bundle.manifest import ATTENTION, POSITIONS
+from resprune.runtime.families.table import FAMILIES, aliases
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("exporter", "runtime", "graphs", "evaluation", "serving")
+BRANDS = (
+    "llava",
+    "qwen",
+    "internvl",
+    "smolvlm",
+    "idefics",
+    "gemma",
+    "granite",
+    "fastvlm",
+    "fast_vlm",
+    "minicpm",
+    "lfm2",
+)
+NAMED = re.compile("|".join(BRANDS), re.IGNORECASE)
+LANGUAGE_TABLE = "exporter/language_models.py"
+
+
+def product_files() -> Iterator[Path]:
+    """The Python files of the product, but for the families' folders and the language models' table."""
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            if "families" not in path.parts and path.relative_to(ROOT).as_posix() != LANGUAGE_TABLE:
+                yield path
+
+
+def families_named(text: str) -> list[str]:
+    """The lines that name a family."""
+    return [line.strip() for line in text.splitlines() if NAMED.search(line)]
+
+
+def test_no_other_code_names_a_family() -> None:
+    paths = list(product_files())
+    assert len(paths) > 50
+    named = {str(path.relative_to(ROOT)): families_named(path.read_text(encoding="utf-8")) for path in paths}
+    assert {path: lines for path, lines in named.items() if lines} == {}
+
+
+def test_the_search_finds_what_it_is_for() -> None:
+    assert families_named('x = 1\nif kind.startswith("qwen"):\n# as LLaVA has it') == [
+        'if kind.startswith("qwen"):',
+        "# as LLaVA has it",
+    ]
+    for name in FAMILIES:
+        assert families_named(f'family == "{name}"'), f"add {name} to BRANDS"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_says_what_the_rest_can_read(name: str) -> None:
+    row = FAMILIES[name]
+    assert row.name == name
+    assert importlib.util.find_spec(f"resprune.exporter.families.{row.module}") is not None
+    assert set(row.positions) <= set(POSITIONS)
+    assert row.positions
+    assert row.position_axes in (1, 3)
+    assert row.attention in ATTENTION
+    assert row.alpha >= 0
+    assert set(row.servers) <= {*APIS, PYTORCH, ENGINE}
+
+
+def test_an_alias_stands_for_one_model() -> None:
+    assert len(aliases()) == sum(len(row.aliases) for row in FAMILIES.values())
+    assert all(hub_id.count("/") == 1 for hub_id in aliases().values())
+
+
+def test_rows_of_language_models_have_their_names() -> None:
+    assert all(row.name == name for name, row in LANGUAGE_MODELS.items())
