@@ -1,5 +1,7 @@
 """From pictures and a question to an answer: the runtime's front door."""
 
+from __future__ import annotations
+
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -27,6 +29,9 @@ from resprune.runtime.generate import Sampling, TextStream
 from resprune.runtime.prompt.prompter import Prompt, Prompter, Turn
 from resprune.runtime.prompt.splice import Floats, KeptTokens, Spliced, splice
 from resprune.runtime.vision import Looked, Vision
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...]
 
@@ -82,7 +87,7 @@ class Pipeline:
         max_pixels: int = MAX_PIXELS,
         engines: str | None = None,
         generator: GeneratorFactory | None = None,
-    ) -> "Pipeline":
+    ) -> Pipeline:
         """Check a bundle and open it.
 
         `check_hashes=False` leaves out the SHA-256 of the files; `providers` and `threads` as in `SessionOptions`;
@@ -167,7 +172,7 @@ class Pipeline:
         )
         return [answer.finish() for answer in answers]
 
-    def look(self, image: Images) -> "View":
+    def look(self, image: Images) -> View:
         """Take in a picture, or several, to ask about more than once.
 
         With a split bundle (`resprune export --split`) the pictures go through the vision tower here and never
@@ -192,7 +197,7 @@ class Pipeline:
         self._generator.close()
         self._graphs.close()
 
-    def __enter__(self) -> "Pipeline":
+    def __enter__(self) -> Pipeline:
         """The pipeline itself; it is closed at the end of the block."""
         return self
 
@@ -298,7 +303,7 @@ class View:
         )
         return answer if stream else answer.finish()
 
-    def chat(self) -> "Chat":
+    def chat(self) -> Chat:
         """A conversation about these pictures, which begins empty."""
         return Chat(self)
 

@@ -18,6 +18,7 @@ from resprune.runtime.errors import ResPruneError
 
 # A manifest lists a few dozen files: anything near this size is not one.
 MAX_MANIFEST_BYTES = 4 << 20
+HASH_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,10 @@ def describe_file(root: Path, name: str) -> FileSpec:
 def _sha256(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.sha256()
+            while block := file.read(HASH_BLOCK):  # hashlib.file_digest is Python 3.11's
+                digest.update(block)
+            return digest.hexdigest()
     except OSError as error:
         raise ResPruneError(f"{path} cannot be read: {error.strerror}") from None
 
