@@ -1,5 +1,6 @@
 """Vision-language models on small devices with a fraction of their visual tokens (ResPrune, arXiv 2603.21105)."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -8,6 +9,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Pipeline", "ResPruneError", "__version__"]
 __version__ = "0.2.0"
+
+# ONNX Runtime 1.32 writes a device id and a database under the home directory and looks up a host of Microsoft's. It
+# reads this once, when it is imported; every import of it in this package comes after this line.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _LAZY = {"Pipeline": "resprune.runtime.pipeline", "ResPruneError": "resprune.runtime.errors"}
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points, version
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from resprune.runtime.bundle.manifest import FLAVOURS
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.console import complain, noted_interrupts, quiet_libraries
+from resprune.runtime.errors import ResPruneError, one_line, printable
 
 if TYPE_CHECKING:
     from resprune.runtime.answer import Answer
@@ -29,14 +30,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets "?" for it
+    with noted_interrupts() as interrupts:
+        try:
+            return _run(words)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except BaseException:
+            if interrupts:
+                return INTERRUPTED
+            raise
+
+
+def _run(words: Sequence[str]) -> int:
     try:
         status = _dispatch(words)
         print(end="", flush=True)  # here, where a reader that has gone and a full disk are still caught
     except ResPruneError as error:
-        print(f"resprune: {error}", file=sys.stderr)
+        complain(error)
         return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except BrokenPipeError:
         _drop_stdout()
         return BROKEN_PIPE
@@ -44,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _takes_output():
             raise
         _drop_stdout()
-        print(f"resprune: the output cannot be written ({error.strerror}); make room for it", file=sys.stderr)
+        complain(f"the output cannot be written ({error.strerror}); make room for it")
         return 2
     return status
 
@@ -63,9 +74,17 @@ def _drop_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose faults are one line, as all others are; its subcommands' parsers are of this class too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `ResPruneError` in place of printing the usage."""
+        raise ResPruneError(f"{one_line(message)}; see {self.prog} --help")
+
+
 def _dispatch(words: Sequence[str]) -> int:
     commands = {command.name: command for command in entry_points(group=COMMANDS)}
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="resprune", description="Vision-language models with a fraction of their visual tokens."
     )
     parser.add_argument("--version", action="version", version=f"resprune {version('resprune')}")
@@ -139,24 +158,26 @@ def register_inspect(subparsers: "argparse._SubParsersAction[argparse.ArgumentPa
 def _ask(arguments: argparse.Namespace) -> int:
     from resprune.runtime.families.image import MAX_PIXELS
     from resprune.runtime.pipeline import Pipeline
+    from resprune.runtime.show import drawing_paths
 
     max_pixels = MAX_PIXELS if arguments.max_pixels is None else arguments.max_pixels
-    about = None
-    if arguments.about is not None:
-        about = listed(arguments.about)
-    with Pipeline.load(
-        arguments.bundle,
-        check_hashes=not arguments.skip_hashes,
-        providers=arguments.provider,
-        threads=arguments.threads,
-        max_pixels=max_pixels,
-        generator=_generator(arguments),
-        engines=arguments.engines,
-    ) as pipeline:
+    paths = [] if arguments.show is None else drawing_paths(arguments.show, arguments.images)
+    with (
+        quiet_libraries(),
+        Pipeline.load(
+            arguments.bundle,
+            check_hashes=not arguments.skip_hashes,
+            providers=arguments.provider,
+            threads=arguments.threads,
+            max_pixels=max_pixels,
+            generator=_generator(arguments),
+            engines=arguments.engines,
+        ) as pipeline,
+    ):
         answer = pipeline.ask(
             arguments.images,
             arguments.question,
-            about=about,
+            about=None if arguments.about is None else listed(arguments.about),
             tokens=arguments.tokens,
             max_new_tokens=arguments.max_new_tokens,
             temperature=arguments.temperature,
@@ -166,13 +187,13 @@ def _ask(arguments: argparse.Namespace) -> int:
         if arguments.json:
             report = answer.describe() | {"positions": pipeline.manifest.positions}
             report["timings"] = {"load": pipeline.load_ms, **answer.timings}
-            print(json.dumps(report, ensure_ascii=False))
+            print(printable(json.dumps(report, ensure_ascii=False)))
         else:
             for piece in answer:
-                print(piece, end="", flush=True)
+                print(printable(piece), end="", flush=True)
             print()
-        if arguments.show is not None:
-            _draw(pipeline, arguments.images, answer, Path(arguments.show), max_pixels)
+        if paths:
+            _draw(pipeline, arguments.images, answer, paths, max_pixels)
     return 0
 
 
@@ -200,22 +221,15 @@ def listed(text: str) -> list[str]:
 
 
 def _draw(
-    pipeline: "Pipeline", sources: Sequence[str], answer: "Answer", path: Path, max_pixels: int
+    pipeline: "Pipeline", sources: Sequence[str], answer: "Answer", paths: Sequence[Path], max_pixels: int
 ) -> None:
-    """Write each picture with its kept tokens: `kept.png`, then `kept-2.png`, …."""
+    """Write each picture with its kept tokens."""
     from resprune.runtime.families.image import load_image
-    from resprune.runtime.show import draw_kept
+    from resprune.runtime.show import draw_kept, save_drawing
 
-    for number, (source, picks) in enumerate(zip(sources, answer.images, strict=True), 1):
+    for source, path, picks in zip(sources, paths, answer.images, strict=True):
         image = load_image(source, max_pixels=max_pixels)
-        target = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
-        drawn = draw_kept(image, pipeline.boxes(image.size), picks.pick_order.tolist())
-        try:
-            drawn.save(target)
-        except (OSError, ValueError) as error:  # ValueError: no format goes by this suffix
-            raise ResPruneError(
-                f"{target} cannot be written ({error}); give --show a path such as kept.png"
-            ) from None
+        save_drawing(draw_kept(image, pipeline.boxes(image.size), picks.pick_order.tolist()), path)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -223,7 +237,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from resprune.runtime.bundle.inspection import describe
 
     bundle = read_bundle(arguments.bundle, check_hashes=not arguments.skip_hashes)
-    print(bundle.manifest.to_json() if arguments.json else describe(bundle), end="")
+    print(printable(bundle.manifest.to_json() if arguments.json else describe(bundle)), end="")
     return 0
 
 

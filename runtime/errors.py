@@ -1,6 +1,7 @@
 """The one error type that a user can cause."""
 
 import importlib.util
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,39 @@ def one_line(error: object) -> str:
     if not text and isinstance(error, BaseException):
         text = type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def shown(value: object) -> str:
+    """A short printable form of any value, for a message."""
+    try:
+        form = ascii(value)
+    except (ValueError, RecursionError):  # Python prints no integer of more than 4,300 digits
+        return f"a huge {type(value).__name__}"
+    return form if len(form) <= 80 else f"{form[:77]}..."
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """`text` without control characters other than line breaks and tabs: others' text must not steer a terminal."""
+    return _CONTROL.sub("", text)
+
+
+@contextmanager
+def tokenizer_panics(what: str) -> Iterator[None]:
+    """Turn a panic of the tokenizers library into a `ResPruneError` that begins with `what`.
+
+    A panic of Rust is a `pyo3_runtime.PanicException`, which derives from `BaseException` and cannot be imported.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ResPruneError(
+            f"{what} (the tokenizers library failed: {one_line(error)}); export the bundle again"
+        ) from None
 
 
 @contextmanager

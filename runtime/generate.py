@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from resprune.runtime.arguments import number, whole
 from resprune.runtime.backends.onnxruntime import LanguageModel
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
@@ -14,6 +15,10 @@ from resprune.runtime.prompt.splice import Floats, Ints
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+LARGEST_ID = (1 << 31) - 1
+"""Of a token: far above any vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +31,13 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ResPruneError(f"max_new_tokens should be 1 or more, not {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
+        whole(self.max_new_tokens, "max_new_tokens", 1)
+        if number(self.temperature, "temperature") < 0:
             raise ResPruneError(f"temperature should be 0 (greedy) or more, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
+        if not 0 < number(self.top_p, "top_p") <= 1:
             raise ResPruneError(f"top_p should be above 0 and at most 1, not {self.top_p}")
-        if self.seed is not None and self.seed < 0:
-            raise ResPruneError(f"seed should be 0 or more, not {self.seed}")
+        if self.seed is not None:
+            whole(self.seed, "seed", 0)
 
 
 def eos_token_ids(bundle: Bundle) -> frozenset[int]:
@@ -41,11 +45,10 @@ def eos_token_ids(bundle: Bundle) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
         config = bundle.json(name) if name in bundle.manifest.files else {}
         for table in (config, config.get("text_config") or {}):
-            found = table.get("eos_token_id")
-            if isinstance(found, int):
-                return frozenset([found])
-            if isinstance(found, list) and found:
-                return frozenset(int(token) for token in found)
+            found = table.get("eos_token_id") if isinstance(table, dict) else None
+            if found is not None and found != []:
+                ids = found if isinstance(found, list) else [found]
+                return frozenset(whole(token, f"eos_token_id in {name}", 0, LARGEST_ID) for token in ids)
     raise ResPruneError(
         f"neither generation_config.json nor config.json in {bundle.root} has an eos_token_id; export it again"
     )
@@ -72,8 +75,14 @@ def next_token_probabilities(logits: Floats, temperature: float, top_p: float) -
 
 def sample(logits: Floats, sampling: Sampling, generator: np.random.Generator) -> Ints:
     """One token id a row: `logits` [B, V] → [B]. Greedy takes the lowest id among equals."""
+    greedy: Ints = np.argmax(logits, axis=-1)
+    # NaN counts as the largest of numbers here, so that looking at the largest logit of each row finds any.
+    if np.isnan(logits[np.arange(len(logits)), greedy]).any():
+        raise ResPruneError(
+            "the decoder gave NaN (not a number) as logits, so there is no answer; "
+            "if the bundle is fp16, export it with --dtype bf16 or fp32"
+        )
     if sampling.temperature == 0:
-        greedy: Ints = np.argmax(logits, axis=-1)
         return greedy
     cumulative = np.cumsum(next_token_probabilities(logits, sampling.temperature, sampling.top_p), axis=-1)
     drawn = generator.random((len(logits), 1)) * cumulative[:, -1:]

@@ -1,20 +1,89 @@
 """Draws which patches of a picture were kept, and in which order they were picked."""
 
+import io
 import math
+import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from resprune.runtime.bundle.whole import write_whole
+from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.families.image import Box
 
 # Pixels of the long side: a smaller picture is enlarged, a larger one shrunk, unless the numbers need more room.
 LONG_SIDE = (768, 1280)
 MAX_PIXELS = 24_000_000
+MAX_SIDE = 16_383  # WebP's limit; viewers fail beyond it too
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 # Neither black nor white, so that dark and light patches both stand out from what it veils; the veiled part keeps
 # a trace of its color, for shapes as light as their background would vanish in grey.
 VEIL, VEIL_OPACITY = (112, 118, 128), 0.7
 TAG, DIGITS = (255, 214, 64), (0, 0, 0)
 FONT_SIZE = (13, 30)
+
+
+def drawing_paths(path: str, sources: Sequence[object]) -> list[Path]:
+    """Where the drawings of `sources` go: `kept.png`, then `kept-2.png`, ….
+
+    Raises `ResPruneError` if one of them could not be written, or would replace one of the images asked about.
+    """
+    if "\0" in path:
+        raise ResPruneError("--show cannot write a path with a NUL; give a path such as kept.png")
+    try:
+        first = Path(path)
+        paths = [
+            first if number == 1 else first.with_name(f"{first.stem}-{number}{first.suffix}")
+            for number in range(1, len(sources) + 1)
+        ]
+        _format(first)
+        for target in paths:
+            if not target.parent.is_dir():
+                raise ResPruneError(f"there is no directory {target.parent}; make it, or give --show another")
+            if (target.exists() or target.is_symlink()) and not target.is_file():
+                raise ResPruneError(f"{target} is not a plain file; give --show another path")
+            if not os.access(target if target.exists() else target.parent, os.W_OK):
+                raise ResPruneError(f"{target} cannot be written; give --show another path")
+            if any(_same_file(target, source) for source in sources):
+                raise ResPruneError(f"--show would replace the picture {target}; give it another path")
+    except (OSError, ValueError) as error:  # ValueError: an empty path
+        raise ResPruneError(
+            f"--show cannot write {path or 'an empty path'} ({one_line(error)}); give a path such as kept.png"
+        ) from None
+    return paths
+
+
+def save_drawing(drawing: Image.Image, path: Path) -> None:
+    """Write a drawing in the format of its suffix: the whole file, or a `ResPruneError` and none of it."""
+    content = io.BytesIO()
+    try:
+        drawing.save(content, _format(path))
+        write_whole(path, content.getvalue())
+    except (OSError, ValueError) as error:
+        raise ResPruneError(
+            f"{path} cannot be written ({one_line(error)}); give --show a path such as kept.png"
+        ) from None
+
+
+def _format(path: Path) -> str:
+    """Pillow's name of the format that goes by a path's suffix."""
+    Image.init()
+    suffixes = Image.registered_extensions()
+    known = suffixes.get(path.suffix.lower())
+    if known not in FORMATS or known not in Image.SAVE:
+        raise ResPruneError(
+            f"--show writes {', '.join(FORMATS)}, and {path} ends as none of them; give a path such as kept.png"
+        )
+    return known
+
+
+def _same_file(path: Path, source: object) -> bool:
+    if isinstance(source, str | Path):
+        with suppress(OSError, ValueError):
+            return path.samefile(source)
+    return False
 
 
 def draw_kept(image: Image.Image, boxes: Sequence[Box | None], pick_order: Iterable[int]) -> Image.Image:
@@ -23,7 +92,8 @@ def draw_kept(image: Image.Image, boxes: Sequence[Box | None], pick_order: Itera
     `boxes` has the place of every visual token in pixels of `image`, as `ImageProcessor.patch_boxes` gives it,
     or None for a token that has none; `pick_order` indexes it, −1 standing for no token. The picture returned
     has the proportions of `image` and is large enough for the numbers to be read; where that would take more
-    than `MAX_PIXELS` (patches of less than a pixel of a long thin picture), the numbers are left out.
+    than `MAX_PIXELS`, or a side of more than `MAX_SIDE` (patches of less than a pixel of a long thin picture), the
+    numbers are left out.
     """
     picks = [index for index in pick_order if index >= 0]
     patch_side = max(
@@ -33,7 +103,7 @@ def draw_kept(image: Image.Image, boxes: Sequence[Box | None], pick_order: Itera
     widest = _tag_size(str(len(picks)), ImageFont.load_default(size=FONT_SIZE[0]))[0]
     readable = 1.5 * widest / patch_side if patch_side else 0.0
     wanted = max(min(max(max(image.size), LONG_SIDE[0]), LONG_SIDE[1]) / max(image.size), readable)
-    scale = min(wanted, math.sqrt(MAX_PIXELS / (image.width * image.height)))
+    scale = min(wanted, math.sqrt(MAX_PIXELS / (image.width * image.height)), MAX_SIDE / max(image.size))
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     clear = image.resize(size, Image.Resampling.BICUBIC)
     shown = Image.blend(clear, Image.new("RGB", size, VEIL), VEIL_OPACITY)

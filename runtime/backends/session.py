@@ -1,5 +1,6 @@
 """Running graphs: the seam that engines share, and ONNX Runtime's sessions, their options and their faults."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
+from resprune.runtime.arguments import whole, words
 from resprune.runtime.backends.providers import CPU, check_providers, new_session
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError, one_line
@@ -15,25 +17,26 @@ if TYPE_CHECKING:
     import onnxruntime
 
 Array = npt.NDArray[Any]
-MAX_THREADS = 1024
-"""ONNX Runtime starts as many as it is told, and with thousands hangs."""
 
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """`providers`: names in `providers.PROVIDERS`, best first; `threads`: 0 is one a physical core."""
+    """`providers`: names in `providers.PROVIDERS`, best first, also as one string with commas ("cuda,cpu").
+
+    `threads`: 0 is one per physical core; at most the number of logical cores.
+    """
 
     providers: Sequence[str] = (CPU,)
     threads: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "providers", tuple(words(self.providers, "providers")))
         check_threads(self.threads)
 
 
 def check_threads(threads: int) -> None:
-    """`ResPruneError` for a number of threads that nothing can run with."""
-    if not 0 <= threads <= MAX_THREADS:
-        raise ResPruneError(f"threads should be 0 (one a physical core) to {MAX_THREADS}, not {threads}")
+    """`ResPruneError` for more threads than this machine has: ONNX Runtime starts as many as it is told."""
+    whole(threads, "threads (0 for one per physical core)", 0, os.cpu_count() or 1)
 
 
 def open_session(bundle: Bundle, graph: str, options: SessionOptions) -> "onnxruntime.InferenceSession":
@@ -64,7 +67,7 @@ def session_settings(threads: int) -> "onnxruntime.SessionOptions":
     # the threads do spin: a step of a billion int8 weights has hundreds of short operators, and 16 of them took 0.78 s
     # in place of 0.90 where the threads were woken up for each (two cores).
     settings.add_session_config_entry("session.force_spinning_stop", "1")
-    settings.log_severity_level = 3  # errors come back as exceptions; warnings are about node placement
+    settings.log_severity_level = 4  # errors come back as exceptions; warnings are about node placement
     return settings
 
 

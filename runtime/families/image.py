@@ -5,7 +5,8 @@ torchvision is installed, Hugging Face resizes with it, and that differs from it
 """
 
 import io
-import math
+import os
+import stat
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from resprune.runtime.errors import ResPruneError, one_line
+from resprune.runtime.arguments import whole
+from resprune.runtime.errors import ResPruneError, one_line, printable, shown
 
 MAX_PIXELS = 64_000_000
 MAX_INTERMEDIATE_PIXELS = 4 * MAX_PIXELS  # a panorama of the largest size, padded to a square, still passes
@@ -24,6 +26,7 @@ MAX_INTERMEDIATE_PIXELS = 4 * MAX_PIXELS  # a panorama of the largest size, padd
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 
 ImageSource: TypeAlias = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
+LARGEST = 1e30  # of the settings' numbers: far above any in use, far below where float32 ends
 Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the picture
 
 
@@ -37,9 +40,10 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
 
     Raises `ResPruneError` for what is no picture (a video is called one), is cut short, or has more than
     `max_pixels`, which is read from the header before anything is decoded (Pillow's own limit, twice
-    `PIL.Image.MAX_IMAGE_PIXELS`, stands above it).
+    `PIL.Image.MAX_IMAGE_PIXELS`, stands above it). A path has to lead to a plain file: a pipe may never end.
     """
-    name = str(source) if isinstance(source, str | Path) else "the picture"
+    name = printable(str(source)) if isinstance(source, str | Path) else "the picture"
+    max_pixels = whole(max_pixels, "max_pixels", 1)
     try:
         with warnings.catch_warnings():  # Pillow warns of broken EXIF and of sizes that are checked below
             warnings.simplefilter("ignore")
@@ -85,6 +89,8 @@ def _open(source: ImageSource, name: str) -> Image.Image:
         file: Path | io.BytesIO = io.BytesIO(source)
     elif isinstance(source, str | Path):
         file = Path(source)
+        if not stat.S_ISREG(os.stat(file).st_mode):  # noqa: PTH116 - as load_image catches its faults
+            raise ResPruneError(f"{name} is not a plain file; save the picture to one and give that")
     else:
         raise ResPruneError(
             f"a picture is a path, bytes, a Pillow image or a numpy array, not {type(source).__name__}"
@@ -327,7 +333,7 @@ def _size(value: object, key: str, *, square: bool) -> tuple[int | None, tuple[i
         return None, (_side(value["height"], key), _side(value["width"], key))
     if isinstance(value, list | tuple) and len(value) == 2:
         return None, (_side(value[0], key), _side(value[1], key))
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         side = _side(value, key)
         return (None, (side, side)) if square else (side, None)
     raise _fault(key, value)
@@ -340,13 +346,13 @@ def _side(value: object, key: str) -> int:
 
 
 def _number(value: object, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
         raise _fault(key, value)
     return float(value)
 
 
 def _channels(settings: Mapping[str, Any], key: str) -> tuple[float, ...]:
-    value = settings[key]
+    value = settings.get(key)
     if isinstance(value, list | tuple) and len(value) == 3:
         return tuple(_number(part, key) for part in value)
     return (_number(value, key),) * 3
@@ -355,11 +361,11 @@ def _channels(settings: Mapping[str, Any], key: str) -> tuple[float, ...]:
 def _resample(value: Any) -> Image.Resampling:
     try:
         return Image.Resampling(value)
-    except ValueError:
+    except (ValueError, TypeError):
         raise _fault("resample", value) from None
 
 
 def _fault(key: str, value: object) -> ResPruneError:
     return ResPruneError(
-        f"{key} in preprocessor_config.json cannot be {value!r:.80}; correct it in the checkpoint"
+        f"{key} in preprocessor_config.json cannot be {shown(value)}; correct it in the checkpoint"
     )

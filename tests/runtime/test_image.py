@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -362,11 +363,14 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     assert "not a picture" in refused(b"")
     assert "not a picture" in refused(b"not a picture at all")
     assert "no file" in refused(tmp_path / "none.png")
-    assert "cannot be read" in refused(tmp_path)
+    assert "not a plain file" in refused(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "pipe.png is not a plain file" in refused(tmp_path / "pipe.png")
     (tmp_path / "text.png").write_text("hello")
     assert "text.png is not a picture" in refused(str(tmp_path / "text.png"))
     assert "cannot be read" in refused("a\0b.png")
     assert "not NoneType" in refused(None)
+    assert "max_pixels should be a whole number, not str '9'" in refused(b"", max_pixels="9")
     assert "32-bit pixels" in refused(Image.new("F", (4, 4)))
     assert "has no pixels" in refused(Image.new("RGB", (0, 4)))
 

@@ -1,9 +1,14 @@
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import Box, ImageProcessor
-from resprune.runtime.show import MAX_PIXELS, TAG, VEIL, draw_kept
+from resprune.runtime.show import MAX_PIXELS, MAX_SIDE, TAG, VEIL, draw_kept, drawing_paths, save_drawing
+from tests.runtime.bundles import one_sentence
 
 
 def grid(width: float, height: float, side: int) -> list[Box | None]:
@@ -82,6 +87,7 @@ def test_a_long_thin_picture_stays_in_bounds_and_goes_without_numbers() -> None:
     image = Image.new("RGB", (60_000, 20), (255, 255, 255))
     shown = draw_kept(image, processor.patch_boxes(image.size, 14), range(64))
     assert shown.width * shown.height <= MAX_PIXELS
+    assert shown.width == MAX_SIDE
     assert shown.getchannel("R").getextrema()[0] > 100  # no digits
     assert shown.getchannel("B").getextrema()[0] == TAG[2]  # but outlines
 
@@ -91,3 +97,54 @@ def test_the_picture_given_is_left_as_it_was() -> None:
     before = image.tobytes()
     draw_kept(image, grid(900, 900, 12), [1, 2, 3])
     assert image.tobytes() == before
+
+
+def refused(path: object, *sources: object) -> str:
+    with pytest.raises(ResPruneError) as error:
+        drawing_paths(str(path), sources or ["photo.png"])
+    return one_sentence(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["kept.psd", "kept.mpg", "kept.fits", "kept.ico", "kept.pdf", "kept", ".png", "kept.png.gz", ""]
+)
+def test_a_format_that_is_not_written_is_refused_before_the_answer(tmp_path: Path, name: str) -> None:
+    assert "give a path such as kept.png" in refused(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", ["png", "JPG", "jpeg", "webp", "bmp", "tif"])
+def test_every_format_is_written(tmp_path: Path, suffix: str) -> None:
+    (path,) = drawing_paths(str(tmp_path / f"kept.{suffix}"), ["photo.png"])
+    save_drawing(draw_kept(Image.new("RGB", (9, 9)), grid(9, 9, 3), [1]), path)
+    with Image.open(path) as shown:
+        shown.load()
+        assert shown.size == (768, 768)
+    assert [entry.name for entry in tmp_path.iterdir()] == [f"kept.{suffix}"]
+
+
+def test_what_cannot_be_written_is_refused_before_the_answer(tmp_path: Path) -> None:
+    photo = tmp_path / "photo-2.png"
+    photo.write_bytes(b"mine")
+    (tmp_path / "link.png").symlink_to(photo)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    assert "would replace the picture" in refused(photo, photo)
+    assert "would replace the picture" in refused(tmp_path / "link.png", str(photo))
+    assert "photo-2.png" in refused(tmp_path / "photo.png", "other.png", photo), "the second drawing's name"
+    assert "not a plain file" in refused(tmp_path / "pipe.png")
+    assert "not a plain file" in refused(tmp_path / "folder.png")
+    assert "there is no directory" in refused(tmp_path / "none" / "kept.png")
+    assert "with a NUL" in refused("a\0.png")
+    assert "cannot" in refused("a" * 300 + ".png")
+    assert photo.read_bytes() == b"mine"
+
+
+def test_a_drawing_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "kept.png"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ResPruneError, match="cannot be written"):
+        save_drawing(Image.new("RGB", (2, 2)), path)
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["kept.png"]

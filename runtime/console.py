@@ -1,0 +1,82 @@
+"""What the command line does with the terminal: one line for an error, quiet libraries, and Ctrl-C."""
+
+import os
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from types import FrameType
+from typing import TextIO
+
+from resprune.runtime.errors import printable
+
+
+def complain(message: object) -> None:
+    """Write `resprune: message` to stderr, as one line; nothing where stderr is closed."""
+    line = re.sub(r"[\n\t\u2028\u2029]+", " ", printable(str(message)))
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            print(f"resprune: {line}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Drop what libraries write to file descriptor 2: ONNX Runtime's log, libtiff's warnings, Rust's panics.
+
+    Our own messages still arrive: `sys.stderr` writes to a copy of the descriptor in the meantime.
+    """
+    ours = sys.stderr
+    try:
+        real = os.dup(2)
+    except OSError:  # stderr is closed
+        yield
+        return
+    with ExitStack() as undo:
+        undo.callback(os.close, real)
+        undo.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # NumPy's, of weights and pixels that it cannot convert
+        if _descriptor(ours) == 2:
+            sys.stderr = os.fdopen(
+                real, "w", buffering=1, encoding=ours.encoding, errors=ours.errors, closefd=False
+            )
+            undo.callback(setattr, sys, "stderr", ours)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+        undo.callback(os.dup2, real, 2)
+        yield
+
+
+def _descriptor(stream: TextIO | None) -> int | None:
+    try:
+        return None if stream is None else stream.fileno()
+    except (OSError, ValueError):  # a stand-in, as test runners set
+        return None
+
+
+@contextmanager
+def noted_interrupts() -> Iterator[list[int]]:
+    """A list that gains an entry with each Ctrl-C, which still raises `KeyboardInterrupt`.
+
+    A compiled module that is being imported may turn that exception into one of its own; the list does not forget it.
+    """
+    seen: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    try:
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield seen  # the caller has a handler of its own, or Ctrl-C is ignored
+            return
+        signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread
+        yield seen
+        return
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
