@@ -8,12 +8,12 @@ from typing import Any
 
 from benchmarks.measure import exported
 from resprune.evaluation.answers import Answers
-from resprune.evaluation.budget import Budget
 from resprune.evaluation.data import load_data
 from resprune.evaluation.evaluate import OWN, SELECTORS, Plan, evaluate
 from resprune.evaluation.model import open_bundle
 from resprune.evaluation.plot import draw
 from resprune.evaluation.report import Sheet, markdown, panel, score
+from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.manifest import ATTENTION
 
 HERE = Path(__file__).parent

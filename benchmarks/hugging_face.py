@@ -17,13 +17,12 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, DynamicCache
 
 from benchmarks.measure import THREADS, sample_stages
-from benchmarks.stages import every_token
-from resprune.exporter.verify.reference import keep, residual_select, text_gain
+from resprune.exporter.verify.reference import residual_select, text_gain
 from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.families.image import load_image
 from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.prompter import Prompt, Prompter
-from resprune.runtime.prompt.splice import KeptTokens, cut_picks, splice
+from resprune.runtime.prompt.splice import KeptTokens, keep, keep_all, splice
 
 
 class HuggingFace:
@@ -67,20 +66,12 @@ class HuggingFace:
     ) -> KeptTokens:
         """The reference's choice of `k` of `features` [N, D], or all of them."""
         if k is None:
-            return every_token(self.places, features.float().numpy())
+            return keep_all(self.places, features.float().numpy())
         text = prompt[1][prompt[0].text_positions]
         selection = self.manifest.selection
         gain = text_gain(features[None], text[None], alpha=selection.alpha, scale=selection.scale)
         order = residual_select(features[None], gain, k)
-        rows, indices = keep(features[None], order)
-        return cut_picks(
-            rows[0].float().numpy(),
-            indices[0].numpy(),
-            order[0].numpy(),
-            None,
-            self.places.offsets,
-            self.places.advance,
-        )
+        return keep(self.places, features.float().numpy(), order[0].numpy())
 
     def prefill(self, prompt: tuple[Prompt, Tensor], kept: KeptTokens) -> tuple[int, int]:
         """The length of the prompt, and the first token."""

@@ -17,9 +17,11 @@ from benchmarks.measure import THREADS, Timing, exported, take_turns
 from resprune import Pipeline
 from resprune.evaluation.data import Question, load_data
 from resprune.evaluation.statistics import wilson
-from resprune.runtime.backends.onnxruntime import Embedding, OrtLanguageModel
+from resprune.runtime.backends.backend import Embedding
+from resprune.runtime.backends.onnxruntime import OrtDecoder, OrtSequence, onnxruntime_decoder
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions
 from resprune.runtime.bundle.files import read_bundle
+from resprune.runtime.prompt.splice import Spliced
 
 KINDS = {
     "fp32": ("--dtype", "fp32"),
@@ -58,17 +60,20 @@ LLAMA = {
 class _Decoder:
     """A decoder whose cache holds a prompt of some length, to be stepped on."""
 
-    model: OrtLanguageModel
+    decoder: OrtDecoder
     embeds: np.ndarray[Any, Any]
+    sequence: OrtSequence | None = None
 
     def prefill(self) -> None:
         length = self.embeds.shape[1]
         ones = np.ones((1, length), np.int64)
-        self.model.prefill(self.embeds, np.arange(length)[None], ones)
+        self.sequence = None  # the cache before goes before the new one is made
+        self.sequence = self.decoder.start(Spliced(self.embeds, np.arange(length)[None], ones))
 
     def steps(self) -> None:
+        assert self.sequence is not None
         for token in range(STEPS):
-            self.model.step(np.array([token]))
+            self.sequence.step(np.array([token]))
 
 
 def run(work: Path) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def run(work: Path) -> dict[str, Any]:
         bundle = read_bundle(path, check_hashes=False)
         graph = bundle.graph_path("decoder_model_merged")
         figures["decoder"][name] = sum(part.stat().st_size for part in graph.parent.glob(f"{graph.name}*"))
-        model = OrtLanguageModel(bundle, Embedding(OrtGraphs(bundle, settings)), settings)
+        model = onnxruntime_decoder(bundle, Embedding(OrtGraphs(bundle, settings)), settings)
         decoders[name] = _Decoder(model, np.empty(0))
     for length in LENGTHS:
         embeds = np.random.default_rng(0).standard_normal((1, length, LLAMA["hidden_size"]))

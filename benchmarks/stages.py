@@ -15,16 +15,15 @@ import numpy as np
 import onnxruntime as ort
 
 from benchmarks.measure import THREADS, sample_stages
-from resprune.runtime.backends.onnxruntime import Embedding, OrtLanguageModel
+from resprune.runtime.backends.onnxruntime import OrtSequence, onnxruntime_decoder
 from resprune.runtime.backends.providers import CPU
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions, session_settings
 from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.families.image import load_image
 from resprune.runtime.families.picture import Picture
-from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.prompter import Prompt, Prompter
-from resprune.runtime.prompt.splice import Floats, KeptTokens, Picks, cut_picks, splice
-from resprune.runtime.vision import Looked, Vision
+from resprune.runtime.prompt.splice import Floats, KeptTokens, cut_picks, keep_all
+from resprune.runtime.walk import Encoded, Walk
 
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -46,7 +45,7 @@ class Selector:
         }
         names = ["kept_features", "kept_indices", "pick_order"]
         rows, indices, order = (array[0] for array in self.session.run(names, feeds))
-        return cut_picks(rows, indices, order, None, picture.offsets, picture.advance)
+        return cut_picks(picture, rows, indices, order, None)
 
 
 class Stages:
@@ -62,76 +61,64 @@ class Stages:
         selectors: Mapping[int, Selector] | None = None,
     ) -> None:
         options = SessionOptions(providers, THREADS)
-        graphs = OrtGraphs(bundle, options)
         self.manifest = bundle.manifest
         self.prompter = Prompter(bundle)
-        self.preprocessor = family_of(bundle).preprocessor(bundle)
-        self.vision = Vision(bundle, self.preprocessor, graphs)
-        self.embedding = Embedding(graphs)
-        self.model = OrtLanguageModel(bundle, self.embedding, options)
+        self.walk = Walk(bundle, OrtGraphs(bundle, options))
+        self.decoder = onnxruntime_decoder(bundle, self.walk.embed_tokens, options)
         self.selectors = selectors or {}
+        self.sequence: OrtSequence | None = None
 
     def pixels(self, picture: Path) -> Picture:
-        """The picture, decoded and ready for the encoder."""
-        return self.preprocessor(load_image(picture))
+        """The image, decoded and ready for the encoder."""
+        return self.walk.preprocessor(load_image(picture))
 
     def encode(self, pixels: Picture) -> Floats:
         """All its tokens [N, D]."""
-        features = self.vision.look([pixels]).image_features
+        features = self.walk.encode([pixels]).features
         assert features is not None  # the benchmarks export with --split
-        return features[0]
+        return features[0].rows
 
     def prompt(self, question: str) -> tuple[Prompt, Floats]:
-        """The prompt of a question about one picture, and its embeddings [S, D]."""
+        """The prompt of a question about one image, and its embeddings [S, D]."""
         prompt = self.prompter.prompt(question, 1)
-        return prompt, self.embedding(prompt.ids_to_embed(self.manifest.image_token_id)[None])[0]
+        return prompt, self.walk.embed([prompt])[0]
 
     def select(
         self, pixels: Picture, features: Floats, prompt: tuple[Prompt, Floats], k: int | None
     ) -> KeptTokens:
         """`k` of `features` [N, D] by the selector for that K, or all of them."""
         if k is None:
-            return every_token(pixels, features)
+            return keep_all(pixels, features)
         return self.selectors[k](pixels, features, _text(prompt))
 
     def prefill(self, prompt: tuple[Prompt, Floats], kept: KeptTokens) -> tuple[int, int]:
         """The length of the prompt, and the first token."""
-        ids, embeds = prompt[0].ids, prompt[1]
-        spliced = splice(
-            [embeds],
-            [ids],
-            [[kept]],
-            image_token_id=self.manifest.image_token_id,
-            positions=self.manifest.positions,
-        )
-        logits = self.model.prefill(spliced.inputs_embeds, spliced.position_ids, spliced.attention_mask)
-        return spliced.inputs_embeds.shape[1], int(logits[0].argmax())
+        self.sequence = None  # the cache before goes before the new one is made
+        spliced = self.walk.splice([prompt[1]], [prompt[0]], [[kept]])
+        self.sequence = self.decoder.start(spliced)
+        return spliced.inputs_embeds.shape[1], int(self.sequence.logits[0].argmax())
 
     def decode(self, token: int, steps: int) -> None:
         """`steps` tokens after `token`, whatever they are."""
+        assert self.sequence is not None
         for _ in range(steps):
-            token = int(self.model.step(np.array([token], dtype=np.int64))[0].argmax())
+            self.sequence.step(np.array([token], dtype=np.int64))
+            token = int(self.sequence.logits[0].argmax())
 
     def first_token(self, picture: Path, question: str, tokens: int | None) -> int:
-        """Picture and question to the first token; a pruned one by the fused graph, as `resprune ask` does."""
+        """Image and question to the first token; a pruned one by the fused graph, as `resprune ask` does."""
         prompt = self.prompt(question)
         pixels = self.pixels(picture)
         if tokens is None:
-            kept = every_token(pixels, self.encode(pixels))
+            kept = keep_all(pixels, self.encode(pixels))
         else:
-            (kept,) = self.vision.select(Looked([pixels], None), [_text(prompt)], tokens)
+            (kept,) = self.walk.select(Encoded([pixels], None), [_text(prompt)], [tokens])
         return self.prefill(prompt, kept)[1]
 
 
 def _text(prompt: tuple[Prompt, Floats]) -> Floats:
     """Rows [M, D] of the question's nouns."""
     return prompt[1][prompt[0].text_positions]
-
-
-def every_token(picture: Picture, features: Floats) -> KeptTokens:
-    """All tokens [N, D] of a picture at their own places."""
-    every = np.arange(len(features), dtype=np.int64)
-    return KeptTokens(features, Picks(every, every, np.ones_like(every)), picture.offsets, picture.advance)
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:

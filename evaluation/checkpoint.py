@@ -14,11 +14,13 @@ import numpy as np
 from PIL import Image
 
 from resprune.evaluation.model import Encoded, Model, Stages, check_policies, engine
+from resprune.runtime.backends.backend import Place
 from resprune.runtime.bundle.files import Bundle, describe_files
 from resprune.runtime.bundle.manifest import FORMAT_VERSION, GraphSpec, Manifest, Selection
 from resprune.runtime.errors import ResPruneError, one_line, permission_faults, require_packages
 from resprune.runtime.families.picture import Picture
-from resprune.runtime.prompt.splice import Floats, Ints
+from resprune.runtime.prompt.splice import Floats, Ints, Spliced
+from resprune.runtime.walk import Features
 
 if TYPE_CHECKING:
     from resprune.exporter.checkpoint.checkpoint import Checkpoint
@@ -73,7 +75,7 @@ def open_checkpoint(
                 stages.encode,
                 stages.embed,
                 stages.select,
-                _TorchLanguageModel(model),
+                _TorchDecoder(model),
                 bundle.manifest.selection.k,
                 engine(device, torch.get_num_threads(), torch, transformers),
             ),
@@ -153,15 +155,15 @@ class _TorchStages:
         self._processor = processor
         self._selection = selection
 
-    def encode(self, images: Sequence[Image.Image], pictures: Sequence[Picture]) -> list[Floats]:
+    def encode(self, images: Sequence[Image.Image], pictures: Sequence[Picture]) -> list[Features]:
         import torch
 
-        rows: list[Floats] = []
+        rows: list[Features] = []
         for image in images:  # one by one: pictures differ in size, and what one needs is bounded
             with _faults("encode a picture", self._model.device), torch.inference_mode():
                 inputs = self._processor(images=[np.asarray(image)], return_tensors="pt")
                 (features,) = self._model.get_image_features(**inputs.to(self._model.device)).pooler_output
-                rows.append(features.float().cpu().numpy())
+                rows.append(Features(features.float().cpu().numpy()))
         return rows
 
     def embed(self, ids: Ints) -> Floats:
@@ -189,51 +191,56 @@ class _TorchStages:
 _ANSWER = "go on with an answer"
 
 
-class _TorchLanguageModel:
-    """`LanguageModel` by Hugging Face's code."""
+class _TorchDecoder:
+    """`Decoder` by Hugging Face's code."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model
-        self._cache: Any = None
+        self.model = model
 
-    def prefill(self, inputs_embeds: Floats, position_ids: Ints, attention_mask: Ints) -> Floats:
+    def start(self, spliced: Spliced) -> _TorchSequence:
+        return _TorchSequence(self.model, spliced)
+
+    def close(self) -> None:
+        """Nothing is held beside the model."""
+
+
+class _TorchSequence:
+    """One batch of prompts, with Hugging Face's cache."""
+
+    def __init__(self, model: Any, spliced: Spliced) -> None:
         import torch
         from transformers import DynamicCache
 
-        self._cache = DynamicCache()
-        self._mask = attention_mask
-        self._position = position_ids[..., -1:] + 1
-        with _faults(_ANSWER, self._model.device):
-            embeds = torch.from_numpy(inputs_embeds).to(self._model.device, self._model.dtype)
-            return self._run(embeds, position_ids)
+        self._model = model
+        self._cache: Any = DynamicCache()
+        self._place = Place.of(spliced)
+        with _faults(_ANSWER, model.device):
+            embeds = torch.from_numpy(spliced.inputs_embeds).to(model.device, model.dtype)
+            self.logits = self._run(embeds)
 
-    def step(self, tokens: Ints) -> Floats:
+    def step(self, tokens: Ints) -> None:
         import torch
 
-        position_ids = self._position
-        self._mask = np.concatenate([self._mask, np.ones((len(tokens), 1), np.int64)], axis=1)
-        self._position = position_ids + 1
+        self._place.step()
         with _faults(_ANSWER, self._model.device), torch.inference_mode():
-            embeds = self._model.get_input_embeddings()(
-                torch.from_numpy(tokens[:, None]).to(self._model.device)
-            )
-            return self._run(embeds, position_ids)
+            ids = torch.from_numpy(tokens[:, None]).to(self._model.device)
+            self.logits = self._run(self._model.get_input_embeddings()(ids))
 
     def close(self) -> None:
         self._cache = None
 
-    def _run(self, embeds: Any, position_ids: Ints) -> Floats:
+    def _run(self, embeds: Any) -> Floats:
         import torch
 
         from resprune.exporter.language import position_bias
 
         language_model = self._model.model.language_model
-        mask = torch.from_numpy(self._mask).to(embeds.device)
+        mask = torch.from_numpy(self._place.attention_mask).to(embeds.device)
         with torch.inference_mode():
             hidden = language_model(
                 inputs_embeds=embeds,
                 attention_mask=mask,
-                position_ids=torch.from_numpy(position_ids).to(embeds.device),
+                position_ids=torch.from_numpy(self._place.position_ids).to(embeds.device),
                 past_key_values=self._cache,
                 use_cache=True,
                 **position_bias(language_model, mask),

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from resprune.evaluation.budget import Budget
 from resprune.exporter.cli import POSIX
+from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.manifest import ATTENTION, POSITIONS
 from resprune.runtime.errors import ResPruneError, require_packages
 

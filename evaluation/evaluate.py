@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from resprune.evaluation.answers import Answers, Run
-from resprune.evaluation.budget import Budget
 from resprune.evaluation.data import DataSet, Question
 from resprune.evaluation.model import Asked, Encoded, Model
 from resprune.evaluation.progress import progress
 from resprune.evaluation.selectors import CONTROLS, Candidates
+from resprune.runtime.budget import Budget
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.prompt.splice import Ints
 
@@ -119,7 +119,10 @@ def _ask(
         return
     loads = {question.picture: question.load for question in chunk}
     encoded = {picture: model.look([load()])[0] for picture, load in loads.items()}
-    prepared = {question.number: (encoded[question.picture], model.read(question.text)) for question in chunk}
+    prepared: dict[int, tuple[Encoded, Asked]] = {}
+    for question in chunk:
+        image = encoded[question.picture]
+        prepared[question.number] = (image, model.read(question.text, [image.picture.expansion]))
     for run, missing in todo.items():
         for start in range(0, len(missing), plan.batch):
             batch = missing[start : start + plan.batch]

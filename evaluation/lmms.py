@@ -18,11 +18,11 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from resprune.evaluation.answers import Answers, Run
-from resprune.evaluation.budget import Budget
 from resprune.evaluation.cli import open_model
 from resprune.evaluation.evaluate import OWN
 from resprune.evaluation.model import Asked, Encoded
 from resprune.evaluation.progress import progress
+from resprune.runtime.budget import Budget
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.prompt.nouns import question_terms
 from resprune.runtime.prompt.splice import Ints
@@ -116,7 +116,7 @@ class ResPrune(lmms):  # type: ignore[misc]
         encoded = self._model.look(pictures)
         question = INSTRUCTION.sub("", context)
         about = [question[start:end] for start, end in question_terms(question)]
-        asked = self._model.read(context, len(pictures), about=about)
+        asked = self._model.read(context, [image.picture.expansion for image in encoded], about=about)
         kept = [self._keep(picture, asked) for picture in encoded]
         (text,) = self._model.answer([asked], [encoded], [kept], options.get("max_new_tokens", 1024))
         ends = options.get("until", [])

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resprune.evaluation.answers import output
-from resprune.evaluation.budget import Budget
 from resprune.evaluation.cli import read_budgets, words
 from resprune.exporter.cli import POSIX
+from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.manifest import ATTENTION, POSITIONS
 from resprune.runtime.bundle.whole import write_whole
 from resprune.runtime.errors import ResPruneError, one_line, require_packages

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -15,20 +16,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from resprune.evaluation.budget import Budget
 from resprune.evaluation.selectors import stands_for
-from resprune.runtime.backends.onnxruntime import Embedding, LanguageModel, OrtLanguageModel
+from resprune.runtime.backends.backend import Decoder
+from resprune.runtime.backends.onnxruntime import onnxruntime_decoder
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions
+from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.bundle.manifest import ATTENTION, MANIFEST_NAME, POSITIONS, Manifest
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import ImageSource, load_image
-from resprune.runtime.families.picture import Picture
+from resprune.runtime.families.picture import Expansion, Picture
 from resprune.runtime.families.table import FAMILIES, family_of
 from resprune.runtime.generate import Sampling, TextStream, eos_token_ids, generate
 from resprune.runtime.prompt.prompter import Prompt, Prompter
-from resprune.runtime.prompt.splice import Floats, Ints, KeptTokens, Picks, splice
-from resprune.runtime.vision import Looked, Vision
+from resprune.runtime.prompt.splice import Floats, Ints, KeptTokens, keep, splice
+from resprune.runtime.walk import Encoded as EncodedImages
+from resprune.runtime.walk import Features, Walk
 
 ROOMS = ("evaluation", "exporter", "runtime")
 
@@ -45,10 +48,11 @@ def code(root: Path = Path(__file__).parents[1]) -> str:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A picture after the vision tower: all its tokens [N, D] float32."""
+    """An image after the vision tower: all its tokens [N, D] float32, and their further planes [N, D]."""
 
     picture: Picture
     features: Floats
+    planes: tuple[Floats, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,10 @@ class Stages:
     `select` a picture, its question's text [M, D] and K → K picks: the model's own selection.
     """
 
-    encode: Callable[[Sequence[Image.Image], Sequence[Picture]], list[Floats]]
+    encode: Callable[[Sequence[Image.Image], Sequence[Picture]], list[Features]]
     embed: Callable[[Ints], Floats]
     select: Callable[[Encoded, Floats, int], Ints]
-    language_model: LanguageModel
+    decoder: Decoder
     most: int
     """The largest K that `select` takes."""
     engine: Engine
@@ -133,13 +137,22 @@ class Model:
         pictures = [self._preprocessor(image) for image in images]
         features = self._stages.encode(images, pictures)
         return [
-            Encoded(picture, rows[: picture.num_tokens])
-            for picture, rows in zip(pictures, features, strict=True)
+            Encoded(picture, image.rows, image.planes)
+            for picture, image in zip(pictures, features, strict=True)
         ]
 
-    def read(self, question: str, pictures: int = 1, *, about: Sequence[str] | None = None) -> Asked:
-        """A question's prompt and embeddings; `about` names the words of it that steer, in place of its nouns."""
-        prompt = self._prompter.prompt(question, pictures, about=about)
+    def read(
+        self,
+        question: str,
+        expansions: Sequence[Expansion | None] = (None,),
+        *,
+        about: Sequence[str] | None = None,
+    ) -> Asked:
+        """A question's prompt and embeddings; `about` names the words of it that steer, in place of its nouns.
+
+        `expansions` has an entry for each image (`Picture.expansion`).
+        """
+        prompt = self._prompter.prompt(question, len(expansions), about=about, expansions=expansions)
         embeds = self._stages.embed(prompt.ids_to_embed(self.manifest.image_token_id)[None])[0]
         return Asked(prompt, embeds, embeds[prompt.text_positions])
 
@@ -166,24 +179,22 @@ class Model:
             positions=self.manifest.positions,
         )
         room = spliced.room(self.manifest.context_length)
-        model = self._stages.language_model
-        logits = model.prefill(spliced.inputs_embeds, spliced.position_ids, spliced.attention_mask)
         sampling = Sampling(max_new_tokens=min(max_new_tokens, room))
         rows: list[list[int]] = [[] for _ in asked]
-        for tokens in generate(model, logits, sampling, self._eos):
-            for row, token in zip(rows, tokens, strict=True):
-                if token is not None:
-                    row.append(token)
+        with closing(self._stages.decoder.start(spliced)) as sequence:
+            for tokens in generate(sequence, sampling, self._eos):
+                for row, token in zip(rows, tokens, strict=True):
+                    if token is not None:
+                        row.append(token)
         return [self.decode(row) for row in rows]
 
     def _keep(self, encoded: Encoded, order: Ints) -> KeptTokens:
-        """The rows that stay of a picture, ascending by index whatever the order they were picked in."""
-        kept, picture = np.sort(order), encoded.picture
-        counts = np.ones_like(kept)
+        """The rows that stay of an image, ascending by index whatever the order they were picked in."""
+        counts = None
         if self.manifest.attention == "proportional":
+            kept = np.sort(order)
             counts = np.bincount(stands_for(encoded.features, kept), minlength=len(kept))
-        picks = Picks(kept, order, counts)
-        return KeptTokens(encoded.features[kept], picks, picture.offsets[..., kept], picture.advance)
+        return keep(encoded.picture, encoded.features, order, counts, encoded.planes)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated ids, as an answer has it."""
@@ -212,8 +223,8 @@ class Model:
                 )
 
     def close(self) -> None:
-        """Give back the language model and its cache."""
-        self._stages.language_model.close()
+        """Give back the language model."""
+        self._stages.decoder.close()
 
 
 def is_bundle(path: str) -> bool:
@@ -243,24 +254,23 @@ def open_bundle(
     if not {"vision_encoder", "token_select"} <= bundle.manifest.graphs.keys():
         raise ResPruneError(f"{path} has no encoder apart from its selection; export it with --split")
     options = SessionOptions(threads=threads)
-    graphs = OrtGraphs(bundle, options)
-    vision = Vision(bundle, family_of(bundle).preprocessor(bundle), graphs)
-    embedding = Embedding(graphs)
+    walk = Walk(bundle, OrtGraphs(bundle, options))
 
-    def encode(images: Sequence[Image.Image], pictures: Sequence[Picture]) -> list[Floats]:
-        features = vision.look(pictures).image_features
+    def encode(images: Sequence[Image.Image], pictures: Sequence[Picture]) -> list[Features]:
+        features = walk.encode(pictures).features
         assert features is not None  # the graphs were looked for above
         return list(features)
 
     def select(encoded: Encoded, text: Floats, k: int) -> Ints:
-        (kept,) = vision.select(Looked([encoded.picture], [encoded.features]), [text], k)
+        image = EncodedImages([encoded.picture], [Features(encoded.features, encoded.planes)])
+        (kept,) = walk.select(image, [text], [k])
         return kept.picks.pick_order
 
     stages = Stages(
         encode,
-        embedding,
+        walk.embed_tokens,
         select,
-        OrtLanguageModel(bundle, embedding, options),
+        onnxruntime_decoder(bundle, walk.embed_tokens, options),
         bundle.manifest.selection.k,
         engine("cpu", threads, onnxruntime),
     )

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from resprune.evaluation.answers import Answers, Run
-from resprune.evaluation.budget import Budget
 from resprune.evaluation.data import Question
 from resprune.evaluation.evaluate import Plan
 from resprune.evaluation.model import Model
 from resprune.evaluation.plot import Line, Panel, draw
 from resprune.evaluation.statistics import Paired, paired, wilson
+from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.whole import write_whole
 from resprune.runtime.errors import ResPruneError
 

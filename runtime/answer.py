@@ -1,12 +1,14 @@
 """An answer that comes piece by piece, and what it was made from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from threading import Lock
 from time import perf_counter
 from typing import Any
 
 from resprune.runtime.backends.backend import Piece
+from resprune.runtime.errors import ResPruneError
 from resprune.runtime.generate import TextStream
 from resprune.runtime.prompt.prompter import Prompt
 from resprune.runtime.prompt.splice import Picks
@@ -38,31 +40,43 @@ class Row:
             self.pieces.append(text)
 
 
-class Run:
-    """One run of the language model over one or more questions; it goes on only as far as it is read.
+class Batch:
+    """One or more answers that a backend writes together; it goes on only as far as one of them is read.
 
-    `fault` is what ended it before its end: every answer of it raises that from then on, so none reads as a whole one.
+    What ends it before its end is kept: every answer of it raises that from then on, so none reads as a whole one.
     """
 
-    def __init__(self, steps: Iterator[list[Piece]], rows: Sequence[Row], timings: dict[str, float]) -> None:
+    def __init__(
+        self,
+        steps: Iterator[list[Piece]],
+        rows: Sequence[Row],
+        timings: dict[str, float],
+        require_open: Callable[[], None] = lambda: None,
+    ) -> None:
         self._steps = steps
         self.rows = rows
         self.timings = timings
         self.timings["decode"] = 0.0
         self.finished = False
-        self.fault: BaseException | None = None
+        self._require_open = require_open
+        self._error: BaseException | None = None
+        self._lock = Lock()  # several threads may read one answer, or the answers of one batch
 
     def advance(self) -> None:
-        """Take what every row gains next; raises `fault` if there is one."""
-        if self.fault is not None:
-            raise self.fault
-        start = perf_counter()
-        try:
-            self._take(next(self._steps, None))
-        except BaseException as error:
-            self.fault = error
-            raise
-        self.timings["decode"] += (perf_counter() - start) * 1e3
+        """Take what every row gains next, if there is more; raises what ended the batch before its end."""
+        with self._lock:
+            if self.finished:
+                return
+            if self._error is not None:
+                raise self._error
+            start = perf_counter()
+            try:
+                self._require_open()
+                self._take(next(self._steps, None))
+            except BaseException as error:
+                self._end(error)
+                raise
+            self.timings["decode"] += (perf_counter() - start) * 1e3
 
     def _take(self, pieces: list[Piece] | None) -> None:
         if pieces is None:
@@ -78,21 +92,29 @@ class Run:
         while not self.finished:
             self.advance()
 
-    def settle(self) -> None:
-        """Go on to the end, or to a fault, which is kept for whoever reads the answers."""
-        with suppress(Exception):
-            while not self.finished and self.fault is None:
-                self.advance()
+    def close(self) -> None:
+        """Abandon what has not been written yet, and free its sequence."""
+        with self._lock:
+            if not self.finished and self._error is None:
+                self._end(ResPruneError("this answer was closed before its end; ask again"))
+
+    def _end(self, error: BaseException) -> None:
+        self._error = error
+        steps, self._steps = self._steps, iter(())
+        if (close := getattr(steps, "close", None)) is not None:
+            with suppress(Exception):
+                close()
 
 
 class Answer:
     """Iterate over it for the text as it comes, or ask for `text`, `token_ids` or `timings`, which finish it.
 
-    `prompt` is what was asked, `images` which tokens of each picture were kept.
+    `prompt` is what was asked, `images` which tokens of each image were kept. Losing the last reference to an answer
+    that was not read to its end frees its sequence, and so does `close`.
     """
 
-    def __init__(self, run: Run, row: Row, prompt: Prompt, images: Sequence[Picks]) -> None:
-        self._run = run
+    def __init__(self, batch: Batch, row: Row, prompt: Prompt, images: Sequence[Picks]) -> None:
+        self._batch = batch
         self._row = row
         self.prompt = prompt
         self.images = list(images)
@@ -101,23 +123,26 @@ class Answer:
         """The text in pieces of whole characters; a second time from the start."""
         given = 0
         while True:
+            finished = self._batch.finished  # before the pieces, to which another thread may add the last
             while given < len(self._row.pieces):
                 yield self._row.pieces[given]
                 given += 1
-            if self._run.finished:
+            if finished:
                 return
-            self._run.advance()
+            self._batch.advance()
+
+    def __str__(self) -> str:
+        """`text`."""
+        return self.text
 
     def finish(self) -> "Answer":
         """Let the language model go on to the end."""
-        self._run.finish()
+        self._batch.finish()
         return self
 
-    @property
-    def failed(self) -> bool:
-        """Whether a fault ended it; one that is still being read is finished first."""
-        self._run.settle()
-        return self._run.fault is not None
+    def close(self) -> None:
+        """Abandon the answer: what is not written yet never is, and reading on raises `ResPruneError`."""
+        self._batch.close()
 
     @property
     def text(self) -> str:
@@ -135,10 +160,10 @@ class Answer:
     def timings(self) -> dict[str, float]:
         """Milliseconds of each stage; for a batch, those of the whole batch."""
         self.finish()
-        return dict(self._run.timings)
+        return dict(self._batch.timings)
 
     def describe(self) -> dict[str, Any]:
-        """All of it as JSON values: text, ids, the nouns that steered the selection, picks, timings."""
+        """All of it as JSON values: text, ids, the keywords that steered the selection, picks, timings."""
         return {
             "text": self.text,
             "token_ids": self.token_ids,

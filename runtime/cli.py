@@ -16,7 +16,7 @@ from resprune.runtime.errors import ResPruneError, one_line, printable
 
 if TYPE_CHECKING:
     from resprune.runtime.answer import Answer
-    from resprune.runtime.backends.backend import GeneratorFactory
+    from resprune.runtime.backends.backend import BackendFactory
     from resprune.runtime.pipeline import Pipeline
 
 COMMANDS = "resprune.commands"
@@ -197,7 +197,7 @@ def _ask(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _generator(arguments: argparse.Namespace) -> "GeneratorFactory | None":
+def _generator(arguments: argparse.Namespace) -> "BackendFactory | None":
     """What the options ask to answer: a server, or None for the bundle's own decoder."""
     from resprune.runtime.backends.servers import server
 

@@ -8,13 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from resprune.runtime.arguments import number, whole
-from resprune.runtime.backends.onnxruntime import LanguageModel
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.prompt.splice import Floats, Ints
 
 if TYPE_CHECKING:
     import tokenizers
+
+    from resprune.runtime.backends.backend import Sequence
 
 
 LARGEST_ID = (1 << 31) - 1
@@ -90,23 +91,21 @@ def sample(logits: Floats, sampling: Sampling, generator: np.random.Generator) -
     return tokens
 
 
-def generate(
-    model: LanguageModel, logits: Floats, sampling: Sampling, eos: frozenset[int]
-) -> Iterator[list[int | None]]:
+def generate(sequence: "Sequence", sampling: Sampling, eos: frozenset[int]) -> Iterator[list[int | None]]:
     """Yield one token a row until every row has ended; None for a row that ended earlier.
 
-    `logits` [B, V] are those of the prefill. A row ends with its first token in `eos`, which is yielded, or after
+    `sequence` stands after its prompt. A row ends with its first token in `eos`, which is yielded, or after
     `max_new_tokens`.
     """
     generator = np.random.default_rng(sampling.seed)
-    running = np.ones(len(logits), dtype=bool)
+    running = np.ones(len(sequence.logits), dtype=bool)
     for count in range(1, sampling.max_new_tokens + 1):
-        tokens = sample(logits, sampling, generator)
+        tokens = sample(sequence.logits, sampling, generator)
         yield [int(token) if alive else None for token, alive in zip(tokens, running, strict=True)]
         running &= ~np.isin(tokens, list(eos))
         if not running.any() or count == sampling.max_new_tokens:
             return
-        logits = model.step(tokens)
+        sequence.step(tokens)
 
 
 class TextStream:

@@ -1,10 +1,9 @@
-"""From pictures and a question to an answer: the runtime's front door."""
+"""From images and a question to an answer: the runtime's front door."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,30 +11,27 @@ from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, TypedDict
 
-import numpy as np
-
-from resprune.runtime.answer import Answer, Row, Run
-from resprune.runtime.backends.backend import GeneratorFactory, Request, onnxruntime_generator
-from resprune.runtime.backends.onnxruntime import Embedding
+from resprune.runtime.answer import Answer, Batch, Row
+from resprune.runtime.backends.backend import BackendFactory, Request
+from resprune.runtime.backends.onnxruntime import onnxruntime_backend
 from resprune.runtime.backends.providers import CPU
 from resprune.runtime.backends.session import GraphRunner, OrtGraphs, SessionOptions
+from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.bundle.manifest import FLAVOURS, Manifest
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import MAX_PIXELS, Box, ImageSource, load_image
 from resprune.runtime.families.picture import Picture
-from resprune.runtime.families.table import family_of
 from resprune.runtime.generate import Sampling, TextStream
 from resprune.runtime.prompt.prompter import Prompt, Prompter, Turn
-from resprune.runtime.prompt.splice import Floats, KeptTokens, Spliced, splice
-from resprune.runtime.vision import Looked, Vision
+from resprune.runtime.walk import Encoded, Walk
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...]
-
-
+Tokens = int | str | None
+"""How many visual tokens of each image to keep: a number, a share such as "11%", or None for the bundle's K."""
 GraphsFactory = Callable[[Bundle, SessionOptions], GraphRunner]
 
 
@@ -49,10 +45,13 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class Pipeline:
-    """A bundle that is ready to answer. It holds one KV cache, so use one pipeline a thread.
+    """A bundle that is ready to answer.
 
-    An answer that is still being read when the next question comes is finished first (its remaining pieces wait
-    for the reader); one that nobody holds any more is dropped.
+    Safe for any number of threads: the sessions are shared, and everything that belongs to an answer, its KV cache
+    above all, lives in the answer. Answers may be open at once, be read in turns and finish in any order; how many run
+    together is for the caller to limit, for each holds its own cache. One answer may be read by several threads. A
+    `Chat` is one conversation: ask its next question when the one before has been answered. `close` ends answers that
+    are still being read with a `ResPruneError`.
     """
 
     def __init__(
@@ -60,19 +59,16 @@ class Pipeline:
         bundle: Bundle,
         options: SessionOptions,
         max_pixels: int = MAX_PIXELS,
-        generator: GeneratorFactory = onnxruntime_generator,
+        generator: BackendFactory = onnxruntime_backend,
         graphs: GraphsFactory = OrtGraphs,
     ) -> None:
         self._bundle = bundle
         self._max_pixels = max_pixels
         self._prompter = Prompter(bundle)
-        self._preprocessor = family_of(bundle).preprocessor(bundle)
         self._graphs = graphs(bundle, options)
         self._graphs.open("vision_select")
-        self._vision = Vision(bundle, self._preprocessor, self._graphs)
-        self._embedding = Embedding(self._graphs)
-        self._generator = generator(bundle, self._embedding, options)
-        self._running: Callable[[], Run | None] = lambda: None
+        self._walk = Walk(bundle, self._graphs)
+        self._backend = generator(bundle, self._walk.embed_tokens, options)
         self._closed = False
         self.load_ms = 0.0
 
@@ -86,7 +82,7 @@ class Pipeline:
         threads: int = 0,
         max_pixels: int = MAX_PIXELS,
         engines: str | None = None,
-        generator: GeneratorFactory | None = None,
+        generator: BackendFactory | None = None,
     ) -> Pipeline:
         """Check a bundle and open it.
 
@@ -115,25 +111,23 @@ class Pipeline:
         question: str,
         *,
         about: Sequence[str] | None = None,
-        tokens: int | None = None,
+        tokens: Tokens = None,
         stream: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> Answer:
-        """Ask about a picture, or about a list of pictures that the prompt shows in that order.
+        """Ask about an image, or about a list of images that the prompt shows in that order.
 
-        A picture is a path, the bytes of a file, a Pillow image or a uint8 array. `about` names the words that
-        steer the selection in place of the question's nouns; `tokens` is how many visual tokens of each picture
-        to keep, at most the bundle's K, which is the default. The answer comes as it is read; with `stream=False`
-        it is complete on return. Raises `ResPruneError` for what the user can put right.
+        An image is a path, the bytes of a file, a Pillow image or a uint8 array [H, W, 3]. `about` names the keywords
+        that steer the selection in place of the question's nouns; `tokens` is how many visual tokens of each image to
+        keep, at most the bundle's K, which is the default. The answer comes as it is read; with `stream=False` it is
+        complete on return. Raises `ResPruneError` for what the user can put right.
         """
         timings: dict[str, float] = {}
-        with _stage(timings, "prompt"):
-            prompt = self._prompter.prompt(question, len(_listed(image)), about=about)
         with _stage(timings, "pixels"):
-            looked = Looked(self._pictures(_listed(image)), None)
-        (answer,) = self._answer(
-            [prompt], looked, [len(_listed(image))], timings, tokens, Sampling(**sampling)
-        )
+            encoded = Encoded(self._pictures(_listed(image)), None)
+        with _stage(timings, "prompt"):
+            prompt = self._prompt(question, encoded.pictures, about=about)
+        (answer,) = self._answer([prompt], [encoded], timings, tokens, Sampling(**sampling))
         return answer if stream else answer.finish()
 
     def ask_batch(
@@ -142,10 +136,10 @@ class Pipeline:
         questions: Sequence[str],
         *,
         about: Sequence[Sequence[str] | None] | None = None,
-        tokens: int | None = None,
+        tokens: Tokens = None,
         **sampling: Unpack[SamplingOptions],
     ) -> list[Answer]:
-        """Ask several questions at once, each about its own picture or list of pictures; complete on return.
+        """Ask several questions at once, each about its own image or list of images; complete on return.
 
         `about` has one entry a question. An answer is the one `ask` gives, in fewer runs of the language model.
         """
@@ -160,41 +154,35 @@ class Pipeline:
         if not questions:
             return []
         timings: dict[str, float] = {}
+        with _stage(timings, "pixels"):
+            encoded = [Encoded(self._pictures(row), None) for row in listed]
         with _stage(timings, "prompt"):
             prompts = [
-                self._prompter.prompt(question, len(row), about=words)
-                for question, row, words in zip(questions, listed, terms, strict=True)
+                self._prompt(question, row.pictures, about=words)
+                for question, row, words in zip(questions, encoded, terms, strict=True)
             ]
-        with _stage(timings, "pixels"):
-            looked = Looked(self._pictures([image for row in listed for image in row]), None)
-        answers = self._answer(
-            prompts, looked, [len(row) for row in listed], timings, tokens, Sampling(**sampling)
-        )
+        answers = self._answer(prompts, encoded, timings, tokens, Sampling(**sampling))
         return [answer.finish() for answer in answers]
 
     def look(self, image: Images) -> View:
-        """Take in a picture, or several, to ask about more than once.
+        """Encode an image, or several, to ask about more than once.
 
-        With a split bundle (`resprune export --split`) the pictures go through the vision tower here and never
+        With a split bundle (`resprune export --split`) the images go through the vision tower here and never
         again; from a fused bundle only their pixels are kept, and the tower runs with each question.
         """
         self._require_open()
-        return View(self, self._vision.look(self._pictures(_listed(image))))
+        return View(self, self._walk.encode(self._pictures(_listed(image))))
 
     def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
-        """Where each visual token lies in a picture of `image_size` (width, height) pixels; None for nowhere."""
-        return self._preprocessor.boxes(image_size)
+        """Where each visual token lies in an image of `image_size` (width, height) pixels; None for nowhere."""
+        return self._walk.preprocessor.boxes(image_size)
 
     def close(self) -> None:
-        """Give back the sessions and the cache; nothing can be asked afterwards, nor an answer be read further."""
+        """Free the sessions; nothing can be asked afterwards, nor an answer be read further."""
         if self._closed:
             return
         self._closed = True
-        if (running := self._running()) is not None and not running.finished and running.fault is None:
-            running.fault = ResPruneError(
-                "the pipeline was closed before this answer was read to its end; read it before that"
-            )
-        self._generator.close()
+        self._backend.close()
         self._graphs.close()
 
     def __enter__(self) -> Pipeline:
@@ -214,71 +202,84 @@ class Pipeline:
         if self._closed:
             raise ResPruneError("the pipeline is closed; load it again")
 
+    def _require_open_to_read(self) -> None:
+        if self._closed:
+            raise ResPruneError(
+                "the pipeline was closed before this answer was read to its end; read it before that"
+            )
+
     def _pictures(self, images: Sequence[ImageSource]) -> list[Picture]:
-        return [self._preprocessor(load_image(image, max_pixels=self._max_pixels)) for image in images]
+        preprocessor = self._walk.preprocessor
+        return [preprocessor(load_image(image, max_pixels=self._max_pixels)) for image in images]
+
+    def _prompt(
+        self,
+        question: str,
+        pictures: Sequence[Picture],
+        *,
+        history: Sequence[Turn] = (),
+        about: Sequence[str] | None = None,
+    ) -> Prompt:
+        expansions = [picture.expansion for picture in pictures]
+        return self._prompter.prompt(
+            question, len(pictures), history=history, about=about, expansions=expansions
+        )
 
     def _answer(
         self,
         prompts: Sequence[Prompt],
-        looked: Looked,
-        counts: Sequence[int],
+        encoded: Sequence[Encoded],
         timings: dict[str, float],
-        tokens: int | None,
+        tokens: Tokens,
         sampling: Sampling,
     ) -> list[Answer]:
-        """Answers to prompts; of the pictures of `looked` the first `counts[0]` belong to the first prompt …."""
+        """Answers to prompts, each about the images of its own entry of `encoded`."""
         self._require_open()
+        counts = [len(row.pictures) for row in encoded]
         with _stage(timings, "vision"):
-            embeds = self._embed(prompts)
+            embeds = self._walk.embed(prompts)
             text = [
-                row[prompt.text_positions]
-                for row, prompt, count in zip(embeds, prompts, counts, strict=True)
-                for _ in range(count)
+                keywords
+                for prompt, row, count in zip(prompts, embeds, counts, strict=True)
+                for keywords in [self._walk.keywords(prompt, row)] * count
             ]
-            kept = iter(self._vision.select(looked, text, tokens))
+            together = Encoded.joined(encoded)
+            kept = iter(self._walk.select(together, text, _budgets(tokens, together.pictures)))
             kept_rows = [[next(kept) for _ in range(count)] for count in counts]
         with _stage(timings, "prefill"):
-            spliced = self._splice(embeds, prompts, kept_rows)
+            spliced = self._walk.splice(embeds, prompts, kept_rows)
             room = spliced.room(self.manifest.context_length)
             sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-            if (running := self._running()) is not None:
-                running.settle()
-            pieces = self._generator.start(Request(prompts, kept_rows, spliced), sampling)
+            steps = self._backend.start(Request(prompts, kept_rows, spliced), sampling)
         rows = [Row(TextStream(self._prompter.tokenizer)) for _ in prompts]
-        run = Run(pieces, rows, timings)
-        self._running = weakref.ref(run)
+        batch = Batch(steps, rows, timings, self._require_open_to_read)
         return [
-            Answer(run, row, prompt, [tokens.picks for tokens in of_row])
+            Answer(batch, row, prompt, [image.picks for image in of_row])
             for row, prompt, of_row in zip(rows, prompts, kept_rows, strict=True)
         ]
 
-    def _embed(self, prompts: Sequence[Prompt]) -> list[Floats]:
-        """Input embeddings [S_b, D] of each prompt; those of its image tokens are of no meaning."""
-        ids = np.concatenate([prompt.ids_to_embed(self.manifest.image_token_id) for prompt in prompts])
-        embeds = self._embedding(ids[None])[0]  # [S_0 + S_1 + …, D]
-        return np.split(embeds, np.cumsum([len(prompt.ids) for prompt in prompts])[:-1])
-
-    def _splice(
-        self,
-        embeds: Sequence[Floats],
-        prompts: Sequence[Prompt],
-        kept: Sequence[Sequence[KeptTokens]],
-    ) -> Spliced:
-        return splice(
-            embeds,
-            [prompt.ids for prompt in prompts],
-            kept,
-            image_token_id=self.manifest.image_token_id,
-            positions=self.manifest.positions,
-        )
-
 
 class View:
-    """Pictures that have been looked at, to be asked about any number of times."""
+    """Encoded images, to be asked about any number of times, from any thread."""
 
-    def __init__(self, pipeline: Pipeline, looked: Looked) -> None:
+    def __init__(self, pipeline: Pipeline, encoded: Encoded) -> None:
         self._pipeline = pipeline
-        self._looked = looked
+        self._encoded = encoded
+
+    @staticmethod
+    def joined(views: Sequence[View]) -> View:
+        """One view of the images of several, in that order; all of one pipeline, and at least one."""
+        return View(views[0]._pipeline, Encoded.joined([view._encoded for view in views]))
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """How many visual tokens each image has unpruned."""
+        return [picture.num_tokens for picture in self._encoded.pictures]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it holds: pixels, and encoded tokens."""
+        return self._encoded.nbytes
 
     def ask(
         self,
@@ -286,21 +287,18 @@ class View:
         *,
         about: Sequence[str] | None = None,
         history: Sequence[Turn] = (),
-        tokens: int | None = None,
+        tokens: Tokens = None,
         stream: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> Answer:
         """Ask as `Pipeline.ask` does; the selection is made anew for this question.
 
-        `history` is what was said about these pictures before.
+        `history` is what was said about these images before.
         """
         timings: dict[str, float] = {}
-        count = len(self._looked.pictures)
         with _stage(timings, "prompt"):
-            prompt = self._pipeline._prompter.prompt(question, count, history=history, about=about)
-        (answer,) = self._pipeline._answer(
-            [prompt], self._looked, [count], timings, tokens, Sampling(**sampling)
-        )
+            prompt = self._pipeline._prompt(question, self._encoded.pictures, history=history, about=about)
+        (answer,) = self._pipeline._answer([prompt], [self._encoded], timings, tokens, Sampling(**sampling))
         return answer if stream else answer.finish()
 
     def chat(self) -> Chat:
@@ -323,14 +321,18 @@ class Chat:
     @property
     def history(self) -> list[Turn]:
         """What has been said; the answer being read is finished first, and one that failed was never given."""
-        return [Turn(question, answer.text.strip()) for question, answer in self._turns if not answer.failed]
+        turns: list[Turn] = []
+        for question, answer in self._turns:
+            with suppress(Exception):  # its reader is told
+                turns.append(Turn(question, answer.text.strip()))
+        return turns
 
     def ask(
         self,
         question: str,
         *,
         about: Sequence[str] | None = None,
-        tokens: int | None = None,
+        tokens: Tokens = None,
         stream: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> Answer:
@@ -342,15 +344,23 @@ class Chat:
         return answer
 
 
-def _run_by(engines: str | None) -> tuple[GraphsFactory, GeneratorFactory]:
+def _run_by(engines: str | None) -> tuple[GraphsFactory, BackendFactory]:
     """What runs the graphs, and what answers unless another generator is given."""
     if engines is None:
-        return OrtGraphs, onnxruntime_generator
+        return OrtGraphs, onnxruntime_backend
     if engines not in FLAVOURS:
         raise ResPruneError(f"{engines} is no flavour of TensorRT; choose from {', '.join(FLAVOURS)}")
-    from resprune.runtime.backends.tensorrt import Engines, tensorrt_generator
+    from resprune.runtime.backends.tensorrt import Engines, tensorrt_backend
 
-    return partial(Engines, engines), tensorrt_generator
+    return partial(Engines, engines), tensorrt_backend
+
+
+def _budgets(tokens: Tokens, pictures: Sequence[Picture]) -> list[int | None]:
+    """How many tokens are kept of each image; a share is of its own tokens."""
+    if tokens is None or isinstance(tokens, int):
+        return [tokens] * len(pictures)
+    budget = Budget.parse(tokens)
+    return [budget.of(picture.num_tokens) for picture in pictures]
 
 
 def _listed(image: Images) -> list[ImageSource]:

@@ -22,8 +22,9 @@ def interpreters() -> dict[str, Path]:
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     found = {here: Path(sys.executable)}
     for version in VERSIONS:
-        if version not in found:
-            found |= {version: path for path in _candidates(version) if _runs(path, version)}
+        runs = [path for path in _candidates(version) if version not in found and _runs(path, version)]
+        if runs:
+            found[version] = runs[-1]
     return found
 
 
@@ -49,7 +50,8 @@ def megabytes(site_packages: Path) -> int:
     files = [
         path
         for path in site_packages.rglob("*")
-        if path.relative_to(site_packages).parts[0].split("-")[0] not in ("pip", "setuptools", "pkg_resources")
+        if path.relative_to(site_packages).parts[0].split("-")[0]
+        not in ("pip", "setuptools", "pkg_resources")
     ]
     return sum(path.lstat().st_blocks for path in files) * 512 >> 20
 

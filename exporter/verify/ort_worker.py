@@ -18,7 +18,9 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from resprune.runtime.backends.onnxruntime import OrtDecoder
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.prompt.splice import Spliced
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -53,9 +55,13 @@ class OrtWorker:
         attention_mask: NDArray[Any],
         position_ids: NDArray[Any],
         steps: int,
+        row_inputs: Arrays | None = None,
     ) -> NDArray[np.int64]:
-        """`steps` greedy tokens after the prompt `inputs_embeds` [1, S, D] at `position_ids` [1, S]."""
-        prompt = (inputs_embeds, attention_mask, position_ids)
+        """`steps` greedy tokens after the prompt `inputs_embeds` [1, S, D] at `position_ids` [1, S].
+
+        `row_inputs`: further inputs of the decoder [1, S, …].
+        """
+        prompt = (inputs_embeds, attention_mask, position_ids, row_inputs or {})
         return cast(NDArray[np.int64], self._ask("greedy", str(embed), str(decoder), *prompt, steps))
 
     def _ask(self, *request: Any) -> Any:
@@ -119,27 +125,23 @@ def _greedy(
     embeds: NDArray[Any],
     mask: NDArray[Any],
     positions: NDArray[Any],
+    row_inputs: Arrays,
     steps: int,
 ) -> NDArray[np.int64]:
-    embed, decoder = _session(embed_path), _session(decoder_path)
-    past: Arrays = {}
-    for value in decoder.get_inputs():
-        if value.name.startswith("past_key_values."):
-            dtype = np.float16 if value.type == "tensor(float16)" else np.float32
-            past[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), dtype)
-    names = [output.name for output in decoder.get_outputs()]
+    embed = _session(embed_path)
+
+    def embed_tokens(ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        embeds: NDArray[np.float32]
+        (embeds,) = embed.run(None, {"input_ids": ids})
+        return embeds
+
+    decoder = OrtDecoder(_session(decoder_path), embed_tokens, in_place=False)
+    sequence = decoder.start(Spliced(embeds, positions, mask, row_inputs))
     tokens: list[int] = []
-    while len(tokens) < steps:
-        feeds = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, **past}
-        logits, *present = decoder.run(names, feeds)
-        past = {
-            name.replace("present", "past_key_values"): value
-            for name, value in zip(names[1:], present, strict=True)
-        }
-        tokens.append(int(logits[0, -1].argmax()))
-        (embeds,) = embed.run(None, {"input_ids": np.array([[tokens[-1]]])})
-        mask = np.append(mask, [[1]], axis=1)
-        positions = positions[..., -1:] + 1
+    for step in range(steps):
+        if step:
+            sequence.step(np.array(tokens[-1:]))
+        tokens.append(int(sequence.logits[0].argmax()))
     return np.array(tokens)
 
 

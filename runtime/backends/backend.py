@@ -1,78 +1,156 @@
-"""The seam that every way of answering stands behind: prompts with their kept rows in, answers out as they come.
+"""The interfaces that every text-generation backend implements: prompts with their kept rows in, answers out.
 
-A backend that gives logits is a `LanguageModel` and answers through `LocalGenerator`; one that generates by itself,
-such as a server, is a `Generator` of its own.
+A backend that gives logits is a `Decoder`, and answers through `LocalBackend`; one that generates by itself, such as a
+server, is a `Backend` of its own. Either is shared by all threads: all state of an answer lives in its sequence.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
-from resprune.runtime.backends.onnxruntime import Embedding, LanguageModel, OrtLanguageModel
-from resprune.runtime.backends.session import SessionOptions
+import numpy as np
+
+from resprune.runtime.backends.session import GraphRunner, SessionOptions
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.generate import Sampling, eos_token_ids, generate
 from resprune.runtime.prompt.prompter import Prompt
-from resprune.runtime.prompt.splice import KeptTokens, Spliced
+from resprune.runtime.prompt.splice import Floats, Ints, KeptTokens, Spliced
 
 Piece = list[int] | str
 """What an answer gained: token ids, [] for none; text where a server tells no ids."""
+EmbedTokens = Callable[[Ints], Floats]
+"""`input_ids` [B, S] int64 → `inputs_embeds` [B, S, D] float32."""
+
+
+class Embedding:
+    """The language model's input table, as the bundle's `embed_tokens` graph: an `EmbedTokens`."""
+
+    def __init__(self, graphs: GraphRunner) -> None:
+        self.graphs = graphs
+        graphs.open("embed_tokens")
+
+    def __call__(self, input_ids: Ints) -> Floats:
+        """`input_ids` [B, S] → `inputs_embeds` [B, S, D] float32."""
+        embeds: Floats
+        (embeds,) = self.graphs.run("embed_tokens", {"input_ids": input_ids}, ["inputs_embeds"])
+        return embeds
+
+
+class Sequence(Protocol):
+    """A batch of prompts on its way through a language model, with all its state; one thread at a time uses it."""
+
+    @property
+    def logits(self) -> Floats:
+        """[B, vocabulary] float32 of the last position."""
+        ...
+
+    def step(self, tokens: Ints) -> None:
+        """Append one token a row, `tokens` [B]; `logits` are then those after it."""
+        ...
+
+    def close(self) -> None:
+        """Free the KV cache; the sequence cannot be used afterwards. Losing the last reference does the same."""
+        ...
+
+
+class Decoder(Protocol):
+    """A language model that gives logits. Any number of its sequences may be open, in any threads."""
+
+    def start(self, spliced: Spliced) -> Sequence:
+        """Prefill a batch of prompts; raises `ResPruneError` for a run that fails."""
+        ...
+
+    def close(self) -> None:
+        """Free the model; no sequence of it can step afterwards."""
+        ...
+
+
+@dataclass
+class Place:
+    """Where a batch of sequences stands: the mask and positions that every decoder steps by.
+
+    `attention_mask` [B, P + S] int64, as in `Spliced`, of all rows so far and the S that come next; `position_ids`
+    [B, S] or [3, B, S] int64 of the latter. Positions count on by one from the prompt's last.
+    """
+
+    attention_mask: Ints
+    position_ids: Ints
+
+    @staticmethod
+    def of(spliced: Spliced) -> "Place":
+        """At the prompt, before the prefill."""
+        return Place(spliced.attention_mask, spliced.position_ids)
+
+    def step(self) -> None:
+        """On to one more token a row."""
+        more = np.ones((len(self.attention_mask), 1), np.int64)
+        self.attention_mask = np.concatenate([self.attention_mask, more], axis=1)
+        self.position_ids = self.position_ids[..., -1:] + 1
 
 
 @dataclass(frozen=True)
 class Request:
     """Prompts that wait for their answers, in every form that a backend may take.
 
-    `prompts[b]` has one image token a picture, and `pictures[b]` the tokens kept of each, in that order; `spliced` is
-    both together, as embeddings with their positions.
+    `prompts[b]` has one image token a span of its images, and `images[b]` the tokens kept of each image, in that
+    order; `spliced` is both together, as embeddings with their positions.
     """
 
-    prompts: Sequence[Prompt]
-    pictures: Sequence[Sequence[KeptTokens]]
+    prompts: abc.Sequence[Prompt]
+    images: abc.Sequence[abc.Sequence[KeptTokens]]
     spliced: Spliced
 
 
-class Generator(Protocol):
-    """A language model that writes answers, wherever it runs."""
+class Backend(Protocol):
+    """A language model that writes answers, wherever it runs. Any number of requests may be open, in any threads."""
 
     def start(self, request: Request, sampling: Sampling) -> Iterator[list[Piece]]:
         """Take the prompts in, then yield what each answer gained, one entry a prompt, until all have ended.
 
-        The token that ended an answer is among its ids. A new start may end what was started before. Raises
+        The token that ended an answer is among its ids. Dropping the iterator abandons the answers. Raises
         `ResPruneError`, here or while the answers are read, for what the user can put right.
         """
         ...
 
     def close(self) -> None:
-        """Give back what it holds; it cannot be used afterwards."""
+        """Free what it holds; it cannot be used afterwards."""
         ...
 
 
-GeneratorFactory = Callable[[Bundle, Embedding, SessionOptions], Generator]
-"""What `Pipeline.load` takes: a function that opens a generator for a bundle."""
+BackendFactory = Callable[[Bundle, Embedding, SessionOptions], Backend]
+"""What `Pipeline.load(generator=…)` takes: a function that opens a backend for a bundle."""
 
 
-class LocalGenerator:
+class LocalBackend:
     """Answers from logits, which are sampled here."""
 
-    def __init__(self, model: LanguageModel, eos: frozenset[int]) -> None:
-        self.model = model
+    def __init__(self, decoder: Decoder, eos: frozenset[int]) -> None:
+        self.decoder = decoder
         self._eos = eos
 
     def start(self, request: Request, sampling: Sampling) -> Iterator[list[Piece]]:
-        """Prefill; then a token a row (see `Generator`)."""
-        spliced = request.spliced
-        logits = self.model.prefill(spliced.inputs_embeds, spliced.position_ids, spliced.attention_mask)
-        steps = generate(self.model, logits, sampling, self._eos)
-        return ([[] if token is None else [token] for token in tokens] for tokens in steps)
+        """Prefill; then a token a row (see `Backend`)."""
+        return self._answers(self.decoder.start(request.spliced), sampling)
+
+    def _answers(self, sequence: Sequence, sampling: Sampling) -> Iterator[list[Piece]]:
+        with closing(sequence):
+            for tokens in generate(sequence, sampling, self._eos):
+                yield [[] if token is None else [token] for token in tokens]
 
     def close(self) -> None:
-        """Give back the language model."""
-        self.model.close()
+        """Free the language model."""
+        self.decoder.close()
 
 
-def together(streams: Sequence[Iterator[Piece]]) -> Iterator[list[Piece]]:
+def local_backend(bundle: Bundle, decoder: Decoder) -> LocalBackend:
+    """A backend around a decoder of a bundle's language model."""
+    return LocalBackend(decoder, eos_token_ids(bundle))
+
+
+def together(streams: abc.Sequence[Iterator[Piece]]) -> Iterator[list[Piece]]:
     """What each of several answers gains next, [] for one that has ended, until all have."""
     running = dict(enumerate(streams))
     while running:
@@ -87,7 +165,7 @@ def together(streams: Sequence[Iterator[Piece]]) -> Iterator[list[Piece]]:
 
 def expanded_ids(request: Request, row: int, image_token_id: int) -> list[int]:
     """The ids of one prompt with an image token for each row that is kept."""
-    counts = iter(len(picture.rows) for picture in request.pictures[row])
+    counts = iter([count for image in request.images[row] for count in image.spans])
     ids: list[int] = []
     for token in request.prompts[row].ids:
         ids += [token] * (next(counts) if token == image_token_id else 1)
@@ -101,8 +179,3 @@ def require_plain_attention(bundle: Bundle, title: str) -> None:
             f"{title} attends to every row alike, and this bundle was exported with --attention "
             f"{bundle.manifest.attention}; export it again with --attention plain"
         )
-
-
-def onnxruntime_generator(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:
-    """The bundle's own decoder in ONNX Runtime: the factory that `Pipeline.load` uses unless it is given one."""
-    return LocalGenerator(OrtLanguageModel(bundle, embedding, options), eos_token_ids(bundle))

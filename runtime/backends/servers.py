@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from resprune.runtime.backends.backend import (
-    Generator,
-    GeneratorFactory,
+    Backend,
+    BackendFactory,
+    Embedding,
     Piece,
     Request,
     expanded_ids,
@@ -25,7 +26,6 @@ from resprune.runtime.backends.backend import (
     together,
 )
 from resprune.runtime.backends.http_client import Exchange, Server
-from resprune.runtime.backends.onnxruntime import Embedding
 from resprune.runtime.backends.session import SessionOptions
 from resprune.runtime.backends.torch_save import torch_save
 from resprune.runtime.bundle.files import Bundle
@@ -75,7 +75,7 @@ class Api:
 
 def server(
     url: str, *, api: str = "vllm", model: str | None = None, timeout: float = TIMEOUT_SECONDS
-) -> GeneratorFactory:
+) -> BackendFactory:
     """What `Pipeline.load(bundle, generator=…)` takes to let the server at `url` answer.
 
     `api` is a name in `APIS`; `model` what the server calls its model, None for the only one it has; `timeout` the
@@ -85,10 +85,10 @@ def server(
         raise ResPruneError(f"there is no server format {api}; choose from {', '.join(APIS)}")
     target = Server(url, timeout, _key())
 
-    def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:
+    def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Backend:
         require_plain_attention(bundle, APIS[api].title)
         check_positions(bundle, api)
-        return ServerGenerator(target, APIS[api], model, bundle.manifest.image_token_id)
+        return ServerBackend(target, APIS[api], model, bundle.manifest.image_token_id)
 
     return factory
 
@@ -115,7 +115,7 @@ def check_positions(bundle: Bundle, name: str) -> None:
         )
 
 
-class ServerGenerator:
+class ServerBackend:
     """Sends each prompt of a request as a request of its own; the server puts them in one batch as it sees fit."""
 
     def __init__(self, target: Server, api: Api, model: str | None, image_token_id: int) -> None:
@@ -125,7 +125,7 @@ class ServerGenerator:
         self._model = api.meet(target, model)
 
     def start(self, request: Request, sampling: Sampling) -> Iterator[list[Piece]]:
-        """Send the prompts and wait until all are accepted (see `Generator`)."""
+        """Send the prompts and wait until all are accepted (see `Backend`)."""
         questions = [self._question(request, row, sampling) for row in range(len(request.prompts))]
         exchanges: list[Exchange] = []
         try:
@@ -148,7 +148,7 @@ class ServerGenerator:
         present = request.spliced.attention_mask[row] > 0
         return Question(
             request.prompts[row],
-            request.pictures[row],
+            request.images[row],
             expanded_ids(request, row, self._image_token_id),
             request.spliced.position_ids[..., row, present],
             sampling,

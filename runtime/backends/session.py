@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
@@ -44,7 +45,7 @@ def open_session(bundle: Bundle, graph: str, options: SessionOptions) -> "onnxru
     path = bundle.graph_path(graph)
     check_providers(options.providers, bundle.manifest)
     try:
-        return new_session(str(path), session_settings(options.threads), options.providers)
+        session = new_session(str(path), session_settings(options.threads), options.providers)
     except ResPruneError:
         raise
     except Exception as error:  # onnxruntime's own exception types share no base but this one
@@ -55,6 +56,27 @@ def open_session(bundle: Bundle, graph: str, options: SessionOptions) -> "onnxru
                 "choose another or export with --dtype fp16 or fp32"
             ) from None
         raise ResPruneError(f"{path} cannot be opened by onnxruntime ({one_line(error)})") from None
+    _require_declared(bundle, graph, session)
+    return session
+
+
+def _require_declared(bundle: Bundle, graph: str, session: "onnxruntime.InferenceSession") -> None:
+    """`ResPruneError` unless the graph's inputs and outputs are what the manifest says."""
+    spec = bundle.manifest.graphs[graph]
+    for what, declared, found in (
+        ("input", spec.inputs, session.get_inputs()),
+        ("output", spec.outputs, session.get_outputs()),
+    ):
+        shapes = {
+            value.name: [size if isinstance(size, int) else None for size in value.shape] for value in found
+        }
+        for tensor in declared:
+            shape = [size if isinstance(size, int) else None for size in tensor.shape]
+            if shapes.get(tensor.name) != shape:
+                raise ResPruneError(
+                    f"{bundle.graph_path(graph)} has no {what} {tensor.name} of the shape {list(tensor.shape)} that "
+                    "resprune.json names; export the bundle again"
+                )
 
 
 def session_settings(threads: int) -> "onnxruntime.SessionOptions":
@@ -88,17 +110,19 @@ class GraphRunner(Protocol):
 
 
 class OrtGraphs:
-    """A bundle's graphs in ONNX Runtime, each opened when it is first needed."""
+    """A bundle's graphs in ONNX Runtime, each opened when it is first needed; any threads may run them at once."""
 
     def __init__(self, bundle: Bundle, options: SessionOptions) -> None:
         self._bundle = bundle
         self._options = options
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._opening = Lock()
 
     def open(self, graph: str) -> None:
         """Open the session of a graph."""
-        if graph not in self._sessions:
-            self._sessions[graph] = open_session(self._bundle, graph, self._options)
+        with self._opening:
+            if graph not in self._sessions:
+                self._sessions[graph] = open_session(self._bundle, graph, self._options)
 
     def run(self, graph: str, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """The named outputs of one run (see `GraphRunner`)."""

@@ -14,15 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from resprune.runtime.backends.backend import (
-    Generator,
-    GeneratorFactory,
+    Backend,
+    BackendFactory,
+    Embedding,
     Piece,
     Request,
     expanded_ids,
     require_plain_attention,
     together,
 )
-from resprune.runtime.backends.onnxruntime import Embedding
 from resprune.runtime.backends.session import SessionOptions
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError, one_line
@@ -38,13 +38,13 @@ PYTORCH, ENGINE = "trtllm-pytorch", "trtllm-engine"
 """What the families that they can take call these backends, in their rows."""
 
 
-def pytorch_backend(model: str | Path) -> GeneratorFactory:
+def pytorch_backend(model: str | Path) -> BackendFactory:
     """What `Pipeline.load(bundle, generator=…)` takes to answer with TensorRT-LLM's PyTorch backend.
 
     `model` is the directory or hub id of the whole checkpoint that the bundle was exported from.
     """
 
-    def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:
+    def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Backend:
         require_plain_attention(bundle, "TensorRT-LLM")
         family = family_of(bundle)
         if PYTORCH not in family.servers:
@@ -55,19 +55,19 @@ def pytorch_backend(model: str | Path) -> GeneratorFactory:
         _require_contiguous(bundle)
         with _faults(f"open {model}"):
             llm = _package().LLM(model=str(model))
-        return PyTorchGenerator(llm, bundle)
+        return PyTorchBackend(llm, bundle)
 
     return factory
 
 
-def engine_backend(engine: str | Path) -> GeneratorFactory:
+def engine_backend(engine: str | Path) -> BackendFactory:
     """What `Pipeline.load(bundle, generator=…)` takes to answer from an engine of trtllm-build.
 
         `engine` is its directory, built with `--max_multimodal_len` of at least K times the pictures of a batch, for
     a language model with a class of its own from the `language_model/` that `resprune export --for trtllm` writes.
     """
 
-    def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:
+    def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Backend:
         require_plain_attention(bundle, "TensorRT-LLM")
         family = family_of(bundle)
         if ENGINE not in family.servers:
@@ -82,12 +82,12 @@ def engine_backend(engine: str | Path) -> GeneratorFactory:
             _require_contiguous(bundle)
         with _faults(f"open {engine}"):
             runner = _package().runtime.ModelRunnerCpp.from_dir(engine_dir=str(engine))
-        return EngineGenerator(runner, bundle, rotary)
+        return EngineBackend(runner, bundle, rotary)
 
     return factory
 
 
-class PyTorchGenerator:
+class PyTorchBackend:
     """`tensorrt_llm.LLM`, which takes the prompt's text and a list of [K, D] tensors."""
 
     def __init__(self, llm: Any, bundle: Bundle) -> None:
@@ -96,7 +96,7 @@ class PyTorchGenerator:
         self._eos = sorted(eos_token_ids(bundle))
 
     def start(self, request: Request, sampling: Sampling) -> Iterator[list[Piece]]:
-        """Hand the prompts over (see `Generator`); TensorRT-LLM puts them in one batch as it sees fit."""
+        """Hand the prompts over (see `Backend`); TensorRT-LLM puts them in one batch as it sees fit."""
         drawing: dict[str, Any] = {"top_k": 1}  # greedy
         if sampling.temperature > 0:
             drawing = {
@@ -121,7 +121,7 @@ class PyTorchGenerator:
                     sampling_params=parameters,
                     streaming=True,
                 )
-                for prompt, pictures in zip(request.prompts, request.pictures, strict=True)
+                for prompt, pictures in zip(request.prompts, request.images, strict=True)
             ]
         return together([_new_tokens(result) for result in results])
 
@@ -141,7 +141,7 @@ class PyTorchGenerator:
         )
 
 
-class EngineGenerator:
+class EngineBackend:
     """`ModelRunnerCpp`: visual token i of a prompt is the id vocab_size + i, and row i of its prompt table."""
 
     def __init__(self, runner: Any, bundle: Bundle, rotary: "Rotary | None") -> None:
@@ -151,9 +151,9 @@ class EngineGenerator:
         self._rotary = rotary
 
     def start(self, request: Request, sampling: Sampling) -> Iterator[list[Piece]]:
-        """Enqueue the prompts (see `Generator`)."""
+        """Enqueue the prompts (see `Backend`)."""
         rows = [
-            np.concatenate([picture.rows for picture in pictures]) for pictures in request.pictures
+            np.concatenate([picture.rows for picture in pictures]) for pictures in request.images
         ]  # each [K_b, D]
         ids = [self._ids(request, row) for row in range(len(rows))]
         drawing: dict[str, Any] = {"top_k": 1}

@@ -102,7 +102,7 @@ class AnyResolution:
     def picture(self, image_size: Size, pixel_values: npt.NDArray[np.float32]) -> Picture:
         """A picture of `image_size` (width, height) whose tiles are processed already."""
         rows = self.packed_rows(image_size)
-        return Picture({"pixel_values": pixel_values, "rows": rows}, np.arange(len(rows)), len(rows))
+        return Picture.one_span({"pixel_values": pixel_values, "rows": rows}, np.arange(len(rows)), len(rows))
 
     def batch(self, pictures: Sequence[Picture]) -> Arrays:
         """`pixel_values` [num_tiles, 3, H, W] and `pack_indices` [B, N] int64.

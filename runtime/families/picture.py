@@ -25,17 +25,38 @@ LLAVA_TOWER = {"patch_size": 14, "image_size": 336}  # of a config without a vis
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture, ready for the vision graph.
+class Expansion:
+    """What stands for an image in a prompt's text: the template writes `placeholder`, the model reads `text`.
 
-    `arrays` are what the family's `batch` joins into the graph's inputs. `offsets` [N] or, for positions of three
-    axes, [3, N] int64: how far each of the N candidate tokens stands from the first in the unpruned prompt;
-    `advance` is how far the text after the picture does.
+    `text` has exactly one image token for each span of the image; the tokens of the span take its place later.
+    """
+
+    placeholder: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image, ready for the vision graph.
+
+    `arrays` are what the family's `batch` joins into the graph's inputs. The image's N candidate tokens lie in one or
+    more `spans` of the unpruned prompt, whose lengths sum to N, with text between them. `offsets` [N] or, for
+    positions of three axes, [3, N] int64: how far each token stands from the first of its span; `advances`: of each
+    span, how far the text after it stands from its first token. `expansion` is None where one image token is all that
+    stands for the image. `protected` [N] bool are tokens that every selection keeps; None for none.
     """
 
     arrays: Arrays
     offsets: npt.NDArray[np.int64]
-    advance: int
+    advances: tuple[int, ...]
+    spans: tuple[int, ...]
+    expansion: Expansion | None = None
+    protected: npt.NDArray[np.bool_] | None = None
+
+    @staticmethod
+    def one_span(arrays: Arrays, offsets: npt.NDArray[np.int64], advance: int) -> "Picture":
+        """An image whose tokens stand side by side."""
+        return Picture(arrays, offsets, (advance,), (int(offsets.shape[-1]),))
 
     @property
     def num_tokens(self) -> int:
@@ -85,7 +106,9 @@ class FixedGrid:
 
     def __call__(self, image: Image.Image) -> Picture:
         """`pixel_values` [3, H, W] float32."""
-        return Picture({"pixel_values": self.processor(image)}, np.arange(self.num_tokens), self.num_tokens)
+        return Picture.one_span(
+            {"pixel_values": self.processor(image)}, np.arange(self.num_tokens), self.num_tokens
+        )
 
     def batch(self, pictures: Sequence[Picture]) -> Arrays:
         """`pixel_values` [B, 3, H, W]."""

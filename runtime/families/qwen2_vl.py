@@ -140,7 +140,7 @@ class DynamicResolution:
         if self.window_patches is not None:
             arrays["window_patches"], arrays["window_slots"] = windows(grid, self.window_patches)
         # The text after a picture goes on from its longer side (M-RoPE).
-        return Picture(arrays, token_positions(grid), max(grid.merged))
+        return Picture.one_span(arrays, token_positions(grid), max(grid.merged))
 
     def batch(self, pictures: Sequence[Picture]) -> Arrays:
         """The arrays of the one picture that a run takes."""

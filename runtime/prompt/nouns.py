@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from resprune.runtime.errors import ResPruneError
@@ -25,6 +26,7 @@ NOUNS = ("NN", "NP")
 CONTENT = ("VV", "AJ", "AV0", "CR", "OR", "UN", "ZZ", "IT")
 
 Span = tuple[int, int]
+_TAGGING = Lock()  # the tagger keeps what it has seen in dictionaries of its own
 
 
 def question_terms(question: str, about: Sequence[str] | None = None) -> list[Span]:
@@ -32,8 +34,7 @@ def question_terms(question: str, about: Sequence[str] | None = None) -> list[Sp
 
     The nouns, a compound ("traffic light") as one span; where the question has none, its content words, and
     where it has none of those, all its words. `about` names the terms instead: words or phrases, found wherever
-    they stand as whole words whatever their case, and none at all for no guidance. Raises `ResPruneError` for a
-    word of `about` that the question does not have.
+    they stand as whole words whatever their case, and none at all for no guidance.
     """
     if about is not None:
         return _merged(question, (span for word in about for span in _occurrences(question, word)))
@@ -51,7 +52,8 @@ def _tags(words: list[str]) -> list[str]:
     if not any(word[0].islower() for word in words):
         words = [word.lower() for word in words]
     plain = [word[:MAX_WORD].replace("’", "'") for word in words]
-    tags: list[str] = _tagger().tag_sent(plain, taglevel=0)
+    with _TAGGING:
+        tags: list[str] = _tagger().tag_sent(plain, taglevel=0)
     return tags
 
 
@@ -64,14 +66,22 @@ def _tagger() -> Any:
     return HanoverTagger(str(Path(HanTa.__file__).with_name("morphmodel_en.pgz")))
 
 
+def split_keywords(question: str, about: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Keywords that stand in the question, and those that do not; `ResPruneError` for an empty one."""
+    inside: list[str] = []
+    outside: list[str] = []
+    for word in about:
+        if not word.strip():
+            raise ResPruneError("a keyword of about is empty; name words such as square, or leave about out")
+        (inside if _occurrences(question, word) else outside).append(word.strip())
+    return inside, outside
+
+
 def _occurrences(question: str, word: str) -> list[Span]:
-    word = word.strip()
-    spans = [
-        match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", question, re.IGNORECASE)
+    return [
+        match.span()
+        for match in re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", question, re.IGNORECASE)
     ]
-    if not word or not spans:
-        raise ResPruneError(f'"{word}" is not in the question; name words as they stand in it')
-    return spans
 
 
 def _merged(question: str, spans: Iterable[Span]) -> list[Span]:

@@ -1,20 +1,23 @@
 """From a conversation to token ids, and to the ids that steer the selection: those of the question's nouns."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.picture import Expansion
 from resprune.runtime.families.table import family_of
-from resprune.runtime.prompt.nouns import question_terms
-from resprune.runtime.prompt.splice import Ints
+from resprune.runtime.prompt.nouns import question_terms, split_keywords
 from resprune.runtime.prompt.template import Message, assistant_message, chat_template, render, user_message
 
 if TYPE_CHECKING:
     import tokenizers
+
+    from resprune.runtime.prompt.splice import Ints
 
 # Unicode noncharacters: no text carries them, so they show where a template puts the question.
 _QUESTION_START, _QUESTION_END = "\ufdd0", "\ufdd1"
@@ -32,9 +35,10 @@ class Turn:
 class Prompt:
     """A prompt ready for the model.
 
-    `messages` is the conversation and `text` what the chat template makes of it; `ids` have one image token a picture;
-    `text_positions` are the indices into `ids` of tokens whose characters overlap a noun of the last question; `nouns`
-    are those words as they stand in the question.
+    `messages` is the conversation and `text` what the chat template makes of it, with the expansions of its images;
+    `ids` have one image token for each span of each image; `text_positions` are the indices into `ids` of tokens whose
+    characters overlap a keyword of the last question; `nouns` are those keywords; `further_ids` are the tokens of
+    keywords that the caller named and the question does not have.
     """
 
     messages: list[Message]
@@ -42,13 +46,14 @@ class Prompt:
     ids: list[int]
     text_positions: list[int]
     nouns: list[str]
+    further_ids: list[int] = field(default_factory=list)
 
     @property
     def text_token_ids(self) -> list[int]:
         """The ids that steer the selection, as they stand in the prompt."""
-        return [self.ids[position] for position in self.text_positions]
+        return [self.ids[position] for position in self.text_positions] + self.further_ids
 
-    def ids_to_embed(self, image_token_id: int) -> Ints:
+    def ids_to_embed(self, image_token_id: int) -> "Ints":
         """`ids` [S] with 0 for each image token: a checkpoint's table may end before it, and its row is never used."""
         ids = np.array(self.ids, dtype=np.int64)
         ids[ids == image_token_id] = 0
@@ -77,28 +82,36 @@ class Prompter:
         *,
         history: Sequence[Turn] = (),
         about: Sequence[str] | None = None,
+        expansions: Sequence[Expansion | None] | None = None,
     ) -> Prompt:
-        """Prompt for a question about `images` pictures, which stand at the head of the first turn.
+        """Prompt for a question about a number of `images`, which stand at the head of the first turn.
 
-        `about` replaces the nouns found in the question. `ResPruneError` for a question that is empty, is no
-        Unicode text, or types the image token.
+        `expansions` says of each image what stands for it; None is one image token for each. `about` names keywords in
+        place of the question's nouns. `ResPruneError` for a question that is empty, is no Unicode text, or types the
+        image token.
         """
         if not question.strip():
             raise ResPruneError("the question is empty; ask something about the picture")
         if any("\ud800" <= character <= "\udfff" for character in question):
             raise ResPruneError("the question is not valid UTF-8; check the encoding of the terminal or file")
         messages = _messages(question, images, history)
-        text = self._render(messages)
+        expand = partial(self._expand, [None] * images if expansions is None else expansions)
+        text = expand(self._render(messages))
         # A template that writes BOS itself must not get a second one (transformers' apply_chat_template).
         bos = self.variables.get("bos_token")
         encoding = self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
-        if encoding.ids.count(self.image_token_id) != images:
+        expected = text.count(self.variables["image_token"])
+        if encoding.ids.count(self.image_token_id) != expected:
             raise ResPruneError(
-                f"the question contains {self.variables['image_token']}, which stands for a picture; "
-                "leave it out and give the picture itself"
+                f"the tokenizer makes something else of {self.variables['image_token']} than the image token "
+                f"{self.image_token_id}; export the bundle again from a whole checkpoint"
             )
-        terms = question_terms(question, about)
-        spans = self._locate(terms, question, text, images, history)
+        inside, outside = (about, []) if about is None else split_keywords(question, about)
+        terms = question_terms(question, inside)
+        marked = expand(
+            self._render(_messages(f"{_QUESTION_START}{question}{_QUESTION_END}", images, history))
+        )
+        spans = _locate(terms, question, text, marked)
         return Prompt(
             messages=messages,
             text=text,
@@ -108,41 +121,59 @@ class Prompter:
                 for index, (start, end) in enumerate(encoding.offsets)
                 if any(start < last and first < end for first, last in spans)
             ],
-            nouns=[question[first:last] for first, last in terms],
+            nouns=[question[first:last] for first, last in terms] + outside,
+            further_ids=[token for word in outside for token in self._keyword_ids(word)],
         )
+
+    def _keyword_ids(self, word: str) -> list[int]:
+        """The tokens of a word as it stands inside a text, where many tokenizers write it with the space before it."""
+        twice = self.tokenizer.encode(f"{word} {word}", add_special_tokens=False)
+        ids = [token for token, (_, end) in zip(twice.ids, twice.offsets, strict=True) if end > len(word) + 1]
+        return [token for token in ids if token != self.image_token_id]
 
     def _render(self, messages: list[Message]) -> str:
         return render(messages, self.template, self.variables, plain=self._plain)
 
-    def _locate(
-        self,
-        terms: Sequence[tuple[int, int]],
-        question: str,
-        text: str,
-        images: int,
-        history: Sequence[Turn],
-    ) -> list[tuple[int, int]]:
-        """Spans of the question's terms in the prompt's text, never in the template's own words.
+    def _expand(self, expansions: Sequence[Expansion | None], text: str) -> str:
+        """A rendered prompt with each image's expansion in the place of its placeholder.
 
-        The template is rendered once more with marks around the question: what stands before and after them is
-        the template's and the history's. If the template trims the question the spans shift; if it rewrites it,
-        each term is looked for inside that region.
+        `ResPruneError` unless it has one placeholder for each image.
         """
-        marked = self._render(_messages(f"{_QUESTION_START}{question}{_QUESTION_END}", images, history))
-        before, _, rest = marked.partition(_QUESTION_START)
-        after = rest.rpartition(_QUESTION_END)[2]
-        region = text[len(before) : len(text) - len(after)]
-        shift = region.find(question.strip())
-        if shift >= 0:
-            shift += len(before) - (len(question) - len(question.lstrip()))
-            return [(first + shift, last + shift) for first, last in terms]
-        spans, cursor = [], 0
-        for first, last in terms:
-            found = region.find(question[first:last], cursor)
-            if found >= 0:
-                cursor = found + last - first
-                spans.append((len(before) + found, len(before) + cursor))
-        return spans
+        token = self.variables["image_token"]
+        placeholder = next((one.placeholder for one in expansions if one is not None), token)
+        between = text.split(placeholder)
+        if len(between) != len(expansions) + 1:
+            raise ResPruneError(
+                f"the question contains {placeholder}, which stands for a picture; "
+                "leave it out and give the picture itself"
+            )
+        whole = between[0]
+        for expansion, after in zip(expansions, between[1:], strict=True):
+            whole += (token if expansion is None else expansion.text) + after
+        return whole
+
+
+def _locate(terms: Sequence[tuple[int, int]], question: str, text: str, marked: str) -> list[tuple[int, int]]:
+    """Spans of the question's terms in the prompt's text, never in the template's own words.
+
+    `marked` is the same prompt with marks around the question: what stands before and after them is the template's
+    and the history's. If the template trims the question the spans shift; if it rewrites it, each term is looked for
+    inside that region.
+    """
+    before, _, rest = marked.partition(_QUESTION_START)
+    after = rest.rpartition(_QUESTION_END)[2]
+    region = text[len(before) : len(text) - len(after)]
+    shift = region.find(question.strip())
+    if shift >= 0:
+        shift += len(before) - (len(question) - len(question.lstrip()))
+        return [(first + shift, last + shift) for first, last in terms]
+    spans, cursor = [], 0
+    for first, last in terms:
+        found = region.find(question[first:last], cursor)
+        if found >= 0:
+            cursor = found + last - first
+            spans.append((len(before) + found, len(before) + cursor))
+    return spans
 
 
 def _messages(question: str, images: int, history: Sequence[Turn]) -> list[Message]:

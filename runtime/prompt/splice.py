@@ -1,23 +1,29 @@
-"""Putting the kept rows of the pictures into the prompt, and numbering what results."""
+"""Put the kept rows of the images into the prompt, and number what results."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.picture import Picture
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Array = npt.NDArray[Any]
+PLANE_EMBEDS = "plane_embeds.{}"
+"""The decoder's input for plane i, float32 [B, S, D]: zero where there is text."""
+IMAGE_NUMBERS = "image_numbers"
+"""The decoder's input that says which image of its prompt a row is of, int64 [B, S]: 1 is the first, 0 is text."""
 
 
 @dataclass(frozen=True)
 class Picks:
-    """Which of a picture's visual tokens are kept: ascending, and in the order they were picked.
+    """Which of an image's visual tokens are kept: ascending, and in the order they were picked.
 
-    `kept_counts`, in the order of `kept_indices`: how many of the picture's tokens each of them counts for; 1 with
+    `kept_counts`, in the order of `kept_indices`: how many of the image's tokens each of them counts for; 1 with
     plain attention.
     """
 
@@ -30,14 +36,16 @@ class Picks:
 class KeptTokens:
     """The kept tokens themselves: `rows` [K, D] float32 in ascending order of index.
 
-    `offsets` [K], or [3, K] for positions of three axes: how far each stands from the picture's first token in the
-    unpruned prompt; `advance`: how far the text after the picture does.
+    `offsets` [K] or [3, K], `advances` and `spans` as in `Picture`, with the kept tokens of each span alone.
+    `planes`: the same tokens' rows [K, D] in the image's further planes.
     """
 
     rows: Floats
     picks: Picks
     offsets: Ints
-    advance: int
+    advances: tuple[int, ...]
+    spans: tuple[int, ...]
+    planes: tuple[Floats, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,12 +53,14 @@ class Spliced:
     """One or more prompts as the language model takes them, shorter ones filled up on the left.
 
     `inputs_embeds` [B, S, D] float32, `position_ids` [B, S] or [3, B, S] int64, `attention_mask` [B, S] int64: how many
-    tokens each row counts for, 0 where there is none.
+    tokens each row counts for, 0 where there is none. `row_inputs`: further inputs of the decoder, [B, S, …] each;
+    a decoder takes those that it has.
     """
 
     inputs_embeds: Floats
     position_ids: Ints
     attention_mask: Ints
+    row_inputs: dict[str, Array] = field(default_factory=dict)
 
     def room(self, context_length: int) -> int:
         """How many tokens an answer may have; `ResPruneError` if the longest prompt leaves none."""
@@ -63,20 +73,45 @@ class Spliced:
         return context_length - length
 
 
+def keep(
+    picture: Picture,
+    image_features: Floats,
+    pick_order: Ints,
+    kept_counts: Ints | None = None,
+    planes: Sequence[Floats] = (),
+) -> KeptTokens:
+    """The tokens `pick_order` [K] of an image, out of all of its rows.
+
+    `image_features` [N, D] and each of `planes` [N, D]; `kept_counts` [K] by ascending index, None for 1 each.
+    """
+    kept = np.sort(pick_order)
+    counts = np.ones_like(kept) if kept_counts is None else kept_counts
+    return _kept(
+        picture,
+        image_features[kept],
+        Picks(kept, pick_order, counts),
+        tuple(plane[kept] for plane in planes),
+    )
+
+
+def keep_all(picture: Picture, image_features: Floats, planes: Sequence[Floats] = ()) -> KeptTokens:
+    """Every token of an image at its own place: the unpruned prompt."""
+    return keep(picture, image_features, np.arange(picture.num_tokens), None, planes)
+
+
 def cut_picks(
+    picture: Picture,
     image_features: Floats,
     kept_indices: Ints,
     pick_order: Ints,
     tokens: int | None,
-    offsets: Ints,
-    advance: int,
     kept_counts: Ints | None = None,
+    planes: Sequence[Floats] = (),
 ) -> KeptTokens:
-    """The first `tokens` picks of one picture, all of them if None: a selection of `tokens` would pick the same.
+    """The first `tokens` picks of one image, all of them if None: a selection of `tokens` would pick the same.
 
-    `image_features` [K, D], `kept_indices` [K] ascending with −1 last, `pick_order` [K] with −1 last; `offsets`
-    [N] or [3, N] and `advance` are the picture's, as in `KeptTokens`; `kept_counts` [K] in the order of
-    `kept_indices`, None for 1 each.
+    `image_features` [K, D] and `planes` [K, D], rows of `kept_indices` [K], which ascend with −1 last; `pick_order` [K]
+    with −1 last; `kept_counts` [K] in the order of `kept_indices`, None for 1 each.
     """
     order = pick_order[:tokens]
     order = order[order >= 0]
@@ -84,67 +119,128 @@ def cut_picks(
     kept = np.sort(order)
     places = np.searchsorted(kept_indices[valid], kept)  # [K']
     counts = np.ones_like(kept) if kept_counts is None else kept_counts[valid][places]
-    picks = Picks(kept, order, counts)
-    return KeptTokens(image_features[valid][places], picks, offsets[..., kept], advance)
+    return _kept(
+        picture,
+        image_features[valid][places],
+        Picks(kept, order, counts),
+        tuple(plane[valid][places] for plane in planes),
+    )
+
+
+def _kept(picture: Picture, rows: Floats, picks: Picks, planes: tuple[Floats, ...]) -> KeptTokens:
+    ends = np.searchsorted(picks.kept_indices, np.cumsum(picture.spans))
+    spans = tuple(int(count) for count in np.diff(ends, prepend=0))
+    return KeptTokens(rows, picks, picture.offsets[..., picks.kept_indices], picture.advances, spans, planes)
 
 
 def splice(
     inputs_embeds: Sequence[Floats],
     ids: Sequence[Sequence[int]],
-    pictures: Sequence[Sequence[KeptTokens]],
+    images: Sequence[Sequence[KeptTokens]],
     *,
     image_token_id: int,
     positions: str,
 ) -> Spliced:
-    """Replace each image token of each prompt by the rows kept of its picture, and fill up to one length.
+    """Replace each image token of each prompt by the rows kept of its span, and fill up to one length.
 
-    `inputs_embeds[b]` [S_b, D] belongs to `ids[b]`; `pictures[b]` has one entry for each image token, in order, and
-    at least one. `positions`: `contiguous` numbers what is there 0, 1, 2 …; `original` gives every token, text
-    included, the number it has in the unpruned prompt.
+    `inputs_embeds[b]` [S_b, D] belongs to `ids[b]`, which has an image token for each span of `images[b]`, in order;
+    there is at least one image. `positions`: `contiguous` numbers what is there 0, 1, 2 …; `original` gives every
+    token, text included, the number it has in the unpruned prompt.
     """
     prompts = [
         _splice_one(embeds, np.asarray(row, dtype=np.int64) == image_token_id, kept, positions == "original")
-        for embeds, row, kept in zip(inputs_embeds, ids, pictures, strict=True)
+        for embeds, row, kept in zip(inputs_embeds, ids, images, strict=True)
     ]
-    longest = max(len(rows) for rows, _, _ in prompts)
-    batch, width = len(prompts), prompts[0][0].shape[1]
-    axes = prompts[0][1].shape[:-1]
+    longest = max(len(prompt.rows) for prompt in prompts)
+    batch, width = len(prompts), prompts[0].rows.shape[1]
+    axes = prompts[0].numbers.shape[:-1]
+    row_inputs: dict[str, Array] = {IMAGE_NUMBERS: np.zeros((batch, longest), np.int64)}
+    for plane in range(len(prompts[0].planes)):
+        row_inputs[PLANE_EMBEDS.format(plane)] = np.zeros((batch, longest, width), np.float32)
     spliced = Spliced(
         np.zeros((batch, longest, width), np.float32),
         np.zeros((*axes, batch, longest), np.int64),
         np.zeros((batch, longest), np.int64),
+        row_inputs,
     )
-    for index, (rows, numbers, counts) in enumerate(prompts):
-        start = longest - len(rows)
-        spliced.inputs_embeds[index, start:] = rows
-        spliced.position_ids[..., index, start:] = numbers
-        spliced.attention_mask[index, start:] = counts
+    for index, prompt in enumerate(prompts):
+        start = longest - len(prompt.rows)
+        spliced.inputs_embeds[index, start:] = prompt.rows
+        spliced.position_ids[..., index, start:] = prompt.numbers
+        spliced.attention_mask[index, start:] = prompt.counts
+        row_inputs[IMAGE_NUMBERS][index, start:] = prompt.image_numbers
+        for plane, rows in enumerate(prompt.planes):
+            row_inputs[PLANE_EMBEDS.format(plane)][index, start:][prompt.image_numbers > 0] = rows
     return spliced
 
 
+@dataclass(frozen=True)
+class _OnePrompt:
+    """One prompt of S rows: what each counts for, its position numbers, and its image; `planes` of image rows alone."""
+
+    rows: Floats  # [S, D]
+    numbers: Ints  # [S] or [3, S]
+    counts: Ints  # [S]
+    image_numbers: Ints  # [S]
+    planes: list[Floats]
+
+
+@dataclass(frozen=True)
+class _Span:
+    """The rows kept of one span of an image."""
+
+    image_number: int
+    rows: Floats
+    counts: Ints
+    offsets: Ints
+    advance: int
+
+
+def _spans(images: Sequence[KeptTokens]) -> Iterator[_Span]:
+    for number, kept in enumerate(images, 1):
+        ends = np.cumsum(kept.spans)
+        for end, count, advance in zip(ends, kept.spans, kept.advances, strict=True):
+            of_span = slice(int(end) - count, int(end))
+            yield _Span(
+                number,
+                kept.rows[of_span],
+                kept.picks.kept_counts[of_span],
+                kept.offsets[..., of_span],
+                advance,
+            )
+
+
 def _splice_one(
-    embeds: Floats, is_image: npt.NDArray[np.bool_], pictures: Sequence[KeptTokens], original: bool
-) -> tuple[Floats, Ints, Ints]:
-    """One prompt: rows [S, D], their position numbers [S] or [3, S], and what each counts for [S]."""
-    axes = pictures[0].offsets.shape[:-1]
+    embeds: Floats, is_image: npt.NDArray[np.bool_], images: Sequence[KeptTokens], original: bool
+) -> _OnePrompt:
+    axes = images[0].offsets.shape[:-1]
 
     def text_numbers(first: int, count: int) -> Ints:
         return np.broadcast_to(np.arange(first, first + count), (*axes, count))
 
-    pieces: list[npt.NDArray[Any]] = []
+    rows: list[Floats] = []
     numbers: list[Ints] = []
     counts: list[Ints] = []
+    image_numbers: list[Ints] = []
     start = number = 0
-    for image_at, kept in zip(np.flatnonzero(is_image), pictures, strict=True):
+    for image_at, span in zip(np.flatnonzero(is_image), _spans(images), strict=True):
         text = int(image_at) - start
-        pieces += [embeds[start:image_at], kept.rows]
-        numbers += [text_numbers(number, text), number + text + kept.offsets]
-        counts += [np.ones(text, np.int64), kept.picks.kept_counts]
+        rows += [embeds[start:image_at], span.rows]
+        numbers += [text_numbers(number, text), number + text + span.offsets]
+        counts += [np.ones(text, np.int64), span.counts]
+        image_numbers += [np.zeros(text, np.int64), np.full(len(span.rows), span.image_number)]
         start = int(image_at) + 1
-        number += text + kept.advance
-    pieces.append(embeds[start:])
-    numbers.append(text_numbers(number, len(embeds) - start))
-    counts.append(np.ones(len(embeds) - start, np.int64))
-    rows = np.concatenate(pieces)
-    placed = np.concatenate(numbers, axis=-1) if original else text_numbers(0, len(rows))
-    return rows, placed, np.concatenate(counts)
+        number += text + span.advance
+    text = len(embeds) - start
+    rows.append(embeds[start:])
+    numbers.append(text_numbers(number, text))
+    counts.append(np.ones(text, np.int64))
+    image_numbers.append(np.zeros(text, np.int64))
+    whole = np.concatenate(rows)
+    return _OnePrompt(
+        whole,
+        np.concatenate(numbers, axis=-1) if original else text_numbers(0, len(whole)),
+        np.concatenate(counts),
+        np.concatenate(image_numbers),
+        [np.concatenate([image.planes[plane] for image in images]) for plane in range(len(images[0].planes))],
+    )

@@ -8,11 +8,11 @@ from PIL import Image
 
 from resprune.evaluation import report
 from resprune.evaluation.answers import Answers, Run
-from resprune.evaluation.budget import Budget
 from resprune.evaluation.checkpoint import open_checkpoint
 from resprune.evaluation.data import read_jsonl
 from resprune.evaluation.evaluate import DRAWS, Plan, evaluate
 from resprune.evaluation.model import open_bundle
+from resprune.runtime.budget import Budget
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
 

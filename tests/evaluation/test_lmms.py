@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resprune.evaluation.budget import Budget
+from resprune.runtime.budget import Budget
 from resprune.runtime.errors import ResPruneError
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval: make setup")

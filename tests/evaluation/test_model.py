@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from resprune.evaluation import model
-from resprune.evaluation.budget import Budget
 from resprune.evaluation.checkpoint import open_checkpoint
 from resprune.evaluation.model import code, engine, open_bundle
+from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.files import read_bundle, write_manifest
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline

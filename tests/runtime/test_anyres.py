@@ -110,7 +110,7 @@ def test_packing_equals_hugging_face(config: dict[str, Any], size: tuple[int, in
     assert packed.dtype == np.int64
     (theirs,) = rows_of_hugging_face(config["image_grid_pinpoints"], TILE // PATCH, PATCH, [size])
     assert packed[0].tolist() == theirs
-    assert picture.num_tokens == picture.advance == len(theirs) <= small(config).max_tokens
+    assert picture.num_tokens == picture.advances[0] == len(theirs) <= small(config).max_tokens
 
 
 @given(width=st.integers(1, 3000), height=st.integers(1, 3000), side=st.sampled_from([24, 27]))

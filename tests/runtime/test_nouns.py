@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.prompt.nouns import question_terms
+from resprune.runtime.prompt.nouns import question_terms, split_keywords
 
 QUESTIONS = json.loads((Path(__file__).parent / "nouns.json").read_text())
 
@@ -87,10 +87,14 @@ def test_about_finds_whole_words_whatever_their_case() -> None:
     assert terms(question, []) == []
 
 
-@pytest.mark.parametrize("word", ["dog", "walk", "", " ", "c.t", "the  cat"])
-def test_about_refuses_what_the_question_does_not_have(word: str) -> None:
-    with pytest.raises(ResPruneError, match="is not in the question"):
-        question_terms("Is the cat on the catwalk?", ["cat", word])
+def test_keywords_are_told_apart_by_whether_the_question_has_them() -> None:
+    question = "Is the cat on the catwalk?"
+    inside, outside = split_keywords(question, ["cat", "dog", "walk", "c.t", " THE CAT ", "the  cat"])
+    assert inside == ["cat", "THE CAT"]
+    assert outside == ["dog", "walk", "c.t", "the  cat"]
+    for word in ("", " "):
+        with pytest.raises(ResPruneError, match="keyword of about is empty"):
+            split_keywords(question, ["cat", word])
 
 
 def test_the_tagger_is_loaded_when_it_is_needed_and_never_from_the_current_directory(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_a_fixed_grid_stacks_pictures_and_places_their_tokens(tmp_path: Path) ->
     pictures = [grid(Image.new("RGB", size, (200, 10, 10))) for size in ((60, 30), (24, 24))]
     assert [picture.num_tokens for picture in pictures] == [9, 9]
     np.testing.assert_array_equal(pictures[0].offsets, np.arange(9))
-    assert pictures[0].advance == 9
+    assert pictures[0].advances == (9,)
     assert grid.batch(pictures)["pixel_values"].shape == (2, 3, 24, 24)
     boxes = grid.boxes((60, 30))
     assert boxes[0] == (15, 0, 25, 10)

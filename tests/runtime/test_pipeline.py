@@ -12,6 +12,7 @@ from PIL import Image
 
 from resprune import Pipeline, ResPruneError
 from resprune.runtime.answer import Answer
+from resprune.runtime.backends.onnxruntime import OrtSequence
 from resprune.runtime.bundle.files import read_bundle, write_manifest
 from resprune.runtime.prompt.prompter import Turn
 from tests.exporter.hugging_face import HuggingFace
@@ -202,9 +203,8 @@ def test_two_answers_can_be_read_by_turns(vlm: Pipeline) -> None:
 
 def test_an_answer_nobody_holds_costs_no_more_steps(vlm: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
-    model = vlm._generator.model
-    step = model.step
-    monkeypatch.setattr(model, "step", lambda tokens: steps.append(1) or step(tokens))
+    step = OrtSequence.step
+    monkeypatch.setattr(OrtSequence, "step", lambda self, tokens: steps.append(1) or step(self, tokens))
     for _ in vlm.ask(picture(1), QUESTION, max_new_tokens=200):
         break
     given_up = len(steps)
@@ -215,19 +215,20 @@ def test_an_answer_nobody_holds_costs_no_more_steps(vlm: Pipeline, monkeypatch: 
 
 @pytest.fixture
 def failing(vlm: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Callable[[type[BaseException]], None]:
-    """From then on the language model fails in its second step."""
+    """The next answer fails in its second step."""
 
     def fail(kind: type[BaseException]) -> None:
-        model, steps = vlm._generator.model, []
-        step = type(model).step
+        steps: list[OrtSequence] = []
+        step = OrtSequence.step
 
-        def failed(tokens: np.ndarray) -> np.ndarray:
-            steps.append(1)
-            if len(steps) == 2:
+        def failed(self: OrtSequence, tokens: np.ndarray) -> None:
+            if not steps or steps[0] is self:
+                steps.append(self)
+            if len(steps) == 2 and steps[0] is self:
                 raise kind("out of memory")
-            return step(model, tokens)
+            step(self, tokens)
 
-        monkeypatch.setattr(model, "step", failed)
+        monkeypatch.setattr(OrtSequence, "step", failed)
 
     return fail
 
@@ -248,10 +249,12 @@ def test_an_answer_that_failed_never_reads_as_a_whole_one(
 def test_a_fault_is_its_own_answers_alone(
     vlm: Pipeline, failing: Callable[[type[BaseException]], None]
 ) -> None:
-    """The next question finishes the answer before it, whose reader is told, and not who asks."""
     whole = vlm.ask(picture(2), QUESTION, max_new_tokens=STEPS).token_ids
     failing(ResPruneError)
     answer = vlm.ask(picture(1), QUESTION, max_new_tokens=STEPS)
+    next(iter(answer))
+    with pytest.raises(ResPruneError, match="out of memory"):
+        answer.finish()
     assert vlm.ask(picture(2), QUESTION, max_new_tokens=STEPS).token_ids == whole
     with pytest.raises(ResPruneError, match="out of memory"):
         answer.finish()
@@ -275,11 +278,11 @@ def test_an_answer_that_failed_is_no_part_of_the_chat(
 def test_a_pipeline_that_is_closed_says_so(split: Path) -> None:
     with Pipeline.load(split) as vlm:
         view = vlm.look(picture(1))
-        answer, whole = (vlm.ask(picture(1), QUESTION, max_new_tokens=STEPS) for _ in range(2))
+        whole = vlm.ask(picture(1), QUESTION, max_new_tokens=STEPS, stream=False)
         begun = vlm.ask(picture(1), QUESTION, max_new_tokens=STEPS)
         next(iter(begun))
         vlm.close()
-    assert answer.text == whole.text
+    assert whole.text
     for _ in range(2):
         with pytest.raises(ResPruneError, match="closed before this answer was read to its end"):
             _ = begun.text
@@ -310,7 +313,7 @@ def test_every_kind_of_picture_source(vlm: Pipeline, tmp_path: Path) -> None:
 
 def test_timings_name_the_stages(vlm: Pipeline) -> None:
     timings = vlm.ask(picture(1), QUESTION, max_new_tokens=5).timings
-    assert list(timings) == ["prompt", "pixels", "vision", "prefill", "decode"]
+    assert list(timings) == ["pixels", "prompt", "vision", "prefill", "decode"]
     assert all(value > 0 for value in timings.values())
     assert vlm.load_ms > 0
 
@@ -340,7 +343,8 @@ def test_generation_ends_where_the_context_does(split: Path, tmp_path: Path) -> 
         ({"image": []}, "no picture"),
         ({"image": b"no picture at all"}, "picture"),
         ({"temperature": -1.0}, "temperature"),
-        ({"about": ["dog"]}, '"dog" is not in the question'),
+        ({"tokens": "0%"}, "no budget"),
+        ({"about": ["table", " "]}, "keyword of about is empty"),
     ],
 )
 def test_wrong_input_is_one_sentence(vlm: Pipeline, wrong: dict, sentence: str) -> None:
@@ -364,5 +368,6 @@ def test_a_bundle_of_an_unknown_family_says_so(split: Path, tmp_path: Path) -> N
 
 def test_a_half_precision_bundle_keeps_its_cache_in_half_precision(tiny_bundle: Callable[..., Path]) -> None:
     with Pipeline.load(tiny_bundle("clip-llama", k=7, dtype="fp16")) as vlm:
-        vlm.ask(picture(1), QUESTION, max_new_tokens=2, stream=False)
-        assert {value.data_type() for value in vlm._generator.model._past} == {"tensor(float16)"}
+        decoder = vlm._backend.decoder
+        assert {value.data_type() for value in decoder.empty_cache(1)} == {"tensor(float16)"}
+        assert len(vlm.ask(picture(1), QUESTION, max_new_tokens=2).token_ids) == 2

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.picture import Expansion
 from resprune.runtime.prompt.prompter import Prompter, Turn
 from resprune.runtime.prompt.template import DEFAULT_TEMPLATE
 from tests.runtime.bundles import bundle_of_files
@@ -215,3 +216,30 @@ def test_image_tokens_are_embedded_as_another_token(tmp_path: Path) -> None:
     embedded = prompt.ids_to_embed(writer.image_token_id)
     assert prompt.ids.count(writer.image_token_id) == 2
     assert embedded.tolist() == [0 if id_ == writer.image_token_id else id_ for id_ in prompt.ids]
+
+
+def test_keywords_that_the_question_lacks_are_read_as_inside_a_text(tmp_path: Path) -> None:
+    for kind in KINDS:
+        writer = made(tmp_path, kind)
+        inside = writer.prompt("is there a red square?", 1, about=["square"])
+        outside = writer.prompt("what is it?", 1, about=["square"])
+        assert outside.text_positions == []
+        assert outside.further_ids == outside.text_token_ids
+        assert outside.nouns == ["square"]
+        word = [writer.tokenizer.id_to_token(token) for token in outside.further_ids]
+        assert word == [writer.tokenizer.id_to_token(token) for token in inside.text_token_ids]
+
+
+def test_an_expansion_stands_in_the_place_of_its_image(tmp_path: Path) -> None:
+    writer = made(tmp_path)
+    token = writer.variables["image_token"]
+    question = "What is the red square?"
+    plain = writer.prompt(question, 2)
+    tiles = Expansion(token, f"red {token} blue {token}")
+    prompt = writer.prompt(question, 2, expansions=[tiles, None])
+    assert prompt.ids.count(writer.image_token_id) == 3
+    assert prompt.text == plain.text.replace(token, tiles.text, 1)
+    assert prompt.nouns == plain.nouns
+    assert prompt.text_token_ids == plain.text_token_ids
+    with pytest.raises(ResPruneError, match="contains <image>"):
+        writer.prompt(f"what is {token}?", 1, expansions=[tiles])

@@ -86,7 +86,13 @@ def test_openvino_is_not_given_a_loop(bundle: Bundle, monkeypatch: pytest.Monkey
         ort, "get_available_providers", lambda: ["OpenVINOExecutionProvider", "CPUExecutionProvider"]
     )
     made: list[str] = []
-    monkeypatch.setattr(ort, "InferenceSession", lambda *args, **given: made.append(args[0]))
+    real = ort.InferenceSession
+
+    def session(path: str, settings: ort.SessionOptions, **_: object) -> ort.InferenceSession:
+        made.append(path)
+        return real(path, settings, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
     with pytest.raises(
         ResPruneError, match="cannot take the bundle's Loop; export it again with --body unrolled"
     ):

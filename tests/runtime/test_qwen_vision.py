@@ -169,4 +169,4 @@ def test_a_picture_brings_the_arrays_of_its_grid():
         "window_patches": (2, 64),
         "window_slots": (60,),
     }
-    assert (made.num_tokens, made.offsets.shape, made.advance) == (15, (3, 15), 5)
+    assert (made.num_tokens, made.offsets.shape, made.advances) == (15, (3, 15), (5,))

@@ -64,12 +64,12 @@ def test_the_demo_answers_over_the_wire_as_it_does_here(
 def test_the_local_decoder_is_not_opened(
     demo_bundle: Path, demo_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from resprune.runtime.backends import backend as generator
+    from resprune.runtime.backends import onnxruntime
 
     def opened(*_: object) -> None:
         raise AssertionError("the decoder was opened")
 
-    monkeypatch.setattr(generator, "OrtLanguageModel", opened)
+    monkeypatch.setattr(onnxruntime, "OrtDecoder", opened)
     with Wire(demo_model) as wire, remote(demo_bundle, wire) as vlm:
         assert "decoder_model_merged" not in vlm._graphs._sessions
         assert vlm.ask(DEMO / "pictures" / "shapes.png", QUESTIONS[0]).text == "black"
@@ -91,7 +91,7 @@ def test_streamed_tokens_several_pictures_and_batches(bundle: Path, tiny_model: 
         assert len(wire.seen) == 3
         streamed = far.ask(picture(1), QUESTION, max_new_tokens=STEPS)
         assert list(streamed) == list(near.ask(picture(1), QUESTION, max_new_tokens=STEPS))
-        assert list(streamed.timings) == ["prompt", "pixels", "vision", "prefill", "decode"]
+        assert list(streamed.timings) == ["pixels", "prompt", "vision", "prefill", "decode"]
 
 
 def test_an_answer_comes_while_it_is_written(bundle: Path, tiny_model: Model) -> None:
@@ -154,21 +154,21 @@ def test_sampling_reaches_the_server(bundle: Path, tiny_model: Model) -> None:
 def test_rows_are_sent_as_float16_only_where_nothing_is_lost(
     bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from resprune.runtime import vision
+    from resprune.runtime import walk
 
     def sent(body: dict[str, Any]) -> torch.Tensor:
         data = body["messages"][0]["content"][0]["image_embeds"]
         tensor: torch.Tensor = torch.load(io.BytesIO(base64.b64decode(data)), weights_only=True)
         return tensor
 
-    cut = vision.cut_picks
+    cut = walk.cut_picks
 
-    def halved(rows: Floats, *rest: Any) -> Any:
-        return cut(rows.astype(np.float16).astype(np.float32), *rest)
+    def halved(of: Any, rows: Floats, *rest: Any) -> Any:
+        return cut(of, rows.astype(np.float16).astype(np.float32), *rest)
 
     with Wire(tiny_model) as wire, remote(bundle, wire) as vlm:
         vlm.ask(picture(1), QUESTION, max_new_tokens=1, stream=False)
-        monkeypatch.setattr(vision, "cut_picks", halved)
+        monkeypatch.setattr(walk, "cut_picks", halved)
         vlm.ask(picture(1), QUESTION, max_new_tokens=1, stream=False)
     whole, half = (sent(body) for _, _, body in wire.seen)
     assert (whole.dtype, half.dtype) == (torch.float32, torch.float16)

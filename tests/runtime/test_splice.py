@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.prompt.splice import KeptTokens, Picks, cut_picks, splice
+from resprune.runtime.families.picture import Picture
+from resprune.runtime.prompt.splice import KeptTokens, Picks, cut_picks, keep, keep_all, splice
 
 IMAGE = 7
 
@@ -13,7 +14,11 @@ def kept(indices: list[int], num_tokens: int, base: float, counts: list[int] | N
     order = np.array(indices)
     rows = (base + np.sort(order))[:, None].astype(np.float32)
     picks = Picks(np.sort(order), order, np.array(counts or [1] * len(indices)))
-    return KeptTokens(rows, picks, np.sort(order), num_tokens)
+    return KeptTokens(rows, picks, np.sort(order), (num_tokens,), (len(order),))
+
+
+def image(num_tokens: int) -> Picture:
+    return Picture.one_span({}, np.arange(num_tokens), num_tokens)
 
 
 def embed(ids: list[int]) -> np.ndarray:
@@ -64,24 +69,23 @@ def test_the_mask_says_what_a_row_counts_for() -> None:
 
 def test_fewer_picks_are_the_first_ones() -> None:
     features = np.array([[10.0], [20.0], [30.0], [40.0]], np.float32)  # rows of tokens 1, 2, 3, 4
-    whole = cut_picks(features, np.array([1, 2, 3, 4]), np.array([3, 1, 4, 2]), None, np.arange(9), 9)
+    whole = cut_picks(image(9), features, np.array([1, 2, 3, 4]), np.array([3, 1, 4, 2]), None)
     assert whole.rows[:, 0].tolist() == [10, 20, 30, 40]
     assert whole.picks.kept_counts.tolist() == [1, 1, 1, 1]
     counts = np.array([5, 0, 2, 2])  # of three picks: none is left for the fourth, token 2
-    some = cut_picks(
-        features, np.array([1, 2, 3, 4]), np.array([3, 1, 4, 2]), 3, 10 * np.arange(9), 9, counts
-    )
+    tens = Picture.one_span({}, 10 * np.arange(9), 9)
+    some = cut_picks(tens, features, np.array([1, 2, 3, 4]), np.array([3, 1, 4, 2]), 3, counts)
     assert some.picks.kept_counts.tolist() == [5, 2, 2]
     assert some.rows[:, 0].tolist() == [10, 30, 40]
     assert some.picks.kept_indices.tolist() == [1, 3, 4]
     assert some.picks.pick_order.tolist() == [3, 1, 4]
     assert some.offsets.tolist() == [10, 30, 40]
-    assert some.advance == 9
+    assert some.advances == (9,)
 
 
 def test_places_that_nothing_fills_are_left_out() -> None:
     features = np.array([[10.0], [20.0], [0.0]], np.float32)
-    result = cut_picks(features, np.array([1, 2, -1]), np.array([2, 1, -1]), None, np.arange(3), 3)
+    result = cut_picks(image(3), features, np.array([1, 2, -1]), np.array([2, 1, -1]), None)
     assert result.rows[:, 0].tolist() == [10, 20]
     assert result.picks.pick_order.tolist() == [2, 1]
 
@@ -91,7 +95,7 @@ def test_positions_of_three_axes() -> None:
         [[0, 0, 0], [0, 1, 1], [1, 0, 1]]
     )  # time, height and width of tokens 1, 2 and 3 of a 2 x 2 grid
     picks = Picks(np.array([1, 2, 3]), np.array([3, 1, 2]), np.ones(3, np.int64))
-    kept3 = KeptTokens(np.zeros((3, 1), np.float32), picks, grid, 2)
+    kept3 = KeptTokens(np.zeros((3, 1), np.float32), picks, grid, (2,), (3,))
     ids = [1, IMAGE, 2, 3]
     result = splice([embed(ids)], [ids], [[kept3]], image_token_id=IMAGE, positions="original")
     assert result.position_ids.shape == (3, 1, 6)
@@ -110,3 +114,30 @@ def test_what_is_left_of_the_context_is_that_of_the_longest_prompt() -> None:
     assert [result.room(limit) for limit in (8, 10)] == [1, 3]
     with pytest.raises(ResPruneError, match="past the context: 7 tokens with its pictures, limit 7"):
         result.room(7)
+
+
+def test_an_image_of_several_spans_with_text_between() -> None:
+    """Tokens 0 to 2, a word, tokens 3 and 4, two words, tokens 5 to 8; the second span keeps nothing."""
+    picture = Picture({}, np.array([0, 1, 2, 0, 1, 0, 1, 2, 3]), (3, 2, 4), (3, 2, 4))
+    features = np.arange(100, 109, dtype=np.float32)[:, None]
+    tokens = keep(picture, features, np.array([8, 1, 5]), planes=[features + 100])
+    assert tokens.spans == (1, 0, 2)
+    ids = [1, IMAGE, 2, IMAGE, 3, 4, IMAGE, 5]
+    for positions, numbers in (
+        ("contiguous", [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("original", [0, 2, 4, 7, 8, 9, 12, 13]),
+    ):
+        result = splice([embed(ids)], [ids], [[tokens]], image_token_id=IMAGE, positions=positions)
+        assert result.inputs_embeds[0, :, 0].tolist() == [1, 101, 2, 3, 4, 105, 108, 5]
+        assert result.position_ids[0].tolist() == numbers
+        assert result.row_inputs["plane_embeds.0"][0, :, 0].tolist() == [0, 201, 0, 0, 0, 205, 208, 0]
+        assert result.row_inputs["image_numbers"][0].tolist() == [0, 1, 0, 0, 0, 1, 1, 0]
+
+
+def test_row_inputs_of_a_batch_are_filled_up_on_the_left() -> None:
+    one, two = (keep_all(image(count), np.full((count, 1), 9, np.float32)) for count in (1, 2))
+    ids = [[1, IMAGE, 2, IMAGE], [IMAGE]]
+    result = splice(
+        [embed(row) for row in ids], ids, [[one, two], [one]], image_token_id=IMAGE, positions="contiguous"
+    )
+    assert result.row_inputs["image_numbers"].tolist() == [[0, 1, 0, 2, 2], [0, 0, 0, 0, 1]]

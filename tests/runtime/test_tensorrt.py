@@ -15,14 +15,16 @@ import pytest
 from resprune import Pipeline, ResPruneError
 from resprune.exporter.tensorrt.engines import build
 from resprune.exporter.tensorrt.profiles import Limits
+from resprune.runtime.backends.backend import Embedding
 from resprune.runtime.backends.cuda import Buffer, gpu_at_hand
 from resprune.runtime.backends.engines import choose_engines, installed_flavours
-from resprune.runtime.backends.onnxruntime import Embedding, OrtLanguageModel
+from resprune.runtime.backends.onnxruntime import OrtDecoder, onnxruntime_decoder
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions
-from resprune.runtime.backends.tensorrt import Engines, TensorRTLanguageModel, num_bytes
+from resprune.runtime.backends.tensorrt import Engines, TensorRTDecoder, num_bytes
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.cli import main
+from resprune.runtime.prompt.splice import Spliced
 from tests.runtime import gpu_stand_in
 from tests.runtime.gpu_stand_in import FLAVOUR, VERSION, Cuda, TensorRT, with_engines
 from tests.runtime.test_pipeline import QUESTION, picture
@@ -118,36 +120,55 @@ def test_answers_are_those_of_onnxruntime(
             assert said[0] == said[1]
 
 
-def language_models(root: Path, flavour: str) -> tuple[OrtLanguageModel, TensorRTLanguageModel]:
+def decoders(root: Path, flavour: str) -> tuple[OrtDecoder, TensorRTDecoder]:
     bundle = read_bundle(root)
     engines = Engines(flavour, bundle, OPTIONS)
-    ours = OrtLanguageModel(bundle, Embedding(OrtGraphs(bundle, OPTIONS)), OPTIONS)
-    return ours, TensorRTLanguageModel(bundle, Embedding(engines), engines)
+    ours = onnxruntime_decoder(bundle, Embedding(OrtGraphs(bundle, OPTIONS)), OPTIONS)
+    return ours, TensorRTDecoder(bundle, Embedding(engines), engines)
 
 
 def test_logits_of_prefill_and_steps_with_a_padded_row(place: Place, bundles: Callable[[str], Path]) -> None:
     root = bundles("clip-llama")
     place.equip(root)
-    ours, theirs = language_models(root, place.flavour)
+    ours, theirs = decoders(root, place.flavour)
     rng = np.random.default_rng(0)
     embeds = rng.standard_normal((2, 9, 48)).astype(np.float32)
     mask = np.array([[1] * 9, [0] * 4 + [1] * 5])
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    for _ in range(2):  # the second prefill forgets the first
-        logits = [model.prefill(embeds, positions, mask) for model in (ours, theirs)]
+    prompt = Spliced(embeds, np.maximum(np.cumsum(mask, axis=1) - 1, 0), mask)
+    for _ in range(2):
+        sequences = [decoder.start(prompt) for decoder in (ours, theirs)]
         for step in range(30):
-            assert logits[0].shape == logits[1].shape == (2, 486)
-            np.testing.assert_allclose(logits[1], logits[0], atol=place.atol)
-            logits = [model.step(np.array([300 + step, 310])) for model in (ours, theirs)]
+            assert [sequence.logits.shape for sequence in sequences] == [(2, 486)] * 2
+            np.testing.assert_allclose(sequences[1].logits, sequences[0].logits, atol=place.atol)
+            for sequence in sequences:
+                sequence.step(np.array([300 + step, 310]))
+        sequences[1].close()
     if place.cuda is not None and place.trt is not None:
         of_decoder = [profile for graph, profile in place.trt.runs if graph == "decoder_model_merged"]
         assert of_decoder == ([0] + [1] * 30) * 2, "a profile for the prompt, another for each token after it"
-        before = place.cuda.allocations
-        theirs.prefill(embeds, positions, mask)
-        for step in range(30):
-            theirs.step(np.array([300 + step, 310]))
-        assert place.cuda.allocations == before, "buffers are kept"
+        theirs.embed_tokens(np.array([[300], [310]]))
+        before = place.cuda.in_use()
+        sequence = theirs.start(prompt)
+        assert place.cuda.in_use() > before
+        del sequence
+        assert place.cuda.in_use() == before, "an answer that nobody holds frees its cache"
     theirs.close()
+
+
+def test_sequences_that_take_turns_have_contexts_of_their_own(
+    place: Place, bundles: Callable[[str], Path]
+) -> None:
+    root = bundles("clip-llama")
+    place.equip(root)
+    images, questions = [picture(1), picture(2, (90, 40))], [QUESTION, "is there a cat?"]
+    with Pipeline.load(root) as ours, Pipeline.load(root, engines=place.flavour) as theirs:
+        alone = [ours.ask(*each, max_new_tokens=12).token_ids for each in zip(images, questions, strict=True)]
+        open_at_once = [theirs.ask(*each, max_new_tokens=12) for each in zip(images, questions, strict=True)]
+        reading = [iter(answer) for answer in open_at_once]
+        for _ in range(12):
+            for pieces in reading:
+                next(pieces, None)
+        assert [answer.token_ids for answer in open_at_once] == alone
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from resprune import Pipeline, ResPruneError
-from resprune.runtime.backends.backend import GeneratorFactory
-from resprune.runtime.backends.tensorrt_llm import PyTorchGenerator, Rotary, engine_backend, pytorch_backend
+from resprune.runtime.backends.backend import BackendFactory
+from resprune.runtime.backends.tensorrt_llm import PyTorchBackend, Rotary, engine_backend, pytorch_backend
 from resprune.runtime.bundle.files import Bundle
 from tests.runtime.bundles import bundle_of_files
 from tests.runtime.fake_tensorrt_llm import install
@@ -22,7 +22,7 @@ from tests.runtime.test_pipeline import QUESTION, picture, with_manifest
 from tests.runtime.wire import Model
 
 STEPS = 16
-BACKENDS: dict[str, Callable[[str], GeneratorFactory]] = {
+BACKENDS: dict[str, Callable[[str], BackendFactory]] = {
     "pytorch": pytorch_backend,
     "engine": engine_backend,
 }
@@ -105,8 +105,8 @@ def test_a_tokenizer_that_adds_bos_gets_the_prompt_without_it(
     recorded = install(monkeypatch, tiny_model)
     vlm = Pipeline.load(bundle, generator=pytorch_backend("model"))
     vlm.ask(picture(1), QUESTION, max_new_tokens=1, stream=False)
-    generator: Any = vlm._generator
-    assert isinstance(generator, PyTorchGenerator)
+    generator: Any = vlm._backend
+    assert isinstance(generator, PyTorchBackend)
     (written,) = recorded.prompts
     assert written.startswith("<s>")
     adding = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -126,7 +126,7 @@ def test_what_it_raises_is_one_sentence(
     def full(**given: Any) -> None:
         raise RuntimeError("Input batch size (1) exceeds\nthe engine or specified limit (0)")
 
-    generator: Any = vlm._generator
+    generator: Any = vlm._backend
     monkeypatch.setattr(generator._runner, "generate", full)
     sentence = r"TensorRT-LLM could not take the prompt \(Input batch size \(1\) exceeds the engine"
     with pytest.raises(ResPruneError, match=sentence):

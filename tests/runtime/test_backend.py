@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from resprune import Pipeline
-from resprune.runtime.backends.backend import Generator, Piece, Request, onnxruntime_generator
-from resprune.runtime.backends.onnxruntime import Embedding
+from resprune.runtime.backends.backend import Backend, Embedding, Piece, Request
+from resprune.runtime.backends.onnxruntime import onnxruntime_backend
 from resprune.runtime.backends.session import SessionOptions
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.generate import Sampling
@@ -16,9 +16,9 @@ from tests.runtime.test_pipeline import QUESTION, picture
 
 
 class Recorder:
-    """Another generator, with what it was asked; it may hide the ids, as some servers do."""
+    """Another backend, with what it was asked; it may hide the ids, as some servers do."""
 
-    def __init__(self, inner: Generator, decode: Callable[[list[int]], str] | None) -> None:
+    def __init__(self, inner: Backend, decode: Callable[[list[int]], str] | None) -> None:
         self.inner = inner
         self.decode = decode
         self.requests: list[tuple[Request, Sampling]] = []
@@ -45,8 +45,8 @@ def bundle(tiny_bundle: Callable[..., Path]) -> Path:
 def recorded(bundle: Path, decode: Callable[[list[int]], str] | None = None) -> tuple[Pipeline, Recorder]:
     made: list[Recorder] = []
 
-    def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Generator:
-        made.append(Recorder(onnxruntime_generator(bundle, embedding, options), decode))
+    def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Backend:
+        made.append(Recorder(onnxruntime_backend(bundle, embedding, options), decode))
         return made[0]
 
     return Pipeline.load(bundle, generator=factory), made[0]
@@ -61,8 +61,8 @@ def test_a_request_has_the_prompts_in_every_form(bundle: Path) -> None:
     assert recorder.closed
     assert sampling == Sampling()
     assert list(request.prompts) == [answer.prompt for answer in answers]
-    assert [len(kept) for kept in request.pictures] == [1, 2]
-    for row, (prompt, kept) in enumerate(zip(request.prompts, request.pictures, strict=True)):
+    assert [len(kept) for kept in request.images] == [1, 2]
+    for row, (prompt, kept) in enumerate(zip(request.prompts, request.images, strict=True)):
         assert prompt.ids.count(image_token) == len(kept)
         embeds = request.spliced.inputs_embeds[row][request.spliced.attention_mask[row] == 1]
         assert len(embeds) == len(prompt.ids) - len(kept) + sum(len(picture.rows) for picture in kept)

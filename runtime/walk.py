@@ -1,0 +1,210 @@
+"""The one walk from images to logits: prepare, encode, embed, select, splice; then a decoder prefills and steps.
+
+The pipeline, the evaluation and the benchmarks all take it, and differ in what they put between two stages. The
+PyTorch oracle of the exporter is the only second implementation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from resprune.runtime.backends.backend import Embedding
+from resprune.runtime.backends.session import GraphRunner
+from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.bundle.manifest import Manifest
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.picture import Picture, Preprocessor
+from resprune.runtime.families.table import family_of
+from resprune.runtime.prompt.prompter import Prompt
+from resprune.runtime.prompt.splice import Floats, KeptTokens, Spliced, cut_picks, splice
+
+PLANE_FEATURES = "plane_features.{}"
+"""Output of the vision graphs and input of `token_select`: plane i of the tokens that `image_features` has."""
+KEPT_PLANES = "kept_planes.{}"
+"""Output of `token_select`: plane i of `kept_features`."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """All tokens of one image: the main plane `rows` [N, D] float32, and its further `planes`, each [N, D]."""
+
+    rows: Floats
+    planes: tuple[Floats, ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Images that are ready to be selected from.
+
+    `features[i]` are all tokens of image i where the bundle can encode it apart from a question; None where the fused
+    graph encodes and selects at once.
+    """
+
+    pictures: Sequence[Picture]
+    features: Sequence[Features] | None
+
+    @staticmethod
+    def joined(parts: Sequence["Encoded"]) -> "Encoded":
+        """The images of several, in order; with features if all have them."""
+        pictures = [picture for part in parts for picture in part.pictures]
+        if any(part.features is None for part in parts):
+            return Encoded(pictures, None)
+        return Encoded(pictures, [features for part in parts for features in part.features or ()])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        pixels = sum(array.nbytes for picture in self.pictures for array in picture.arrays.values())
+        features = self.features or ()
+        return pixels + sum(plane.nbytes for one in features for plane in (one.rows, *one.planes))
+
+
+class Walk:
+    """The stages of one bundle. It keeps nothing of a question: any number of threads may use it at once."""
+
+    def __init__(self, bundle: Bundle, graphs: GraphRunner) -> None:
+        self.manifest: Manifest = bundle.manifest
+        self.preprocessor: Preprocessor = family_of(bundle).preprocessor(bundle)
+        self._graphs = graphs
+        encoder = self.manifest.graphs.get("vision_encoder") or self.manifest.graphs.get("vision_select")
+        names = {tensor.name for tensor in encoder.outputs} if encoder else set()
+        self._planes = sum(name.startswith(PLANE_FEATURES.format("")) for name in names)
+        self.embed_tokens = Embedding(graphs)
+
+    @property
+    def splits(self) -> bool:
+        """Whether the bundle has the encoder and the selector apart (`resprune export --split`)."""
+        return {"vision_encoder", "token_select"} <= self.manifest.graphs.keys()
+
+    def encode(self, pictures: Sequence[Picture]) -> Encoded:
+        """Encode images, if the bundle has the encoder apart."""
+        if not self.splits:
+            return Encoded(pictures, None)
+        outputs = ["image_features", *map(PLANE_FEATURES.format, range(self._planes))]
+        features: list[Features] = []
+        for start, stop in self._batches(len(pictures)):
+            batch = pictures[start:stop]
+            arrays = self._graphs.run("vision_encoder", self.preprocessor.batch(batch), outputs)
+            for picture, rows, *planes in zip(batch, *arrays, strict=True):
+                cut = [plane[: picture.num_tokens] for plane in (rows, *planes)]
+                features.append(Features(cut[0], tuple(cut[1:])))
+        return Encoded(pictures, features)
+
+    def embed(self, prompts: Sequence[Prompt]) -> list[Floats]:
+        """Input embeddings [S_b, D] of each prompt; those of its image tokens are of no meaning."""
+        ids = np.concatenate([prompt.ids_to_embed(self.manifest.image_token_id) for prompt in prompts])
+        embeds = self.embed_tokens(ids[None])[0]  # [S_0 + S_1 + …, D]
+        return np.split(embeds, np.cumsum([len(prompt.ids) for prompt in prompts])[:-1])
+
+    def keywords(self, prompt: Prompt, embeds: Floats) -> Floats:
+        """Rows [M, D] of a prompt's keywords, M may be 0; `embeds` [S, D] are the prompt's."""
+        rows = embeds[prompt.text_positions]
+        if not prompt.further_ids:
+            return rows
+        further = self.embed_tokens(np.array([prompt.further_ids], dtype=np.int64))[0]
+        return np.concatenate([rows, further])
+
+    def select(
+        self, encoded: Encoded, text: Sequence[Floats], tokens: Sequence[int | None]
+    ) -> list[KeptTokens]:
+        """The tokens of each image that its question keeps.
+
+        `text[i]` [M_i, D] float32 are the embeddings of the keywords asked about image i, M_i may be 0; `tokens[i]` is
+        how many are kept of it, None for what the bundle was exported to keep. `ResPruneError` for a number below 1 or
+        above K.
+        """
+        selection = self.manifest.selection
+        budgets = [
+            selection.budget(picture.num_tokens) if wanted is None else wanted
+            for picture, wanted in zip(encoded.pictures, tokens, strict=True)
+        ]
+        for budget in budgets:
+            if not 1 <= budget <= selection.k:
+                raise ResPruneError(
+                    f"this bundle keeps {selection.k} tokens of a picture, so tokens should be 1 to {selection.k}, "
+                    f"not {budget}; export with a larger -k for more"
+                )
+        kept: list[KeptTokens] = []
+        for start, stop in self._batches(len(encoded.pictures)):
+            of_batch = slice(start, stop)
+            kept += self._select_batch(
+                encoded.pictures[of_batch],
+                None if encoded.features is None else encoded.features[of_batch],
+                text[of_batch],
+                budgets[of_batch],
+            )
+        return kept
+
+    def _select_batch(
+        self,
+        pictures: Sequence[Picture],
+        features: Sequence[Features] | None,
+        text: Sequence[Floats],
+        budgets: Sequence[int],
+    ) -> list[KeptTokens]:
+        text_embeds, text_mask = pad_rows(text)
+        feeds: dict[str, npt.NDArray[Any]] = {"text_embeds": text_embeds, "text_mask": text_mask}
+        if features is None:
+            graph, rows, planes = "vision_select", "image_features", PLANE_FEATURES
+            feeds |= self.preprocessor.batch(pictures)
+        else:
+            graph, rows, planes = "token_select", "kept_features", KEPT_PLANES
+            feeds["image_features"], feeds["token_mask"] = pad_rows([image.rows for image in features])
+            for plane in range(self._planes):
+                feeds[PLANE_FEATURES.format(plane)], _ = pad_rows([image.planes[plane] for image in features])
+        inputs = {tensor.name: tensor for tensor in self.manifest.graphs[graph].inputs}
+        if "protected_mask" in inputs:
+            feeds["protected_mask"] = _protected(pictures)
+        outputs = [rows, "kept_indices", "pick_order", *map(planes.format, range(self._planes))]
+        proportional = self.manifest.attention == "proportional"
+        if proportional:
+            feeds["num_kept"] = np.array(budgets, np.int64)
+            outputs.append("kept_counts")
+        arrays = self._graphs.run(graph, feeds, outputs)
+        counts = arrays.pop() if proportional else [None] * len(pictures)
+        return [
+            cut_picks(picture, rows_of, indices, order, budget, counts_of, planes_of)
+            for picture, budget, counts_of, rows_of, indices, order, *planes_of in zip(
+                pictures, budgets, counts, *arrays, strict=True
+            )
+        ]
+
+    def splice(
+        self, embeds: Sequence[Floats], prompts: Sequence[Prompt], kept: Sequence[Sequence[KeptTokens]]
+    ) -> Spliced:
+        """Prompts with the kept rows of their images, ready for the decoder."""
+        return splice(
+            embeds,
+            [prompt.ids for prompt in prompts],
+            kept,
+            image_token_id=self.manifest.image_token_id,
+            positions=self.manifest.positions,
+        )
+
+    def _batches(self, count: int) -> list[tuple[int, int]]:
+        """Which images go through a graph together."""
+        step = self.preprocessor.pictures_a_run or count
+        return [(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def pad_rows(rows: Sequence[Floats]) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Lists of rows [M_i, D] → [B, M, D], M at least 1, and the mask [B, M] that leaves the filling out."""
+    longest = max(1, *(len(row) for row in rows))
+    padded = np.zeros((len(rows), longest, rows[0].shape[1]), np.float32)
+    mask = np.zeros((len(rows), longest), dtype=bool)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+        mask[index, : len(row)] = True
+    return padded, mask
+
+
+def _protected(pictures: Sequence[Picture]) -> npt.NDArray[np.bool_]:
+    """`protected_mask` [B, N] for images of up to N tokens."""
+    mask = np.zeros((len(pictures), max(picture.num_tokens for picture in pictures)), dtype=bool)
+    for index, picture in enumerate(pictures):
+        if picture.protected is not None:
+            mask[index, : picture.num_tokens] = picture.protected
+    return mask
