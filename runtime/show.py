@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from resprune.runtime.bundle.whole import write_whole
-from resprune.runtime.errors import ResPruneError, one_line
+from resprune.runtime.errors import ResPruneError, one_line, shown
 from resprune.runtime.families.image import Box
 
 # Pixels of the long side: a smaller picture is enlarged, a larger one shrunk, unless the numbers need more room.
@@ -49,8 +49,9 @@ def drawing_paths(path: str, sources: Sequence[object]) -> list[Path]:
             if any(_same_file(target, source) for source in sources):
                 raise ResPruneError(f"--show would replace the picture {target}; give it another path")
     except (OSError, ValueError) as error:  # ValueError: an empty path
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise ResPruneError(
-            f"--show cannot write {path or 'an empty path'} ({one_line(error)}); give a path such as kept.png"
+            f"--show cannot write {shown(path)} ({reason}); give a path such as kept.png"
         ) from None
     return paths
 

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resprune.runtime.bundle.manifest import MANIFEST_NAME, FileSpec, Manifest, safe_name
+from resprune.runtime.bundle.external import require_listed
+from resprune.runtime.bundle.manifest import MANIFEST_NAME, FileSpec, GraphSpec, Manifest, safe_name
 from resprune.runtime.bundle.whole import write_whole
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line
 
 # A manifest lists a few dozen files: anything near this size is not one.
 MAX_MANIFEST_BYTES = 4 << 20
+MAX_TEXT_BYTES = 16 << 20
+"""Of a JSON file or a template of the checkpoint."""
 HASH_BLOCK = 1 << 20
 
 
@@ -34,25 +37,48 @@ class Bundle:
             raise ResPruneError(f"the bundle {self.root} has no {name}; export it again")
         return self.root / name
 
-    def graph_path(self, name: str) -> Path:
-        """Path of a graph's `.onnx` file by the graph's name, such as `vision_select`."""
+    def graph(self, name: str) -> GraphSpec:
+        """A graph's entry in the manifest by its name, such as `vision_select`; `ResPruneError` if there is none."""
         if name not in self.manifest.graphs:
             have = ", ".join(sorted(self.manifest.graphs)) or "none"
             raise ResPruneError(
                 f"the bundle {self.root} has no graph {name} (it has: {have}); export it again"
             )
-        return self.file_path(self.manifest.graphs[name].file)
+        return self.manifest.graphs[name]
+
+    def graph_path(self, name: str) -> Path:
+        """Path of a graph's `.onnx` file by the graph's name, such as `vision_select`.
+
+        `ResPruneError` if there is none, or if its weights are in a file that the manifest does not list.
+        """
+        file = self.graph(name).file
+        require_listed(self.root, file, self.manifest.files)
+        return self.file_path(file)
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the checkpoint, such as `config.json`, which must hold an object."""
         path = self.file_path(name)
         try:
-            value = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise ResPruneError(f"{path} cannot be read as JSON ({error}); export the bundle again") from None
+            value = json.loads(self.text(name))
+        except (ValueError, RecursionError) as error:
+            raise ResPruneError(
+                f"{path} cannot be read as JSON ({one_line(error)}); export the bundle again"
+            ) from None
         if not isinstance(value, dict):
             raise ResPruneError(f"{path} should hold a JSON object; export the bundle again")
         return value
+
+    def text(self, name: str) -> str:
+        """A text file of the checkpoint; `ResPruneError` if it is not UTF-8 or larger than `MAX_TEXT_BYTES`."""
+        path = self.file_path(name)
+        try:
+            if path.stat().st_size > MAX_TEXT_BYTES:
+                raise ResPruneError(f"{path} is larger than {MAX_TEXT_BYTES} bytes; export the bundle again")
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ResPruneError(
+                f"{path} cannot be read as text ({one_line(error)}); export the bundle again"
+            ) from None
 
 
 def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
@@ -61,6 +87,8 @@ def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
     Sizes are always compared; `check_hashes=False` leaves out the SHA-256 of the contents. Raises
     `ResPruneError`, naming the file, for one that is missing, altered, or outside the directory.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ResPruneError(f"a bundle is given by its path, not {type(path).__name__}")
     root = Path(path)
     if not os.path.isdir(root):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         raise ResPruneError(f"{root} is not a directory; give the directory that resprune export wrote")

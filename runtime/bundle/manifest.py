@@ -14,12 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, shown
 
 FORMAT_VERSION = 2
 """The newest that is read. A bundle has the oldest that says all of it, see ATTENTION."""
 MANIFEST_NAME = "resprune.json"
 MAX_RANK = 8
+MAX_DEPTH = 32
+"""Of objects and lists in each other."""
+MAX_NAME = 255
+"""Bytes of a file's name in most file systems."""
+MAX_TOKENS = 1 << 20
+"""Of one image: N of the largest family is some thousands, and places are made for all of them."""
+MAX_ID = (1 << 31) - 1
 
 DTYPES = ("float32", "float16", "bfloat16", "int64", "bool")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "q4", "q4f16")
@@ -154,7 +161,7 @@ class Manifest:
         version = _field(top, "format_version", int)
         if version > FORMAT_VERSION:
             raise ResPruneError(
-                f"the bundle has format version {_show(version)} and this resprune reads up to "
+                f"the bundle has format version {shown(version)} and this resprune reads up to "
                 f"{FORMAT_VERSION}; upgrade resprune"
             )
         if version < 1:
@@ -162,8 +169,8 @@ class Manifest:
         files = {name: _file_spec(name, spec) for name, spec in _table(top, "files")}
         graphs = {name: _graph_spec(name, spec) for name, spec in _table(top, "graphs")}
         for name, graph in graphs.items():
-            if graph.file not in files:
-                raise _fault(f"graphs.{name}.file", "one of the names in files", graph.file)
+            if graph.file not in files or not graph.file.endswith(".onnx"):
+                raise _fault(f"graphs.{name}.file", "one of the .onnx files in files", graph.file)
         engines = {name: _engine_set(name, value) for name, value in _optional_table(top, "engines")}
         for name, engine_set in engines.items():
             for graph_name, engine in engine_set.graphs.items():
@@ -184,7 +191,7 @@ class Manifest:
             revision=None if revision is None else _field(top, "revision", str),
             selection=_selection(_field(top, "selection", dict)),
             positions=_choice(top, "positions", POSITIONS),
-            image_token_id=_whole(top, "image_token_id", least=0),
+            image_token_id=_whole(top, "image_token_id", least=0, most=MAX_ID),
             context_length=_whole(top, "context_length", least=1),
             graphs=graphs,
             files=files,
@@ -224,6 +231,7 @@ def safe_name(name: str) -> str:
         or any(character in '\\:*?"<>|' or not character.isprintable() for character in name)
         or name == MANIFEST_NAME
         or len(os.fsencode(name)) > 1024
+        or any(len(os.fsencode(part)) > MAX_NAME for part in parts)
     )
     if bad:
         raise _fault("a name in files", "a relative path that stays inside the bundle", name)
@@ -237,14 +245,14 @@ def _parse(text: str | bytes) -> dict[str, Any]:
         table: dict[str, Any] = {}
         for key, value in pairs:
             if key in table:
-                raise ValueError(f"the key {_show(key)} stands twice")
+                raise ValueError(f"the key {shown(key)} stands twice")
             table[key] = value
         return table
 
     def finite(literal: str) -> float:
         value = float(literal)
         if not math.isfinite(value):
-            raise ValueError(f"{_show(literal)} is no finite number")
+            raise ValueError(f"{shown(literal)} is no finite number")
         return value
 
     try:
@@ -254,14 +262,30 @@ def _parse(text: str | bytes) -> dict[str, Any]:
         raise ResPruneError(f"{MANIFEST_NAME} is nested too deeply; export the bundle again") from None
     except ValueError as error:
         raise ResPruneError(f"{MANIFEST_NAME} is not valid JSON ({error}); export the bundle again") from None
+    if _depth(value) > MAX_DEPTH:
+        raise ResPruneError(f"{MANIFEST_NAME} is nested too deeply; export the bundle again")
     return _expect("its content", value, dict)
+
+
+def _depth(value: object) -> int:
+    """How many objects and lists stand in each other, counted up to one more than MAX_DEPTH."""
+    level, depth = [value], 0
+    while level and depth <= MAX_DEPTH:
+        nested = [entry for entry in level if isinstance(entry, dict | list)]
+        depth += bool(nested)
+        level = [
+            inner for entry in nested for inner in (entry.values() if isinstance(entry, dict) else entry)
+        ]
+    return depth
 
 
 def _selection(table: dict[str, Any]) -> Selection:
     where = "selection."
-    num_tokens = None if table.get("num_tokens") is None else _whole(table, "num_tokens", where, least=1)
-    k = _whole(table, "k", where, least=1)
-    max_tokens = None if table.get("max_tokens") is None else _whole(table, "max_tokens", where, least=1)
+    k = _whole(table, "k", where, least=1, most=MAX_TOKENS)
+    num_tokens, max_tokens = (
+        None if table.get(key) is None else _whole(table, key, where, least=1, most=MAX_TOKENS)
+        for key in ("num_tokens", "max_tokens")
+    )
     for name, most in (("num_tokens", num_tokens), ("max_tokens", max_tokens)):
         if most is not None and k > most:
             raise _fault("selection.k", f"at most {name} = {most}", k)
@@ -382,10 +406,11 @@ def _choice(table: dict[str, Any], key: str, choices: Iterable[str], where: str 
     return value
 
 
-def _whole(table: dict[str, Any], key: str, where: str = "", *, least: int) -> int:
+def _whole(table: dict[str, Any], key: str, where: str = "", *, least: int, most: int = (1 << 63) - 1) -> int:
     value = _field(table, key, int, where)
-    if not least <= value < 1 << 63:
-        raise _fault(f"{where}{key}", f"a whole number from {least}", value)
+    if not least <= value <= most:
+        limit = "" if most >= 1 << 62 else f" to {most}"
+        raise _fault(f"{where}{key}", f"a whole number from {least}{limit}", value)
     return value
 
 
@@ -407,16 +432,8 @@ def _expect(what: str, value: object, kind: type[T]) -> T:
 
 def _fault(what: str, wanted: str, got: object) -> ResPruneError:
     return ResPruneError(
-        f"{MANIFEST_NAME}: {_clip(what)} should be {wanted}, not {_show(got)}; export the bundle again"
+        f"{MANIFEST_NAME}: {_clip(what)} should be {wanted}, not {shown(got)}; export the bundle again"
     )
-
-
-def _show(value: object) -> str:
-    """A short printable form of anything: `ascii` because a name may hold characters no terminal prints."""
-    try:
-        return _clip(ascii(value))
-    except (ValueError, RecursionError):  # an integer of more than 4,300 digits
-        return f"a huge {type(value).__name__}"
 
 
 def _clip(text: str) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.image import Box, ImageProcessor
 from resprune.runtime.families.picture import Arrays, Picture, image_processor_config, tower_size
 
@@ -217,7 +217,7 @@ def _resolutions(value: object, tile: int) -> tuple[tuple[int, int], ...]:
 
 def _fault(value: object, wanted: str) -> ResPruneError:
     return ResPruneError(
-        f"image_grid_pinpoints in preprocessor_config.json has {value!r:.80} where {wanted} should be; "
+        f"image_grid_pinpoints in preprocessor_config.json has {shown(value)} where {wanted} should be; "
         f"correct it in the checkpoint"
     )
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.image import Box, ImageProcessor
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -21,6 +21,7 @@ TOWER_DEFAULTS = {
     "siglip_vision_model": {"patch_size": 16, "image_size": 224},
     "dinov2": {"patch_size": 14, "image_size": 224},
 }
+MAX_SIDE = 1 << 14  # pixels, as of the processors' sizes
 LLAVA_TOWER = {"patch_size": 14, "image_size": 336}  # of a config without a vision_config
 
 
@@ -138,13 +139,13 @@ def tower_size(bundle: Bundle) -> dict[str, int]:
     config = bundle.json("config.json").get("vision_config")
     if not isinstance(config, dict):
         return dict(LLAVA_TOWER)
-    sizes = TOWER_DEFAULTS.get(config.get("model_type", "clip_vision_model"), {})
+    sizes = TOWER_DEFAULTS.get(str(config.get("model_type", "clip_vision_model")), {})
     sizes = sizes | {key: config[key] for key in ("patch_size", "image_size") if key in config}
     for key in ("patch_size", "image_size"):
         value = sizes.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIDE:
             raise ResPruneError(
-                f"vision_config.{key} in {bundle.root / 'config.json'} should be a number from 1, "
-                f"not {value!r:.80}; correct it in the checkpoint and export again"
+                f"vision_config.{key} in {bundle.root / 'config.json'} should be a number from 1 to {MAX_SIDE}, "
+                f"not {shown(value)}; correct it in the checkpoint and export again"
             )
     return sizes

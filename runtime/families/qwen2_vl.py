@@ -16,7 +16,7 @@ from PIL import Image
 
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.image import OPENAI_CLIP, Box, ImageProcessor
 from resprune.runtime.families.picture import Arrays, Picture, image_processor_config
 
@@ -72,12 +72,15 @@ class DynamicResolution:
     @staticmethod
     def from_bundle(bundle: Bundle) -> "DynamicResolution":
         """From the bundle's image processor and its vision graph's inputs."""
-        shapes = {spec.name: spec.shape for spec in bundle.manifest.graphs["vision_select"].inputs}
-        window_patches = shapes["window_patches"][1] if "window_patches" in shapes else None
-        if isinstance(window_patches, str):
-            raise ResPruneError(
-                f"the vision graph in {bundle.root} has windows of no fixed size; export it again"
-            )
+        shapes = {spec.name: spec.shape for spec in bundle.graph("vision_select").inputs}
+        window_patches = None
+        if "window_patches" in shapes:  # [windows, patches of a window]
+            shape = shapes["window_patches"]
+            if len(shape) != 2 or not isinstance(shape[1], int):
+                raise ResPruneError(
+                    f"the vision graph in {bundle.root} has windows of no fixed size; export it again"
+                )
+            window_patches = shape[1]
         return DynamicResolution.from_config(image_processor_config(bundle), window_patches=window_patches)
 
     @staticmethod
@@ -89,6 +92,8 @@ class DynamicResolution:
         if not config.get("do_resize", True):
             raise _fault("do_resize", False)
         size = config.get("size") or {}
+        if not isinstance(size, Mapping):
+            raise _fault("size", size)
         limits = {
             key: _first(config.get(key), size.get(edge), size.get(key), default)
             for key, (edge, default) in PIXEL_LIMITS.items()
@@ -99,6 +104,12 @@ class DynamicResolution:
             raise ResPruneError(
                 f"max_pixels {numbers['max_pixels']} is below min_pixels {numbers['min_pixels']}; give at least that"
             )
+        if window_patches is not None and math.isqrt(window_patches) ** 2 != window_patches:
+            raise ResPruneError(f"a window of {window_patches} patches is no square; export the bundle again")
+        if window_patches is not None and (
+            window_patches < 1 or math.isqrt(window_patches) % numbers["merge_size"]
+        ):
+            raise _fault("merge_size", numbers["merge_size"])
         # Of the processors that resize to a given height and width; the size is set anew for each picture.
         fixed = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 1, "width": 1}}
         values = ImageProcessor.from_config(OPENAI_CLIP | dict(config) | fixed)
@@ -248,5 +259,5 @@ def _whole(key: str, value: object) -> int:
 
 def _fault(key: str, value: object) -> ResPruneError:
     return ResPruneError(
-        f"{key} in preprocessor_config.json cannot be {value!r:.80}; correct it in the checkpoint"
+        f"{key} in preprocessor_config.json cannot be {shown(value)}; correct it in the checkpoint"
     )

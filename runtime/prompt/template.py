@@ -29,6 +29,8 @@ DEFAULT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 TEMPLATE_FILE = "chat_template.jinja"
+MAX_TEMPLATE = 1 << 20
+"""Bytes; those of real checkpoints have some thousands."""
 
 
 def chat_template(bundle: Bundle) -> str:
@@ -61,6 +63,8 @@ def find_template(json_file: Callable[[str], Mapping[str, Any]], file: Path | No
     if file is None:
         return _default(json_file("tokenizer_config.json"))
     try:
+        if file.stat().st_size > MAX_TEMPLATE:
+            raise ResPruneError(f"{file} is larger than {MAX_TEMPLATE} bytes; it is no chat template")
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ResPruneError(f"{file} is not text in UTF-8 ({error}); download it again") from None
@@ -104,15 +108,18 @@ def render(
     typed = sum(
         part.get("text", "").count(image_token) for message in messages for part in message["content"]
     )
+    from resprune.runtime.prompt.sandbox import budget
+
     compiled = _compile(template)
     fault = f"it gave no {image_token} for a picture"
     forms = [messages, [as_string(message, image_token) for message in messages]]
     for form in forms if plain else forms[:1]:
         try:
             # What transformers gives where there are none of them: a template may ask whether they `is none`.
-            text = compiled.render(
-                messages=form, tools=None, documents=None, add_generation_prompt=True, **variables
-            )
+            with budget():
+                text = compiled.render(
+                    messages=form, tools=None, documents=None, add_generation_prompt=True, **variables
+                )
         except Exception as error:  # a template is a program of someone else's: it can raise anything
             fault = one_line(error)
             continue
@@ -136,7 +143,8 @@ def _compile(template: str) -> "jinja2.Template":
     import jinja2.ext
     import jinja2.nodes
     import jinja2.parser
-    import jinja2.sandbox
+
+    from resprune.runtime.prompt.sandbox import Sandbox
 
     class GenerationTag(jinja2.ext.Extension):
         """`{% generation %}…{% endgeneration %}` marks what the assistant wrote; here it changes nothing."""
@@ -147,22 +155,21 @@ def _compile(template: str) -> "jinja2.Template":
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
+    environment = Sandbox(
+        extensions=[GenerationTag, jinja2.ext.loopcontrols],
+        functions={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
+        filters={"tojson": _tojson},
     )
-    functions: dict[str, Callable[..., Any]] = {
-        "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
-    }
-    environment.globals.update(functions)
-    environment.filters["tojson"] = _tojson
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
-        raise ResPruneError(
-            f"the checkpoint's chat template is not valid Jinja (line {error.lineno}: {error.message}); "
-            "correct it and export again"
-        ) from None
+        fault = f"line {error.lineno}: {one_line(error.message)}"
+    except (SyntaxError, RecursionError, MemoryError, ValueError, OverflowError) as error:
+        # A `break` outside of a loop, and what is nested more deeply than Jinja or Python compile.
+        fault = one_line(error)
+    raise ResPruneError(
+        f"the checkpoint's chat template is not valid Jinja ({fault}); correct it and export again"
+    )
 
 
 def _raise_exception(message: str) -> None:

@@ -33,7 +33,7 @@ def refused(root: Path, **options: bool) -> str:
 def test_what_was_written_is_read(root: Path) -> None:
     bundle = read_bundle(str(root))
     assert bundle.manifest == MANIFEST
-    assert bundle.graph_path("vision_select").read_bytes() == b"graph"
+    assert bundle.file_path("onnx/vision_select.onnx").read_bytes() == b"graph"
     assert bundle.json("config.json") == {"model_type": "llava"}
 
 

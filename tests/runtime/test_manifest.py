@@ -68,9 +68,9 @@ def test_any_manifest_survives_the_round_trip(
     manifest = dataclasses.replace(
         MANIFEST,
         selection=dataclasses.replace(MANIFEST.selection, alpha=alpha),
-        graphs={"g": GraphSpec(min(files), "fp16", tensors, tensors)},
+        graphs={"g": GraphSpec("g.onnx", "fp16", tensors, tensors)},
         engines={},
-        files=files,
+        files=files | {"g.onnx": FileSpec(1, "0f" * 32)},
         model=text,
         command=text,
         parity=parity,
@@ -140,7 +140,14 @@ def test_a_missing_key_is_named(key: str) -> None:
         (("positions",), "shuffled", "contiguous, original"),
         (("context_length",), 0, "context_length"),
         (("image_token_id",), 1 << 63, "image_token_id"),
-        (("graphs", "vision_select", "file"), "onnx/other.onnx", "names in files"),
+        (("graphs", "vision_select", "file"), "onnx/other.onnx", "one of the .onnx files in files"),
+        (("graphs", "vision_select", "file"), "config.json", "one of the .onnx files in files"),
+        (("image_token_id",), 1 << 32, "from 0 to 2147483647"),
+        (("selection", "k"), 1 << 62, "selection.k should be a whole number from 1 to 1048576"),
+        (("selection", "num_tokens"), 1 << 62, "selection.num_tokens"),
+        (("selection", "max_tokens"), 1 << 21, "selection.max_tokens"),
+        (("parity",), json.loads("[" * 600 + "]" * 600), "nested too deeply"),
+        (("parity",), {"a": json.loads('{"a":' * 600 + "1" + "}" * 600)}, "nested too deeply"),
         (
             ("graphs", "vision_select", "inputs", 0, "dtype"),
             "complex64",
@@ -168,7 +175,7 @@ def test_a_value_out_of_range_is_named(path: tuple[str | int, ...], value: Any, 
     "name",
     [
         *("../x", "a/../../x", "/etc/passwd", "", ".", "a//b", "./a", "a/", "C:/x", "a\\..\\x"),
-        *("a\0b", "a\nb", "\ud800", "\u202etxt", MANIFEST_NAME, "x" * 2000),
+        *("a\0b", "a\nb", "\ud800", "\u202etxt", MANIFEST_NAME, "x" * 2000, "a/" + "x" * 256),
     ],
 )
 def test_a_file_name_that_could_leave_the_bundle_is_refused(name: str) -> None:
