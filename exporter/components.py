@@ -52,7 +52,19 @@ class Components:
     places: Callable[[tuple[Tensor, ...]], tuple[Tensor, int]] | None = None
     """For M-RoPE: the vision graph's inputs → where its picture's tokens stand, [3, N] from the first, and how far
     the text after them does."""
+    plane_layers: tuple[int, ...] = ()
+    """The decoder layers that planes are added after, one a plane. Plane i is the vision's output `plane_features.i`
+    [B, N, D], gathered by the picks; its rows are in the decoder's input `plane_embeds.i` [B, S, D]."""
+    two_way: bool = False
+    """Whether rows of one image see each other in both directions: the decoder then takes `image_numbers`."""
+    protected: Callable[[tuple[Tensor, ...]], Tensor] | None = None
+    """For families whose rows may be protected: the vision graph's inputs → which rows are, [B, N] bool."""
     padding: str | None = None
     """The vision graph's int64 input [batch_size, N] that is below 0 where a picture of the batch has no token."""
     proportional: bool = False
     """Whether the decoder's mask takes counts, and the selection is to give them (`language.proportional`)."""
+
+    @property
+    def planes(self) -> int:
+        """How many planes a visual token has beside its main one."""
+        return len(self.plane_layers)

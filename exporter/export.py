@@ -207,12 +207,13 @@ class _Export:
         if component is not components.vision:
             return [writer.write(component.name, traced)]
         how: Any = {name: getattr(selection, name) for name in ("alpha", "scale", "body", "form")}
-        how["counts"] = components.proportional
+        how |= {"counts": components.proportional, "protected": components.protected is not None}
         attached = attach_selection(traced.model, selection.k, **how, padding=components.padding)
         paths = [writer.write("vision_select", Traced(attached, traced.weights))]
         if self.options.split:
             paths.append(writer.write("vision_encoder", traced))
-            paths.append(writer.write("token_select", Traced(token_select_model(selection.k, **how), {})))
+            selector = token_select_model(selection.k, **how, planes=components.planes)
+            paths.append(writer.write("token_select", Traced(selector, {})))
         return paths
 
     def _embed(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from resprune.exporter.components import Component, Components, Sizes
+from resprune.exporter.components import Component, Components, Reference, Sizes
 from resprune.exporter.language_models import LANGUAGE_MODELS
 from resprune.runtime.bundle.manifest import TensorSpec, axis_size
 from resprune.runtime.errors import ResPruneError
@@ -53,41 +55,98 @@ class _Cache(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The decoder's inputs that say more of each row of the prompt than its embedding does.
+
+    `plane_embeds.i` [B, S, D] float32 for each of `plane_layers`, added to what that layer hands on: 0 where there is
+    text. If `two_way`, `image_numbers` [B, S] int64: 0 for text, i for the i-th image, whose rows see each other in
+    both directions. All are 0 at the steps after prefill.
+    """
+
+    plane_layers: tuple[int, ...] = ()
+    two_way: bool = False
+
+    def specs(self, step: tuple[str, str], hidden_size: int) -> tuple[TensorSpec, ...]:
+        """How the inputs are declared; `step` names the axes [B, S]."""
+        planes = (
+            TensorSpec(f"plane_embeds.{index}", "float32", (*step, hidden_size))
+            for index in range(len(self.plane_layers))
+        )
+        numbers = [TensorSpec("image_numbers", "int64", step)] if self.two_way else []
+        return (*planes, *numbers)
+
+    def parts(self, rest: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor | None, tuple[Tensor, ...]]:
+        """The decoder's inputs from the fourth on as planes, numbers and past."""
+        count = len(self.plane_layers)
+        planes, rest = rest[:count], rest[count:]
+        return (planes, rest[0], rest[1:]) if self.two_way else (planes, None, rest)
+
+    @contextmanager
+    def added(self, language_model: Any, planes: Sequence[Tensor]) -> Iterator[None]:
+        """While it lasts, each plane is added between its layer and the next: the layers themselves stay alike."""
+
+        def add(plane: Tensor, layer: nn.Module, arguments: object, hidden: Tensor) -> Tensor:
+            return hidden + plane
+
+        with ExitStack() as stack:
+            for layer, plane in zip(self.plane_layers, planes, strict=True):
+                handle = language_model.layers[layer].register_forward_hook(partial(add, plane))
+                stack.callback(handle.remove)
+            yield
+
+
 class _Decoder(nn.Module):
     """One step of the language model over any past, prefill being the step with an empty one.
 
     inputs_embeds [B, S, D], attention_mask [B, P + S] int64 (0 at padding; if `proportional`, how many tokens each key
-    counts for), position_ids [B, S] int64 or, for M-RoPE, [3, B, S], then each layer's past key and value
-    [B, kv_heads, P, head_dim] → logits [B, 1, vocabulary] of the last position, then each layer's present.
+    counts for), position_ids [B, S] int64 or, for M-RoPE, [3, B, S], the rows (`Rows`), then each layer's past key and
+    value [B, kv_heads, P, head_dim] → logits [B, 1, vocabulary] of the last position, then each layer's present.
     """
 
-    def __init__(self, language_model: Any, lm_head: nn.Module, proportional: bool = False) -> None:
+    def __init__(
+        self, language_model: Any, lm_head: nn.Module, rows: Rows, proportional: bool = False
+    ) -> None:
         super().__init__()
         self.language_model = language_model
         self.lm_head = lm_head
+        self.rows = rows
         self.proportional = proportional
 
     def forward(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
+        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
+        planes, numbers, past = self.rows.parts(rest)
         cache = _Cache(past)
-        hidden = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=self._masks(inputs_embeds, attention_mask, past[0].shape[2]),
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        with self.rows.added(self.language_model, planes):
+            hidden = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=self._masks(inputs_embeds, attention_mask, past[0].shape[2], numbers),
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
         return (self.lm_head(hidden[:, -1:]), *_present(cache))
 
-    def _masks(self, inputs_embeds: Tensor, attention_mask: Tensor, past_length: int) -> Any:
+    def _masks(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, past_length: int, numbers: Tensor | None
+    ) -> Any:
         """Additive masks [B, 1, S, P + S], in the form that the language model takes when given them ready-made."""
         config = self.language_model.config
         key = torch.arange(attention_mask.shape[1])[None, :]  # [1, P + S]
         query = torch.arange(inputs_embeds.shape[1])[:, None] + past_length  # [S, 1]
-        seen = (key <= query)[None, None] & attention_mask.bool()[:, None, None, :]
+        present = attention_mask.bool()[:, None, None, :]
+        seen = (key <= query)[None, None]
         window = config.sliding_window if _windowed(config) else None
         near = seen if window is None else seen & (key > query - window)[None, None]
+        if numbers is not None:
+            # Keys of the past count as text: an image's rows all come in one prefill.
+            past = torch.zeros_like(attention_mask)[:, :past_length]
+            of_key = torch.cat([past, numbers], dim=1)[:, None, None, :]  # [B, 1, 1, P + S]
+            of_query = numbers[:, None, :, None]  # [B, 1, S, 1]
+            together = (of_query > 0) & (of_query == of_key)
+            seen, near = seen | together, near | together
+        seen, near = seen & present, near & present
         weight = log_counts(attention_mask)[:, None, None, :] if self.proportional else 0.0
         if LANGUAGE_MODELS[config.model_type].masks_by_kind:
             return {
@@ -160,11 +219,15 @@ def decoder_component(
     config: Any,
     cache_dtype: torch.dtype,
     position_axes: tuple[int, ...] = (),
+    rows: Rows = Rows(),
+    reference: Reference | None = None,
 ) -> Component:
     """`decoder_model_merged`: one graph for prefill and every later step; keys and values in `cache_dtype`.
 
-    `position_axes` (3,) gives M-RoPE's `position_ids` [3, B, S].
+    `position_axes` (3,) gives M-RoPE's `position_ids` [3, B, S]. `reference` None is `decode`, which knows nothing of
+    two-way masks.
     """
+    assert reference is not None or not rows.two_way, "give a reference by the model's own masks"
     kv_heads = config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kept_dtype = str(cache_dtype).removeprefix("torch.")
@@ -182,6 +245,7 @@ def decoder_component(
         TensorSpec("inputs_embeds", "float32", (*step, config.hidden_size)),
         TensorSpec("attention_mask", "int64", ("batch_size", KEPT_LENGTH)),
         TensorSpec("position_ids", "int64", (*position_axes, *step)),
+        *rows.specs(step, config.hidden_size),
         *kept("past_key_values", "past_sequence_length"),
     )
     # A prefill spares the vocabulary's product for all positions but the one that is read.
@@ -198,41 +262,49 @@ def decoder_component(
             positions += 2 * torch.arange(3)[:, None, None]  # so that axes that are mixed up show
         mask = torch.ones(shapes[1], dtype=torch.int64)
         mask[0, : past_length // 2] = 0  # one row is padded on the left
-        past = [torch.randn(shape, generator=generator).to(cache_dtype) for shape in shapes[3:]]
+        first_past = 3 + len(rows.plane_layers) + rows.two_way
+        past = [torch.randn(shape, generator=generator).to(cache_dtype) for shape in shapes[first_past:]]
         embeds = torch.randn(shapes[0], generator=generator)
-        return (embeds, mask, positions, *past)
+        planes = [torch.randn(shapes[0], generator=generator) for _ in rows.plane_layers]
+        numbers = [(torch.arange(1, shapes[0][1] + 1) // 2).repeat(shapes[0][0], 1)] if rows.two_way else []
+        return (embeds, mask, positions, *planes, *numbers, *past)
 
-    module = _Decoder(language_model, lm_head)
+    module = _Decoder(language_model, lm_head, rows)
     layers = tuple(language_model.layers)
-    return Component("decoder_model_merged", module, inputs, outputs, samples, decode, layers)
+    reference = reference or partial(decode, rows=rows)
+    return Component("decoder_model_merged", module, inputs, outputs, samples, reference, layers)
 
 
 def proportional(components: Components) -> Components:
     """The same components, whose decoder takes counts in its mask and whose selection is to give them."""
     decoder = components.decoder
-    model: Any = components.model
+    plain = decoder.module
+    assert isinstance(plain, _Decoder)
     plain_samples = decoder.samples
 
     def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
         embeds, mask, *rest = plain_samples(sizes, generator)
         return (embeds, mask * torch.randint(1, 99, mask.shape, generator=generator), *rest)
 
-    module = _Decoder(model.model.language_model, model.lm_head, proportional=True)
+    module = _Decoder(plain.language_model, plain.lm_head, plain.rows, proportional=True)
     return replace(components, decoder=replace(decoder, module=module, samples=samples), proportional=True)
 
 
-def decode(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def decode(model: Any, inputs: tuple[Tensor, ...], rows: Rows = Rows()) -> tuple[Tensor, ...]:
     """What the decoder graph computes, by the Hugging Face model's own masks and attention (sdpa), in float32."""
-    inputs_embeds, attention_mask, position_ids, *past = inputs
+    inputs_embeds, attention_mask, position_ids, *rest = inputs
+    planes, _, past = rows.parts(tuple(rest))
+    language_model = model.model.language_model
     cache = DynamicCache()
     for layer in range(len(past) // 2):
         cache.update(past[2 * layer].float(), past[2 * layer + 1].float(), layer)
-    hidden = model.model.language_model(
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        **position_bias(model.model.language_model, attention_mask),
-    ).last_hidden_state
+    with rows.added(language_model, planes):
+        hidden = language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            **position_bias(language_model, attention_mask),
+        ).last_hidden_state
     return (model.lm_head(hidden[:, -1:]), *_present(cache))

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resprune.exporter.checkpoint.checkpoint import Checkpoint, config_faults, family_of, parse_config
 from resprune.exporter.checkpoint.weightless import build
-from resprune.exporter.components import Component, Components
-from resprune.exporter.language import check_language, decoder_component, embed_component
+from resprune.exporter.components import Component, Components, Reference
+from resprune.exporter.language import Rows, check_language, decoder_component, embed_component
 from resprune.exporter.trace.attention import register_attention
 from resprune.exporter.trace.precision import lower
 
@@ -37,22 +37,40 @@ def weightless_model(
 
 
 def assemble(
-    checkpoint: Checkpoint, model: Any, vision: Component, dtype: torch.dtype, **facts: Any
+    checkpoint: Checkpoint,
+    model: Any,
+    vision: Component,
+    dtype: torch.dtype,
+    *,
+    plane_layers: tuple[int, ...] = (),
+    two_way: bool = False,
+    reference: Reference | None = None,
+    **facts: Any,
 ) -> Components:
     """The components of a model of transformers: `vision`, and the language half, which all families have alike.
 
-    `facts` are further fields of `Components`.
+    `plane_layers` and `two_way` as in `Components`, `reference` as in `decoder_component`; `facts` are its other
+    fields.
     """
     config = model.config
+    rows = Rows(plane_layers, two_way)
     axes = family_of(checkpoint).position_axes
     return Components(
         model=model,
         vision=vision,
         embed=embed_component(model.get_input_embeddings(), config.text_config),
         decoder=decoder_component(
-            model.model.language_model, model.lm_head, config.text_config, dtype, (axes,) if axes > 1 else ()
+            model.model.language_model,
+            model.lm_head,
+            config.text_config,
+            dtype,
+            (axes,) if axes > 1 else (),
+            rows,
+            reference,
         ),
         image_token_id=config.image_token_id,
         context_length=config.text_config.max_position_embeddings,
+        plane_layers=plane_layers,
+        two_way=two_way,
         **facts,
     )

@@ -7,6 +7,7 @@ one is registered under that name and the function if not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx
@@ -27,6 +28,9 @@ OPSET = 20
 IR_VERSION = 10
 """The first with model-local functions that also carry value information; ONNX Runtime 1.18 and later read it."""
 
+MISSING = 2**24
+"""Sorts after every index."""
+
 DTYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
@@ -43,6 +47,8 @@ def token_select_model(
     form: str = "quadratic",
     counts: bool = False,
     dtype: str = "float32",
+    planes: int = 0,
+    protected: bool = False,
 ) -> onnx.ModelProto:
     """The stand-alone selector, for any number of tokens and any hidden size.
 
@@ -54,7 +60,10 @@ def token_select_model(
 
     `form` is "quadratic" or "linear", see `choose_form`. With `counts` there is one more input, `num_kept`
     [batch_size] int64, how many of the picks are kept, and one more output, `kept_counts` [batch_size, k] int64: how
-    many tokens each kept row stands for, see `kept_counts_function`.
+    many tokens each kept row stands for, see `kept_counts_function`. With `planes` there are further inputs
+    `plane_features.i` like `image_features`, and further outputs `kept_planes.i` like `kept_features`, gathered by the
+    same indices. With `protected` there is one more input, `protected_mask` [batch_size, num_tokens] bool: rows that
+    are always kept and counted in k, see `_protected_first`.
 
     Raises:
         ValueError: k below 1, alpha below 0, or an unknown scale, body, form or dtype.
@@ -63,14 +72,22 @@ def token_select_model(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     features = ir.val("image_features", DTYPES[dtype], ["batch_size", "num_tokens", "hidden_size"])
+    further = [
+        ir.val(f"plane_features.{index}", DTYPES[dtype], ["batch_size", "num_tokens", "hidden_size"])
+        for index in range(planes)
+    ]
     token_mask = ir.val("token_mask", ir.DataType.BOOL, ["batch_size", "num_tokens"])
     graph = ir.Graph(
-        [features, token_mask], [], nodes=[], opset_imports={"": OPSET, DOMAIN: VERSION}, name="token_select"
+        [features, *further, token_mask],
+        [],
+        nodes=[],
+        opset_imports={"": OPSET, DOMAIN: VERSION},
+        name="token_select",
     )
     op = onnxscript.GraphBuilder(graph).op
     functions = _select(
         op,
-        features,
+        [features, *further],
         token_mask,
         k,
         alpha=alpha,
@@ -78,7 +95,8 @@ def token_select_model(
         body=body,
         form=form,
         counts=counts,
-        kept_name="kept_features",
+        protected=protected,
+        kept_names=["kept_features", *(f"kept_planes.{index}" for index in range(planes))],
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="resprune", functions=functions)
     return ir.to_proto(model)
@@ -94,12 +112,14 @@ def attach_selection(
     form: str = "quadratic",
     counts: bool = False,
     padding: str | None = None,
+    protected: bool = False,
 ) -> onnx.ModelProto:
     """`vision_select` from `vision_encoder`: the encoder's N rows go through the selection inside the graph.
 
-    The encoder's output `image_features` [batch_size, N, D] is replaced by the K kept rows under the same name, with
-    `kept_indices`, `pick_order` and, with `counts`, `kept_counts` as in `token_select_model`; its inputs `text_embeds`,
-    `text_mask` and, with `counts`, `num_kept` are added.
+    The encoder's output `image_features` [batch_size, N, D] is replaced by the K kept rows under the same name, and so
+    is each output `plane_features.i`, with `kept_indices`, `pick_order` and, with `counts`, `kept_counts` as in
+    `token_select_model`; its inputs `text_embeds`, `text_mask` and, with `counts`, `num_kept`, with `protected`,
+    `protected_mask` are added.
     Tensors in external files stay there: only their references are copied. `padding` names an int64 input
     [batch_size, N] of the encoder that is below 0 where a picture with fewer tokens than the others has none; without
     it every token is a candidate.
@@ -116,8 +136,11 @@ def attach_selection(
     num_tokens = None if output.shape is None else output.shape[1]
     if isinstance(num_tokens, int) and k > num_tokens:
         raise ValueError(f"k must be at most the encoder's {num_tokens} tokens, got {k}")
-    output.name = "all_image_features"
-    graph.outputs.remove(output)
+    every = [output, *(value for value in graph.outputs if (value.name or "").startswith("plane_features."))]
+    kept_names = [str(value.name) for value in every]
+    for value in every:
+        graph.outputs.remove(value)
+        value.name = f"all_{value.name}"
     op = onnxscript.GraphBuilder(graph).op
     if padding is None:
         candidates = op.Expand(True, op.Shape(output, start=0, end=2))  # [B, N]
@@ -128,7 +151,7 @@ def attach_selection(
         candidates = op.GreaterOrEqual(source, 0)
     functions = _select(
         op,
-        output,
+        every,
         candidates,
         k,
         alpha=alpha,
@@ -136,7 +159,8 @@ def attach_selection(
         body=body,
         form=form,
         counts=counts,
-        kept_name="image_features",
+        protected=protected,
+        kept_names=kept_names,
     )
     graph.opset_imports[DOMAIN] = VERSION
     for function in functions:
@@ -146,7 +170,7 @@ def attach_selection(
 
 def _select(
     op: Any,
-    features: ir.Value,
+    planes: Sequence[ir.Value],
     token_mask: ir.Value,
     k: int,
     *,
@@ -155,9 +179,14 @@ def _select(
     body: str,
     form: str,
     counts: bool,
-    kept_name: str,
+    protected: bool,
+    kept_names: Sequence[str],
 ) -> list[ir.Function]:
-    """Append the ops, the gathering of the kept rows, and the graph's outputs; return the ops' functions."""
+    """Append the ops, the gathering of the kept rows, and the graph's outputs; return the ops' functions.
+
+    The first of `planes` is what the selection sees; rows of all are gathered, and named by `kept_names`.
+    """
+    features = planes[0]
     graph = op.builder.graph
     op.builder.push_module("select")  # names of its own, whatever the encoder's are
     opset = graph.opset_imports[""]
@@ -165,31 +194,39 @@ def _select(
         text_gain_function(alpha=alpha, scale=scale, opset=opset),
         residual_select_function(k, body=body, form=form, opset=opset),
     ]
-    batch, _, hidden = features.shape or ("batch_size", "num_tokens", "hidden_size")
+    batch, num_tokens, hidden = features.shape or ("batch_size", "num_tokens", "hidden_size")
     text = ir.val("text_embeds", features.dtype, ir.Shape([batch, "text_tokens", hidden]))
     text_mask = ir.val("text_mask", ir.DataType.BOOL, ir.Shape([batch, "text_tokens"]))
     graph.inputs.extend([text, text_mask])
 
     ours: dict[str, Any] = {"_domain": DOMAIN, "_version": VERSION, "plugin_namespace": DOMAIN}
-    gain = op.TextGain(features, text, text_mask, token_mask, alpha=alpha, scale=scale, **ours)
+    candidates = token_mask
+    if protected:
+        protected_mask = ir.val("protected_mask", ir.DataType.BOOL, ir.Shape([batch, num_tokens]))
+        graph.inputs.append(protected_mask)
+        candidates = op.And(token_mask, op.Not(protected_mask))
+    gain = op.TextGain(features, text, text_mask, candidates, alpha=alpha, scale=scale, **ours)
     gain.dtype = ir.DataType.FLOAT
-    pick_order = op.ResidualSelect(features, gain, token_mask, k=k, **ours)
+    pick_order = op.ResidualSelect(features, gain, candidates, k=k, **ours)
     pick_order.dtype = ir.DataType.INT64
+    if protected:
+        pick_order = _protected_first(op, op.And(token_mask, protected_mask), pick_order, k)
 
-    # Ascending by index with the missing (−1) last. Sorted as float32, exact up to 2²⁴ tokens: TensorRT's TopK
-    # does not take int64.
-    missing_last = op.Where(op.Less(pick_order, 0), 2**24, pick_order)
-    order = op.Cast(missing_last, to=ir.DataType.FLOAT)
-    ascending, places = op.TopK(order, [k], axis=1, largest=0, sorted=1, _outputs=2)
-    indices = op.Cast(ascending, to=ir.DataType.INT64)
-    missing = op.Equal(indices, 2**24)
-    kept_indices = op.Where(missing, -1, indices)
-    rows = op.GatherND(features, op.Unsqueeze(op.Max(kept_indices, 0), [2]), batch_dims=1)  # [B, K, D]
+    kept_indices, places = _ascending(op, pick_order, k)
+    missing = op.Less(kept_indices, 0)
     present = op.Cast(op.Unsqueeze(op.Not(missing), [2]), to=ir.DataType.FLOAT)
-    kept = op.Mul(op.Cast(rows, to=ir.DataType.FLOAT), present)
+    places_of_rows = op.Unsqueeze(op.Max(kept_indices, 0), [2])
 
+    def kept(plane: ir.Value) -> Any:
+        rows = op.GatherND(plane, places_of_rows, batch_dims=1)  # [B, K, D]
+        return op.Mul(op.Cast(rows, to=ir.DataType.FLOAT), present)
+
+    first, *further = [
+        (kept(plane), name, ir.DataType.FLOAT, [batch, k, hidden])
+        for plane, name in zip(planes, kept_names, strict=True)
+    ]
     outputs = [
-        (kept, kept_name, ir.DataType.FLOAT, [batch, k, hidden]),
+        first,
         (kept_indices, "kept_indices", ir.DataType.INT64, [batch, k]),
         (pick_order, "pick_order", ir.DataType.INT64, [batch, k]),
     ]
@@ -200,9 +237,37 @@ def _select(
         counted = op.Where(op.Less(places, op.Unsqueeze(num_kept, [1])), kept_indices, -1)
         kept_counts = op.KeptCounts(features, token_mask, counted, **ours)
         outputs.append((kept_counts, "kept_counts", ir.DataType.INT64, [batch, k]))
-    for value, name, dtype, shape in outputs:
+    for value, name, dtype, shape in (*outputs, *further):
         value.name = name
         value.dtype = dtype
         value.shape = ir.Shape(shape)
         graph.outputs.append(value)
     return functions
+
+
+def _ascending(op: Any, indices: Any, k: int) -> tuple[Any, Any]:
+    """The k smallest of `indices` [B, n], ascending with the missing (−1) last, and their places: [B, k] int64 each.
+
+    Sorted as float32, exact up to 2²⁴ tokens: TensorRT's TopK does not take int64.
+    """
+    missing_last = op.Where(op.Less(indices, 0), MISSING, indices)
+    order = op.Cast(missing_last, to=ir.DataType.FLOAT)
+    ascending, places = op.TopK(order, [k], axis=1, largest=0, sorted=1, _outputs=2)
+    found = op.Cast(ascending, to=ir.DataType.INT64)
+    return op.Where(op.Equal(found, MISSING), -1, found), places
+
+
+def _protected_first(op: Any, protected: Any, pick_order: Any, k: int) -> Any:
+    """Rows of `protected` [B, N] ascending, then `pick_order` [B, k] as far as there is room: [B, k].
+
+    Protected rows are no candidates: neither the gain nor the greedy choice sees them.
+    """
+    batch, count = op.Shape(protected, start=0, end=1), op.Shape(protected, start=1, end=2)
+    tokens = op.Range(0, op.Squeeze(count, [0]), 1)  # [N]
+    own = op.Where(protected, tokens, -1)
+    # k more that are missing: TopK takes no more than there are.
+    own = op.Concat(own, op.Expand(-1, op.Concat(batch, [k], axis=0)), axis=1)
+    first, _ = _ascending(op, own, k)
+    both = op.Concat(first, pick_order, axis=1)  # [B, 2k]
+    places, _ = _ascending(op, op.Where(op.Less(both, 0), -1, list(range(2 * k))), k)
+    return op.Where(op.Less(places, 0), -1, op.GatherElements(both, op.Max(places, 0), axis=1))

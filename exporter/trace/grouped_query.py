@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from resprune.exporter.components import Components
-from resprune.exporter.language import log_counts
+from resprune.exporter.language import Rows, log_counts
 from resprune.runtime.errors import ResPruneError
 
 HEAD_MULTIPLE = 8
@@ -53,17 +53,24 @@ class _Decoder(nn.Module):
     """As `language._Decoder`."""
 
     def __init__(
-        self, language_model: Any, lm_head: nn.Module, cache_dtype: torch.dtype, proportional: bool
+        self,
+        language_model: Any,
+        lm_head: nn.Module,
+        cache_dtype: torch.dtype,
+        rows: Rows,
+        proportional: bool,
     ) -> None:
         super().__init__()
         self.language_model = language_model
         self.lm_head = lm_head
+        self.rows = rows
         self.cache_dtype = cache_dtype
         self.proportional = proportional
 
     def forward(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
+        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
+        planes, _, past = self.rows.parts(rest)
         B, S = inputs_embeds.shape[:2]
         total = attention_mask.shape[1]
         lowest = torch.finfo(self.cache_dtype).min
@@ -77,7 +84,10 @@ class _Decoder(nn.Module):
             bias=bias[:, None, None, :].expand(-1, -1, S, -1),
         )
         code = sys.modules[type(self.language_model).__module__]
-        with patch.object(code, "apply_rotary_pos_emb", _rotated):
+        with (
+            patch.object(code, "apply_rotary_pos_emb", _rotated),
+            self.rows.added(self.language_model, planes),
+        ):
             hidden = self.language_model(
                 inputs_embeds=inputs_embeds,
                 position_ids=position_ids,
@@ -91,10 +101,15 @@ class _Decoder(nn.Module):
 def optimize_decoder(components: Components, cache_dtype: torch.dtype) -> Components:
     """The same components with a decoder for ONNX Runtime, whose keys and values are of `cache_dtype`.
 
-    `ResPruneError` for heads that the operator does not take.
+    `ResPruneError` for heads and masks that the operator does not take.
     """
     model: Any = components.model
-    width = components.decoder.inputs[3].shape[3]
+    if components.two_way:
+        raise ResPruneError(
+            "--optimize ort takes causal masks alone, and the rows of this model's images see each other in both "
+            "directions; leave it out"
+        )
+    width = components.decoder.outputs[1].shape[3]
     assert isinstance(width, int)
     if width % HEAD_MULTIPLE:
         raise ResPruneError(
@@ -102,7 +117,8 @@ def optimize_decoder(components: Components, cache_dtype: torch.dtype) -> Compon
             f"{width}; leave it out"
         )
     model.config.get_text_config()._attn_implementation = _register()
-    module = _Decoder(model.model.language_model, model.lm_head, cache_dtype, components.proportional)
+    rows = Rows(components.plane_layers)
+    module = _Decoder(model.model.language_model, model.lm_head, cache_dtype, rows, components.proportional)
     return replace(components, decoder=replace(components.decoder, module=module))
 
 

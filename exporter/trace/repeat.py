@@ -31,8 +31,14 @@ DOMAIN = "resprune.layer"
 HIDDEN_STATES = "hidden_states.{}"
 """Name in the graph of what layer i − 1 hands to layer i, as transformers counts hidden states."""
 
+LAYER_RESULT = "layer_results.{}"
+"""Name of what layer i itself computes, where a plane is added to it before the next layer."""
+
 STATE = re.compile(r"^(past_key_values|present)\.(\d+)\.")
 """Names of inputs and outputs that are one layer's own."""
+
+HIDDEN_STATE = re.compile(re.escape(HIDDEN_STATES).replace(r"\{\}", r"(\d+)"))
+PLANE = re.compile(r"plane_embeds\.\d+")
 
 CACHES = ("past_key_values", "step")
 
@@ -187,7 +193,19 @@ def expand(
         ir.convenience.replace_all_uses_with(begin.outputs, _states(begin))
         graph.remove(begin, safe=True)
         _replace(graph, ends[index], _states(ends[index]), index)
+    _name_sums(graph)
     graph.opset_imports.pop(DOMAIN, None)
+
+
+def _name_sums(graph: ir.Graph) -> None:
+    """Where a plane is added to a layer's result, the sum is the next hidden state, and takes its name."""
+    for plane in (value for value in graph.inputs if PLANE.fullmatch(value.name or "")):
+        (node,) = [use.node for use in plane.uses() if use.node.op_type != "Shape"]
+        (result,) = [value for value in node.inputs if value is not plane]
+        found = HIDDEN_STATE.fullmatch(result.name or "") if result is not None else None
+        assert result is not None
+        assert found is not None, f"{plane.name} is not added to what a layer hands on"
+        node.outputs[0].name, result.name = result.name, LAYER_RESULT.format(int(found[1]) - 1)
 
 
 def _of_layer(index: int, state: ir.Value) -> str:

@@ -22,18 +22,22 @@ from torch import Tensor
 from resprune.exporter.checkpoint.shards import StoredTensor
 from resprune.exporter.checkpoint.weightless import blank, fill
 from resprune.exporter.components import Component, Components
-from resprune.exporter.trace.repeat import HIDDEN_STATES
+from resprune.exporter.trace.repeat import HIDDEN_STATES, LAYER_RESULT
 from resprune.runtime.errors import ResPruneError
 
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 PAST = re.compile(r"\bpast_key_values\.(\d+)\.")
 
 
-def chosen_layers(config: Any) -> list[int]:
-    """The first layer, and the last of each kind that the language model has."""
+def chosen_layers(config: Any, plane_layers: tuple[int, ...] = ()) -> list[int]:
+    """The first layer, the last of each kind that the language model has, and all up to the last plane that is added.
+
+    So the layers that planes are added after keep their numbers among those that are chosen.
+    """
     count = int(config.num_hidden_layers)
     kinds = getattr(config, "layer_types", None) or [""] * count
-    return sorted({0, *(len(kinds) - 1 - kinds[::-1].index(kind) for kind in set(kinds))})
+    first = range(max(plane_layers, default=0) + 1)
+    return sorted({*first, *(len(kinds) - 1 - kinds[::-1].index(kind) for kind in set(kinds))})
 
 
 def reference_outputs(
@@ -125,7 +129,8 @@ def _meaning(
                 memo[name] = hash(own(name))
         return memo[name]
 
-    outputs = [HIDDEN_STATES.format(layer + 1)]
+    result = LAYER_RESULT.format(layer)
+    outputs = [result if result in makers else HIDDEN_STATES.format(layer + 1)]
     outputs += [f"present.{layer}.{part}" for part in ("key", "value")]
     absent = [name for name in outputs if name not in makers]
     if absent:

@@ -127,6 +127,28 @@ def residual_select(visual: Tensor, gain: Tensor, k: int, token_mask: Tensor | N
     return picks
 
 
+def protected_first(protected: Tensor, picks: Tensor) -> Tensor:
+    """Rows that are always kept and counted in k, ascending, then the `picks` [B, k] as far as there is room: [B, k].
+
+    `protected` is [B, N] bool. They are no candidates: leave them out of the `token_mask` of gain and choice.
+    """
+    k = picks.shape[1]
+    none = picks.new_full((k,), -1)
+    rows = [
+        torch.cat([own.nonzero()[:, 0], order[order >= 0], none])[:k]
+        for own, order in zip(protected, picks, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def picks_after_protected(order: Tensor, protected: Tensor) -> tuple[Tensor, Tensor]:
+    """The greedy part of a pick order [B, k], filled up with −1, and how many protected rows stand before it, [B]."""
+    counts = protected.sum(dim=1).clamp(max=order.shape[1])
+    padded = torch.cat([order, torch.full_like(order, -1)], dim=1)
+    places = torch.arange(order.shape[1], device=order.device) + counts[:, None]
+    return padded.gather(1, places), counts
+
+
 def picks_within_rounding(
     visual: Tensor, gain: Tensor, picks: Tensor, token_mask: Tensor | None = None
 ) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor
 from resprune.exporter.checkpoint.shards import StoredTensor
 from resprune.exporter.checkpoint.weightless import blank, fill, lay_over
 from resprune.exporter.components import Component, Components
-from resprune.exporter.language import decode
 from resprune.exporter.memory import available_memory
 from resprune.exporter.trace.precision import SUFFIXES, precision_of
 from resprune.exporter.verify.layers import (
@@ -34,7 +33,9 @@ from resprune.exporter.verify.reference import (
     counts_within_rounding,
     keep,
     kept_counts,
+    picks_after_protected,
     picks_within_rounding,
+    protected_first,
     residual_select,
     text_gain,
 )
@@ -55,8 +56,10 @@ ATOL = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 1e-1, "int8": 0.5, "q4": 0.75}
 
 Counted = tuple[int, int]
 """How many are equal, and how many there are."""
-_Selected = tuple[tuple[tuple[Tensor, ...], Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""Pictures, nouns and their mask; candidates, their gain, and the order of picks."""
+_Question = tuple[tuple[Tensor, ...], Tensor, Tensor]
+"""Pictures, nouns and their mask."""
+_Selected = tuple[list[Tensor], Tensor, Tensor]
+"""Planes of the candidates, the main one first, their gain, and the order of picks."""
 
 
 class ParityError(Exception):
@@ -103,7 +106,7 @@ class Verifier:
         self.has_decoder = needed < available_memory() if level == "auto" else level == "full"
         # Where memory is short a picture at a time is enough: the graphs were traced with two.
         self._pictures = SIZES["batch_size"] if self.has_decoder else 1
-        self._selected: dict[int, _Selected] = {}
+        self._selected: dict[int, tuple[_Question, _Selected]] = {}
 
     def prepare(self, selection: Selection) -> None:
         """Compute PyTorch's part of `compare_selection` and `compare_layers`, for which no graph is needed."""
@@ -171,7 +174,7 @@ class Verifier:
     @cached_property
     def _wanted_layers(self) -> tuple[list[int], tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The layers that are run, the whole decoder's inputs, and the outputs of a decoder of those layers."""
-        chosen = chosen_layers(self._config.text_config)
+        chosen = chosen_layers(self._config.text_config, self._components.plane_layers)
         component = self._components.decoder
         inputs = component.samples(SIZES, torch.Generator().manual_seed(SEEDS[0]))
         run = of_layers(component, chosen, inputs)
@@ -187,16 +190,17 @@ class Verifier:
         """
         differences: list[Difference] = []
         for seed in SEEDS:
-            (images, text, mask), (features, gain, picks) = self._wanted_selection(seed, selection)
+            (images, text, mask), (planes, gain, picks) = self._wanted_selection(seed, selection)
+            features = planes[0]
             candidates, num_kept = self._candidates(images), _shares(selection.k, len(features))
             got = worker.run(graph, self._select_inputs(images, text, mask, num_kept))
             # Against the reference's rows of the graph's own picks, so that one pick that differs hides nothing.
             order = torch.from_numpy(got["pick_order"])
-            rows, indices = keep(features, order)
-            differences.append(self._difference(graph.stem, "image_features", got["image_features"], rows))
+            differences += self._kept_differences(graph, got, planes, order)
             same = order == picks
             if not same.all():
-                same |= picks_within_rounding(features, gain, order, candidates)
+                same |= self._within_rounding(features, gain, order, images)
+            _, indices = keep(features, order)
             same &= torch.from_numpy(got["kept_indices"]) == indices
             counted = {"picks": _count(same[(order >= 0) | (picks >= 0)])}
             if self._components.proportional:
@@ -208,7 +212,34 @@ class Verifier:
             counted["picks"] = (counted["picks"][0] + equal, counted["picks"][1] + total)
         return differences, counted
 
-    def _wanted_selection(self, seed: int, selection: Selection) -> _Selected:
+    def _kept_differences(
+        self, graph: Path, got: Mapping[str, NDArray[Any]], planes: list[Tensor], order: Tensor
+    ) -> list[Difference]:
+        """Each plane's kept rows against the rows that the graph's own picks have."""
+        first = [spec.name for spec in self._components.vision.outputs]
+        names = (
+            first
+            if first[0] in got
+            else ["kept_features", *(f"kept_planes.{i}" for i in range(len(planes) - 1))]
+        )
+        return [
+            self._difference(graph.stem, name, got[name], keep(plane, order)[0])
+            for name, plane in zip(names, planes, strict=True)
+        ]
+
+    def _within_rounding(
+        self, features: Tensor, gain: Tensor, order: Tensor, images: Sequence[Tensor]
+    ) -> Tensor:
+        """Which of the picks that are not the reference's float32 cannot tell from them; protected rows it can."""
+        protected = self._protected(images)
+        if protected is None:
+            return picks_within_rounding(features, gain, order, self._candidates(images))
+        greedy, counts = picks_after_protected(order, protected)
+        within = picks_within_rounding(features, gain, greedy, self._open(images))
+        places = torch.arange(order.shape[1]) - counts[:, None]
+        return within.gather(1, places.clamp(min=0)) & (places >= 0)
+
+    def _wanted_selection(self, seed: int, selection: Selection) -> tuple[_Question, _Selected]:
         """A seeded question, and what PyTorch selects."""
         if seed not in self._selected:
             question = self._question(self._pictures, seed)
@@ -225,21 +256,23 @@ class Verifier:
         inputs = self._select_inputs(images, text, mask, num_kept)
         fused = worker.run(graphs["vision_select"], inputs)
         pixels = {spec.name: inputs.pop(spec.name) for spec in self._components.vision.inputs}
-        features = worker.run(graphs["vision_encoder"], pixels)["image_features"]
+        encoded = worker.run(graphs["vision_encoder"], pixels)
+        planes = [torch.from_numpy(encoded[spec.name]) for spec in self._components.vision.outputs]
+        features = encoded["image_features"]
         candidates = self._candidates(images)
         token_mask = np.ones(features.shape[:2], bool) if candidates is None else _numpy(candidates)
-        inputs |= {"image_features": features, "token_mask": token_mask}
+        inputs |= {**encoded, "token_mask": token_mask}
         split = worker.run(graphs["token_select"], inputs)
-        every, order = torch.from_numpy(features), torch.from_numpy(split["pick_order"])
+        every, order = planes[0], torch.from_numpy(split["pick_order"])
         wanted = torch.from_numpy(fused["pick_order"])
         # Against the rows of its own picks, as `compare_selection` does.
-        rows, indices = keep(every, order)
+        differences = self._kept_differences(graphs["token_select"], split, planes, order)
+        _, indices = keep(every, order)
         same = (order == wanted) & (torch.from_numpy(split["kept_indices"]) == indices)
         counted = {"split picks": _count(same[(order >= 0) | (wanted >= 0)])}
         if self._components.proportional:
             counted["split counts"] = _equal_counts(split, num_kept, every, candidates)
-        graph = graphs["token_select"].stem
-        return [self._difference(graph, "kept_features", split["kept_features"], rows)], counted
+        return differences, counted
 
     def compare_greedy(
         self, worker: OrtWorker, graphs: Mapping[str, Path], selection: Selection, positions: str
@@ -268,25 +301,30 @@ class Verifier:
         # The graph's own picks and counts on both sides: they are judged in `compare_selection`.
         picks = torch.from_numpy(selected["pick_order"])
         counts = torch.from_numpy(selected.get("kept_counts", np.ones_like(selected["pick_order"])))
-        features, _, _ = self._select(images, text, mask, selection)
-        rows, _ = keep(features, picks)
-        places = (torch.arange(features.shape[1]), features.shape[1])
+        planes, _, _ = self._select(images, text, mask, selection)
+        kept = [keep(plane, picks)[0] for plane in planes]
+        count = planes[0].shape[1]
+        places = (torch.arange(count), count)
         if self._components.places is not None:
             places = self._components.places(images)
         where = (picks, counts, places, positions)
         with torch.no_grad():
-            wanted = self._generate(*self._splice(self._embeds(prompt), rows, *where))
+            wanted = self._generate(*self._splice(self._embeds(prompt), kept, *where))
         embeds = worker.run(graphs["embed_tokens"], {"input_ids": _numpy(prompt)})["inputs_embeds"]
-        whole, prompt_mask, position_ids = self._splice(
-            torch.from_numpy(embeds), torch.from_numpy(selected["image_features"]), *where
+        names = [spec.name for spec in self._components.vision.outputs]
+        spliced = self._splice(
+            torch.from_numpy(embeds), [torch.from_numpy(selected[name]) for name in names], *where
         )
+        whole, prompt_mask, position_ids, *rows = map(_numpy, spliced)
+        row_inputs = [spec.name for spec in self._components.decoder.inputs][3 : 3 + len(rows)]
         got = worker.greedy(
             graphs["embed_tokens"],
             graphs["decoder_model_merged"],
-            _numpy(whole),
-            _numpy(prompt_mask),
-            _numpy(position_ids),
+            whole,
+            prompt_mask,
+            position_ids,
             GREEDY_TOKENS,
+            dict(zip(row_inputs, rows, strict=True)),
         )
         return int((got == wanted).sum())
 
@@ -299,7 +337,7 @@ class Verifier:
             embeds: Tensor = self._holding(self._components.embed).get_input_embeddings()(ids)
         return embeds.float()
 
-    def _question(self, batch_size: int, seed: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    def _question(self, batch_size: int, seed: int) -> _Question:
         """Seeded pictures, nouns [B, M, D], and their mask [B, M] with padding in the last picture's row.
 
         B is `batch_size`, or as many pictures as the vision graph takes.
@@ -319,18 +357,22 @@ class Verifier:
         names = [spec.name for spec in self._components.vision.inputs]
         inputs = dict(zip(names, map(_numpy, images), strict=True))
         inputs |= {"text_embeds": _numpy(text), "text_mask": _numpy(mask)}
+        if (protected := self._protected(images)) is not None:
+            inputs["protected_mask"] = _numpy(protected)
         return inputs | ({"num_kept": _numpy(num_kept)} if self._components.proportional else {})
 
     def _select(
         self, images: tuple[Tensor, ...], text: Tensor, mask: Tensor, selection: Selection
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The reference's candidates [B, N, D], their gain [B, N], and its pick order [B, K]."""
+    ) -> _Selected:
+        """The reference's planes [B, N, D] each, the gain [B, N] of the main one, and the pick order [B, K]."""
         with torch.no_grad():
-            (features,) = self._components.vision.reference(self._holding(self._components.vision), images)
-        candidates = self._candidates(images)
+            planes = self._components.vision.reference(self._holding(self._components.vision), images)
+        features, candidates = planes[0], self._open(images)
         gain = text_gain(features, text, mask, candidates, alpha=selection.alpha, scale=selection.scale)
         picks = residual_select(features, gain, selection.k, candidates)
-        return features, gain, picks
+        if (protected := self._protected(images)) is not None:
+            picks = protected_first(protected, picks)
+        return list(planes), gain, picks
 
     def _candidates(self, images: Sequence[Tensor]) -> Tensor | None:
         """Which of the N tokens each picture has, [B, N] bool; None: all of them."""
@@ -339,45 +381,71 @@ class Verifier:
         names = [spec.name for spec in self._components.vision.inputs]
         return images[names.index(self._components.padding)] >= 0
 
+    def _protected(self, images: Sequence[Tensor]) -> Tensor | None:
+        """Which of the N tokens are always kept, [B, N] bool; None: the family protects none."""
+        if self._components.protected is None:
+            return None
+        protected = self._components.protected(tuple(images))
+        candidates = self._candidates(images)
+        return protected if candidates is None else protected & candidates
+
+    def _open(self, images: Sequence[Tensor]) -> Tensor | None:
+        """Which of the N tokens the choice is between, [B, N] bool; None: all of them."""
+        candidates, protected = self._candidates(images), self._protected(images)
+        if protected is None:
+            return candidates
+        return ~protected if candidates is None else candidates & ~protected
+
     def _splice(
         self,
         embeds: Tensor,
-        rows: Tensor,
+        planes: list[Tensor],
         picks: Tensor,
         counts: Tensor,
         places: tuple[Tensor, int],
         positions: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The picture's rows in the middle of the prompt, the mask [1, S], and each row's position [1, S] or [3, 1, S].
+    ) -> tuple[Tensor, ...]:
+        """The decoder's inputs up to the past, for a prompt with the picture's rows in the middle.
 
+        They are the embeddings, the mask [1, S], each row's position [1, S] or [3, 1, S], and what more is said of
+        each row.
         `places` is where its N tokens stand, counted from the first, and how far the text after them does.
         """
         half = embeds.shape[1] // 2
         kept = picks[0][picks[0] >= 0].sort().values
-        whole = torch.cat([embeds[:, :half], rows[:, : len(kept)], embeds[:, half:]], dim=1)
+
+        def spliced(text: Tensor, rows: Tensor) -> Tensor:
+            return torch.cat([text[:, :half], rows[:, : len(kept)], text[:, half:]], dim=1)
+
+        whole = spliced(embeds, planes[0])
+        rows = [spliced(torch.zeros_like(embeds), plane) for plane in planes[1:]]
         mask = torch.ones(whole.shape[:2], dtype=torch.int64)
         mask[:, half : half + len(kept)] = counts[:, : len(kept)]
+        if self._components.two_way:
+            rows.append(torch.zeros_like(mask).index_fill_(1, half + torch.arange(len(kept)), 1))
         if positions == "contiguous":
-            return whole, mask, torch.arange(whole.shape[1])[None]
+            return whole, mask, torch.arange(whole.shape[1])[None], *rows
         offsets, advance = places
         before = torch.arange(half).expand(*offsets.shape[:-1], -1)
         after = (torch.arange(embeds.shape[1] - half) + half + advance).expand(*offsets.shape[:-1], -1)
-        return whole, mask, torch.cat([before, half + offsets[..., kept], after], dim=-1)[..., None, :]
+        where = torch.cat([before, half + offsets[..., kept], after], dim=-1)[..., None, :]
+        return whole, mask, where, *rows
 
-    def _generate(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> NDArray[np.int64]:
-        config = self._config.text_config
-        shape = (1, config.num_key_value_heads, 0, self._components.decoder.inputs[3].shape[3])
+    def _generate(self, embeds: Tensor, mask: Tensor, positions: Tensor, *rows: Tensor) -> NDArray[np.int64]:
+        config, decoder = self._config.text_config, self._components.decoder
+        shape = (1, config.num_key_value_heads, 0, decoder.outputs[1].shape[3])
         past = tuple(torch.zeros(*map(int, shape)) for _ in range(2 * config.num_hidden_layers))
         tokens: list[int] = []
         while len(tokens) < GREEDY_TOKENS:
-            logits, *past_list = decode(
-                self._holding(self._components.decoder), (embeds, mask, positions, *past)
+            logits, *past_list = decoder.reference(
+                self._holding(decoder), (embeds, mask, positions, *rows, *past)
             )
             past = tuple(past_list)
             tokens.append(int(logits[0, -1].argmax()))
             embeds = self._embeds(torch.tensor([tokens[-1:]]))
             mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
             positions = positions[..., -1:] + 1
+            rows = tuple(torch.zeros_like(row[:, :1]) for row in rows)
         return np.array(tokens)
 
     def _difference(self, graph: str, output: str, got: NDArray[Any], want: Tensor) -> Difference:

@@ -7,7 +7,14 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from resprune.exporter.verify.reference import keep, kept_counts, residual_select, text_gain
+from resprune.exporter.verify.reference import (
+    keep,
+    kept_counts,
+    picks_after_protected,
+    protected_first,
+    residual_select,
+    text_gain,
+)
 from resprune.graphs import attach_selection, token_select_model
 from tests.vectors import CASES
 
@@ -152,6 +159,68 @@ def test_counts_of_a_batch_that_keeps_different_numbers():
         there = np.isin(out["kept_indices"][row], first[first >= 0])
         np.testing.assert_array_equal(out["kept_counts"][row][there], expected[first >= 0])
         assert not out["kept_counts"][row][~there].any()
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_planes_are_gathered_by_the_same_indices(counts):
+    generator = torch.Generator().manual_seed(9)
+    visual, *planes = torch.randn(3, 2, 30, 16, generator=generator)
+    token_mask = torch.ones(2, 30, dtype=torch.bool)
+    token_mask[1, 4:] = False  # fewer than k
+    text, text_mask = torch.randn(2, 2, 16, generator=generator), torch.ones(2, 2, dtype=torch.bool)
+    model = token_select_model(7, alpha=1.0, scale="minmax", counts=counts, planes=2)
+    onnx.checker.check_model(model, full_check=True)
+    more = {f"plane_features.{index}": plane.numpy() for index, plane in enumerate(planes)}
+    more |= {"num_kept": np.array([7, 7])} if counts else {}
+    inputs = [tensor.numpy() for tensor in (visual, text, text_mask, token_mask)]
+    out = run(model, *inputs, **more)
+    for index, plane in enumerate(planes):
+        rows, _ = keep(plane, torch.from_numpy(out["pick_order"]))
+        np.testing.assert_array_equal(out[f"kept_planes.{index}"], rows.numpy())
+    del more["plane_features.0"], more["plane_features.1"]
+    plain = run(token_select_model(7, alpha=1.0, scale="minmax", counts=counts), *inputs, **more)
+    for name, array in plain.items():
+        np.testing.assert_array_equal(out[name], array)
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("form", FORMS)
+def test_protected_rows_are_kept_before_all_others(form, body):
+    """None, some, as many as k, more than k, and some of an image that has fewer tokens than k."""
+    generator = torch.Generator().manual_seed(10)
+    visual = torch.randn(5, 30, 16, generator=generator)
+    token_mask = torch.ones(5, 30, dtype=torch.bool)
+    token_mask[4, 5:] = False
+    protected = torch.zeros(5, 30, dtype=torch.bool)
+    protected[1, [29, 3, 11]] = True
+    protected[2, ::4] = True
+    protected[3, ::2] = True
+    protected[4, [2, 20]] = True  # the second is padding
+    text, text_mask = torch.randn(5, 2, 16, generator=generator), torch.ones(5, 2, dtype=torch.bool)
+    candidates = token_mask & ~protected
+    gain = text_gain(visual, text, text_mask, candidates)
+    greedy = residual_select(visual, gain, 8, candidates)
+    expected = protected_first(protected & token_mask, greedy)
+    assert expected[1, :3].tolist() == [3, 11, 29]
+    assert expected[2].tolist() == list(range(0, 30, 4))
+    assert expected[3].tolist() == list(range(0, 16, 2))
+    assert sorted(expected[4].tolist()) == [-1, -1, -1, 0, 1, 2, 3, 4]
+    model = token_select_model(8, alpha=1.0, scale="minmax", body=body, form=form, protected=True)
+    onnx.checker.check_model(model, full_check=True)
+    inputs = [tensor.numpy() for tensor in (visual, text, text_mask, token_mask)]
+    out = run(model, *inputs, protected_mask=protected.numpy())
+    np.testing.assert_array_equal(out["pick_order"], expected.numpy())
+    rows, indices = keep(visual, expected)
+    np.testing.assert_array_equal(out["kept_indices"], indices.numpy())
+    np.testing.assert_array_equal(out["kept_features"], rows.numpy())
+    after, counts = picks_after_protected(expected, protected & token_mask)
+    assert counts.tolist() == [0, 3, 8, 8, 1]
+    for row, count in enumerate(counts):
+        assert after[row].tolist() == [*greedy[row, : 8 - count].tolist(), *[-1] * int(count)]
+    none = run(model, *inputs, protected_mask=np.zeros_like(protected.numpy()))
+    plain = run(token_select_model(8, alpha=1.0, scale="minmax", body=body, form=form), *inputs)
+    for name, array in plain.items():
+        np.testing.assert_array_equal(none[name], array)
 
 
 def encoder(batch="batch_size", tokens=9, dim=4):

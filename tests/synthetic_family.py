@@ -1,0 +1,168 @@
+"""A family that exists in the tests alone: everything that the contract knows, in the smallest model that has it.
+
+A tower and a projector as LLaVA's, two planes that are added after the language model's layers 0 and 1, an image that
+lies in three spans of the prompt, and protected rows: the first and the last of each span.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.cache_utils import DynamicCache
+
+from resprune.exporter.checkpoint.checkpoint import Checkpoint
+from resprune.exporter.components import Component, Components, Sizes
+from resprune.exporter.split import assemble, read_config, weightless_model
+from resprune.runtime.bundle.manifest import TensorSpec
+from resprune.runtime.families.picture import FixedGrid
+from resprune.runtime.families.table import FAMILIES, Family
+from tests import tiny
+
+NAME = "synthetic"
+SPANS = (6, 5, 5)
+NUM_TOKENS = sum(SPANS)
+PLANE_LAYERS = (0, 1)
+SHAPE = tiny.Tiny(hidden=64, heads=4, kv_heads=2, layers=4, image_size=36, patch_size=9, seed=7)
+
+
+class SyntheticConfig(LlavaConfig):
+    """LLaVA's, under a name of its own."""
+
+    model_type = NAME
+
+
+class SyntheticModel(LlavaForConditionalGeneration):
+    """LLaVA with planes; each is a projection of what the tower has after one of its layers."""
+
+    config_class = SyntheticConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        sizes = config.vision_config.hidden_size, config.text_config.hidden_size
+        self.model.plane_projectors = nn.ModuleList(nn.Linear(*sizes) for _ in PLANE_LAYERS)
+
+
+def protected_rows() -> list[bool]:
+    """Which of an image's tokens are protected."""
+    return [place in (0, length - 1) for length in SPANS for place in range(length)]
+
+
+class _Vision(nn.Module):
+    """pixel_values [B, 3, H, W] → image_features and two planes, [B, N, D] each."""
+
+    def __init__(self, model: Any, layer: int) -> None:
+        super().__init__()
+        self.tower, self.projector = model.vision_tower, model.multi_modal_projector
+        self.planes, self.layer = model.plane_projectors, layer
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        hidden = [state[:, 1:] for state in self.tower(pixel_values, output_hidden_states=True).hidden_states]
+        planes = (project(state) for project, state in zip(self.planes, hidden[1:], strict=False))
+        return self.projector(hidden[self.layer]), *planes
+
+
+def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode) -> Components:
+    """The components of a synthetic checkpoint."""
+    config = read_config(checkpoint, SyntheticConfig)
+    model = weightless_model(checkpoint, SyntheticModel, config, dtype, mode)
+    return assemble(
+        checkpoint,
+        model,
+        _vision_component(model, config),
+        dtype,
+        plane_layers=PLANE_LAYERS,
+        reference=decode_by_hand,
+        protected=lambda inputs: torch.tensor(protected_rows()).expand(len(inputs[0]), -1),
+        num_tokens=NUM_TOKENS,
+    )
+
+
+def _vision_component(model: Any, config: Any) -> Component:
+    side = config.vision_config.image_size
+    shape = ("batch_size", NUM_TOKENS, config.text_config.hidden_size)
+    names = ["image_features", *(f"plane_features.{index}" for index in range(len(PLANE_LAYERS)))]
+
+    def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return (torch.randn((sizes["batch_size"], 3, side, side), generator=generator),)
+
+    return Component(
+        "vision_encoder",
+        _Vision(model.model, config.vision_feature_layer),
+        (TensorSpec("pixel_values", "float32", ("batch_size", 3, side, side)),),
+        tuple(TensorSpec(name, "float32", shape) for name in names),
+        samples,
+        _reference,
+        tuple(model.model.vision_tower.encoder.layers),
+    )
+
+
+def _reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    features = torch.stack(list(model.get_image_features(inputs[0]).pooler_output))
+    embeddings = model.model.vision_tower.embeddings(inputs[0])
+    hidden, planes = model.model.vision_tower.pre_layrnorm(embeddings), []
+    for layer, project in zip(
+        model.model.vision_tower.encoder.layers, model.model.plane_projectors, strict=False
+    ):
+        hidden = layer(hidden, None)
+        planes.append(project(hidden[:, 1:]))
+    return features, *planes
+
+
+def decode_by_hand(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The decoder layer by layer, with each plane added after its own: nothing of the exporter's takes part."""
+    hidden, mask, positions, first, second, *past = inputs
+    language_model = model.model.language_model
+    cache = DynamicCache()
+    for layer in range(len(past) // 2):
+        cache.update(past[2 * layer].float(), past[2 * layer + 1].float(), layer)
+    length = past[0].shape[2]
+    causal = torch.arange(mask.shape[1])[None, :] <= torch.arange(hidden.shape[1])[:, None] + length
+    seen = causal[None, None] & mask.bool()[:, None, None, :]
+    counts = mask.clamp(min=1).float().log()[:, None, None, :]
+    additive = torch.where(seen, counts, torch.finfo(torch.float32).min)
+    rotary = language_model.rotary_emb(hidden, positions)
+    for index, layer in enumerate(language_model.layers):
+        hidden = layer(
+            hidden,
+            attention_mask=additive,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            position_embeddings=rotary,
+        )
+        if index in PLANE_LAYERS:
+            hidden = hidden + (first, second)[PLANE_LAYERS.index(index)]
+    logits = model.lm_head(language_model.norm(hidden)[:, -1:])
+    return (logits, *(kept for layer in cache.layers for kept in (layer.keys, layer.values)))
+
+
+def write_checkpoint(root: Path) -> Path:
+    """A checkpoint of the family, whose planes are as large as what they are added to."""
+    with patch.dict(tiny.MODELS, {"llava": (SyntheticConfig, SyntheticModel)}):
+        tiny.write_checkpoint(root, SHAPE)
+    config = json.loads((root / "config.json").read_text())
+    assert config["model_type"] == NAME
+    return root
+
+
+FAMILY = Family(NAME, "the synthetic family", NAME, FixedGrid.from_bundle, plain_prompt=True)
+
+
+@contextmanager
+def registered() -> Iterator[Family]:
+    """While it lasts, the family is one of the table's, and its module is where the exporter looks for it."""
+    module = ModuleType(f"resprune.exporter.families.{NAME}")
+    module.__dict__["split_model"] = split_model
+    with patch.dict(FAMILIES, {NAME: FAMILY}), patch.dict(sys.modules, {module.__name__: module}):
+        yield FAMILY
