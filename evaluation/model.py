@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from resprune.evaluation.selectors import stands_for
-from resprune.runtime.backends.backend import Decoder
+from resprune.runtime.backends.backend import Decoder, Request, expanded_ids
 from resprune.runtime.backends.onnxruntime import onnxruntime_decoder
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions
 from resprune.runtime.budget import Budget
@@ -27,9 +27,10 @@ from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import ImageSource, load_image
 from resprune.runtime.families.picture import Expansion, Picture
 from resprune.runtime.families.table import FAMILIES, family_of
-from resprune.runtime.generate import Sampling, TextStream, eos_token_ids, generate
+from resprune.runtime.generate import TextStream, generate
 from resprune.runtime.prompt.prompter import Prompt, Prompter
 from resprune.runtime.prompt.splice import Floats, Ints, KeptTokens, keep, splice
+from resprune.runtime.sampling import bundle_sampling, eos_token_ids
 from resprune.runtime.walk import Encoded as EncodedImages
 from resprune.runtime.walk import Features, Walk
 
@@ -115,6 +116,7 @@ class Model:
         self._prompter = Prompter(bundle)
         self._preprocessor = family_of(bundle).preprocessor(bundle)
         self._eos = eos_token_ids(bundle)
+        self._greedy = replace(bundle_sampling(bundle), temperature=0)
 
     @property
     def num_tokens(self) -> int | None:
@@ -167,22 +169,29 @@ class Model:
         kept: Sequence[Sequence[Ints]],
         max_new_tokens: int,
     ) -> list[str]:
-        """Greedy answers to questions that go together, each with its pictures and the indices kept of them."""
+        """Greedy answers to questions that go together, each with its pictures and the indices kept of them.
+
+        What of the checkpoint's settings `generate` applies without drawing is applied here.
+        """
+        prompts = [one.prompt for one in asked]
+        rows_kept = [
+            [self._keep(picture, order) for picture, order in zip(pictures, orders, strict=True)]
+            for pictures, orders in zip(encoded, kept, strict=True)
+        ]
         spliced = splice(
             [one.embeds for one in asked],
-            [one.prompt.ids for one in asked],
-            [
-                [self._keep(picture, order) for picture, order in zip(pictures, orders, strict=True)]
-                for pictures, orders in zip(encoded, kept, strict=True)
-            ],
+            [prompt.ids for prompt in prompts],
+            rows_kept,
             image_token_id=self.manifest.image_token_id,
             positions=self.manifest.positions,
         )
         room = spliced.room(self.manifest.context_length)
-        sampling = Sampling(max_new_tokens=min(max_new_tokens, room))
+        sampling = replace(self._greedy, max_new_tokens=min(max_new_tokens, room))
+        request = Request(prompts, rows_kept, spliced)
+        ids = [expanded_ids(request, row, self.manifest.image_token_id) for row in range(len(prompts))]
         rows: list[list[int]] = [[] for _ in asked]
         with closing(self._stages.decoder.start(spliced)) as sequence:
-            for tokens in generate(sequence, sampling, self._eos):
+            for tokens in generate(sequence, sampling, self._eos, ids):
                 for row, token in zip(rows, tokens, strict=True):
                     if token is not None:
                         row.append(token)

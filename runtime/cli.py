@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points, version
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from resprune.runtime.bundle.manifest import FLAVOURS
 from resprune.runtime.console import complain, noted_interrupts, quiet_libraries
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from resprune.runtime.answer import Answer
     from resprune.runtime.backends.backend import BackendFactory
     from resprune.runtime.pipeline import Pipeline
+    from resprune.runtime.sampling import SamplingOptions
 
 COMMANDS = "resprune.commands"
 SERVER_FORMATS = ("vllm", "trtllm", "sglang")
@@ -111,12 +112,7 @@ def register_ask(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         "--show", metavar="PNG", help="draw the kept tokens; of several pictures PNG-2.png is the second"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy"
-    )
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, metavar="N", help="repeat a draw")
+    _add_sampling(parser)
     parser.add_argument("--server", metavar="URL", help="let a language model there answer: http://host:8000")
     parser.add_argument(
         "--server-format", choices=SERVER_FORMATS, help="what kind of server it is; default: vllm"
@@ -179,10 +175,7 @@ def _ask(arguments: argparse.Namespace) -> int:
             arguments.question,
             about=None if arguments.about is None else listed(arguments.about),
             tokens=arguments.tokens,
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
+            **_sampling(arguments),
         )
         if arguments.json:
             report = answer.describe() | {"positions": pipeline.manifest.positions}
@@ -195,6 +188,43 @@ def _ask(arguments: argparse.Namespace) -> int:
         if paths:
             _draw(pipeline, arguments.images, answer, paths, max_pixels)
     return 0
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The settings of `Sampling`; what is left out is what the bundle's checkpoint says."""
+    group = parser.add_argument_group(
+        "how tokens are chosen; defaults: the checkpoint's generation_config.json"
+    )
+    for name, kind, value, text in (
+        ("--max-new-tokens", int, "N", "longest answer; 64 where the checkpoint says nothing"),
+        ("--temperature", float, "T", "0 is greedy; above it tokens are drawn"),
+        ("--top-k", int, "N", "draw from the N most likely; 0: from all"),
+        ("--top-p", float, "P", "draw from the fewest that are together as likely as P"),
+        ("--min-p", float, "P", "draw from what is at least P times as likely as the most likely"),
+        ("--repetition-penalty", float, "X", "above 1: what was there before comes less often"),
+        ("--no-repeat-ngram-size", int, "N", "no N tokens follow each other twice; 0: they may"),
+        ("--min-new-tokens", int, "N", "shortest answer"),
+        ("--suppress-tokens", _ids, "IDS", "token ids that never come: 5,17"),
+        ("--begin-suppress-tokens", _ids, "IDS", "token ids that do not come first"),
+        ("--forced-eos-token-id", _ids, "IDS", "the last token of an answer that reaches its longest"),
+        ("--seed", int, "N", "repeat a draw"),
+    ):
+        group.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar=value, help=text)
+
+
+def _sampling(arguments: argparse.Namespace) -> "SamplingOptions":
+    """What the command line says of `Sampling`."""
+    from resprune.runtime.sampling import SamplingOptions
+
+    given = {
+        name: value for name, value in vars(arguments).items() if name in SamplingOptions.__annotations__
+    }
+    return cast(SamplingOptions, given)
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    """Numbers between commas; none for an empty text."""
+    return tuple(int(word) for word in listed(text))
 
 
 def _generator(arguments: argparse.Namespace) -> "BackendFactory | None":

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from resprune.runtime.answer import Answer, Batch, Row
 from resprune.runtime.backends.backend import BackendFactory, Request
@@ -22,8 +22,9 @@ from resprune.runtime.bundle.manifest import FLAVOURS, Manifest
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import MAX_PIXELS, Box, ImageSource, load_image
 from resprune.runtime.families.picture import Picture
-from resprune.runtime.generate import Sampling, TextStream
+from resprune.runtime.generate import TextStream
 from resprune.runtime.prompt.prompter import Prompt, Prompter, Turn
+from resprune.runtime.sampling import Sampling, SamplingOptions, bundle_sampling
 from resprune.runtime.walk import Encoded, Walk
 
 if TYPE_CHECKING:
@@ -33,15 +34,6 @@ Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...]
 Tokens = int | str | None
 """How many visual tokens of each image to keep: a number, a share such as "11%", or None for the bundle's K."""
 GraphsFactory = Callable[[Bundle, SessionOptions], GraphRunner]
-
-
-class SamplingOptions(TypedDict, total=False):
-    """What every way of asking takes by keyword, with the defaults of `generate.Sampling`."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
 
 
 class Pipeline:
@@ -68,6 +60,7 @@ class Pipeline:
         self._graphs = graphs(bundle, options)
         self._graphs.open("vision_select")
         self._walk = Walk(bundle, self._graphs)
+        self._sampling = bundle_sampling(bundle)
         self._backend = generator(bundle, self._walk.embed_tokens, options)
         self._closed = False
         self.load_ms = 0.0
@@ -120,14 +113,16 @@ class Pipeline:
         An image is a path, the bytes of a file, a Pillow image or a uint8 array [H, W, 3]. `about` names the keywords
         that steer the selection in place of the question's nouns; `tokens` is how many visual tokens of each image to
         keep, at most the bundle's K, which is the default. The answer comes as it is read; with `stream=False` it is
-        complete on return. Raises `ResPruneError` for what the user can put right.
+        complete on return. Further keywords are those of `Sampling`, in place of what the bundle says. Raises
+        `ResPruneError` for what the user can put right.
         """
         timings: dict[str, float] = {}
         with _stage(timings, "pixels"):
             encoded = Encoded(self._pictures(_listed(image)), None)
         with _stage(timings, "prompt"):
             prompt = self._prompt(question, encoded.pictures, about=about)
-        (answer,) = self._answer([prompt], [encoded], timings, tokens, Sampling(**sampling))
+        settings = self._sampling.changed(sampling)
+        (answer,) = self._answer([prompt], [encoded], timings, tokens, settings)
         return answer if stream else answer.finish()
 
     def ask_batch(
@@ -161,7 +156,7 @@ class Pipeline:
                 self._prompt(question, row.pictures, about=words)
                 for question, row, words in zip(questions, encoded, terms, strict=True)
             ]
-        answers = self._answer(prompts, encoded, timings, tokens, Sampling(**sampling))
+        answers = self._answer(prompts, encoded, timings, tokens, self._sampling.changed(sampling))
         return [answer.finish() for answer in answers]
 
     def look(self, image: Images) -> View:
@@ -298,7 +293,8 @@ class View:
         timings: dict[str, float] = {}
         with _stage(timings, "prompt"):
             prompt = self._pipeline._prompt(question, self._encoded.pictures, history=history, about=about)
-        (answer,) = self._pipeline._answer([prompt], [self._encoded], timings, tokens, Sampling(**sampling))
+        settings = self._pipeline._sampling.changed(sampling)
+        (answer,) = self._pipeline._answer([prompt], [self._encoded], timings, tokens, settings)
         return answer if stream else answer.finish()
 
     def chat(self) -> Chat:

@@ -13,10 +13,11 @@ from transformers import AutoTokenizer
 from resprune.exporter.checkpoint.checkpoint import Checkpoint
 from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.prompt.template import TEMPLATE_FILE, find_template
+from resprune.runtime.sampling import SETTINGS_FILE, checkpoint_sampling, require_supported
 
 COPIED = (
     "config.json",
-    "generation_config.json",
+    SETTINGS_FILE,
     "tokenizer.json",
     "tokenizer_config.json",
     TEMPLATE_FILE,
@@ -47,6 +48,9 @@ def check_side_files(checkpoint: Checkpoint) -> None:
     for name in COPIED:
         if name.endswith(".json"):
             checkpoint.json(name)
+    settings = checkpoint.json(SETTINGS_FILE)
+    require_supported(settings)
+    checkpoint_sampling(settings)
     chat_template(checkpoint)
 
 

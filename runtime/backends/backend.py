@@ -15,9 +15,10 @@ import numpy as np
 from resprune.runtime.backends.session import GraphRunner, SessionOptions
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.generate import Sampling, eos_token_ids, generate
+from resprune.runtime.generate import generate
 from resprune.runtime.prompt.prompter import Prompt
 from resprune.runtime.prompt.splice import Floats, Ints, KeptTokens, Spliced
+from resprune.runtime.sampling import Sampling, eos_token_ids
 
 Piece = list[int] | str
 """What an answer gained: token ids, [] for none; text where a server tells no ids."""
@@ -127,17 +128,21 @@ BackendFactory = Callable[[Bundle, Embedding, SessionOptions], Backend]
 class LocalBackend:
     """Answers from logits, which are sampled here."""
 
-    def __init__(self, decoder: Decoder, eos: frozenset[int]) -> None:
+    def __init__(self, decoder: Decoder, eos: frozenset[int], image_token_id: int) -> None:
         self.decoder = decoder
         self._eos = eos
+        self._image_token_id = image_token_id
 
     def start(self, request: Request, sampling: Sampling) -> Iterator[list[Piece]]:
         """Prefill; then a token a row (see `Backend`)."""
-        return self._answers(self.decoder.start(request.spliced), sampling)
+        prompts = [expanded_ids(request, row, self._image_token_id) for row in range(len(request.prompts))]
+        return self._answers(self.decoder.start(request.spliced), sampling, prompts)
 
-    def _answers(self, sequence: Sequence, sampling: Sampling) -> Iterator[list[Piece]]:
+    def _answers(
+        self, sequence: Sequence, sampling: Sampling, prompts: abc.Sequence[abc.Sequence[int]]
+    ) -> Iterator[list[Piece]]:
         with closing(sequence):
-            for tokens in generate(sequence, sampling, self._eos):
+            for tokens in generate(sequence, sampling, self._eos, prompts):
                 yield [[] if token is None else [token] for token in tokens]
 
     def close(self) -> None:
@@ -147,7 +152,7 @@ class LocalBackend:
 
 def local_backend(bundle: Bundle, decoder: Decoder) -> LocalBackend:
     """A backend around a decoder of a bundle's language model."""
-    return LocalBackend(decoder, eos_token_ids(bundle))
+    return LocalBackend(decoder, eos_token_ids(bundle), bundle.manifest.image_token_id)
 
 
 def together(streams: abc.Sequence[Iterator[Piece]]) -> Iterator[list[Piece]]:

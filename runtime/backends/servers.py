@@ -8,7 +8,7 @@ vLLM 0.33 (docs/features/multimodal_inputs.md), TensorRT-LLM 1.3 (tensorrt_llm/s
 import base64
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +31,9 @@ from resprune.runtime.backends.torch_save import torch_save
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.table import family_of
-from resprune.runtime.generate import Sampling
 from resprune.runtime.prompt.prompter import Prompt
 from resprune.runtime.prompt.splice import Floats, Ints, KeptTokens
+from resprune.runtime.sampling import Sampling, named_settings
 
 TIMEOUT_SECONDS = 120.0
 KEY_VARIABLE = "RESPRUNE_SERVER_KEY"
@@ -212,7 +212,7 @@ def _image_rows(rows: Floats) -> str:
 
 
 def _chat_body(question: Question, image_embeds: Callable[[str], Any]) -> dict[str, Any]:
-    """Chat completions: the conversation, its pictures in place of the template's, and what to draw tokens with."""
+    """Chat completions: the conversation, its pictures in place of the template's."""
     rows = iter(_image_rows(picture.rows) for picture in question.pictures)
     messages = [
         {
@@ -226,26 +226,56 @@ def _chat_body(question: Question, image_embeds: Callable[[str], Any]) -> dict[s
         }
         for message in question.prompt.messages
     ]
-    sampling = question.sampling
-    body = {
-        "model": question.model,
-        "messages": messages,
-        "stream": True,
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-    }
-    return body if sampling.seed is None else body | {"seed": sampling.seed}
+    return {"model": question.model, "messages": messages, "stream": True}
 
 
 def _vllm_body(question: Question) -> dict[str, Any]:
-    # vLLM takes what is left unsaid from the checkpoint's generation_config.json; `Sampling` knows no such things.
-    unsaid = {"top_k": -1, "repetition_penalty": 1.0}
-    return _chat_body(question, lambda rows: rows) | unsaid | {"return_token_ids": True}
+    names = _OPENAI | {"min_p": "min_p"}
+    return (
+        _chat_body(question, lambda rows: rows)
+        | _settings(question.sampling, names, "vLLM", all_ids=-1)
+        | {"return_token_ids": True}
+    )
 
 
 def _trtllm_body(question: Question) -> dict[str, Any]:
-    return _chat_body(question, lambda rows: {"data": rows})
+    return _chat_body(question, lambda rows: {"data": rows}) | _settings(
+        question.sampling, _OPENAI, "trtllm-serve", all_ids=0
+    )
+
+
+# Our names of settings, and those of the OpenAI API and what both vLLM and TensorRT-LLM added to it.
+_OPENAI = {
+    "max_new_tokens": "max_tokens",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "repetition_penalty": "repetition_penalty",
+    "min_new_tokens": "min_tokens",
+    "seed": "seed",
+}
+_SGLANG = {
+    "max_new_tokens": "max_new_tokens",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "min_new_tokens": "min_new_tokens",
+    "seed": "sampling_seed",
+}
+
+
+def _settings(sampling: Sampling, names: Mapping[str, str], title: str, *, all_ids: int) -> dict[str, Any]:
+    """Every setting by a server's name, also what is neutral: a server fills in what is left unsaid by itself.
+
+    `all_ids` is the server's `top_k` that leaves none out.
+    """
+    settings = named_settings(sampling, names, title)
+    settings["top_k"] = settings["top_k"] or all_ids
+    if settings[names["seed"]] is None:
+        del settings[names["seed"]]
+    return settings
 
 
 def _read_chat(question: Question, events: Iterator[dict[str, Any]]) -> Iterator[Piece]:
@@ -267,14 +297,7 @@ def _read_chat(question: Question, events: Iterator[dict[str, Any]]) -> Iterator
 
 def _sglang_body(question: Question) -> dict[str, Any]:
     """SGLang's own /generate: token ids, and one dict with the rows of all pictures and the positions of all tokens."""
-    sampling, positions = question.sampling, question.position_ids
-    drawing = {
-        "max_new_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": -1,
-        "repetition_penalty": 1.0,
-    }
+    positions = question.position_ids
     picture = {
         "format": "precomputed_embedding",
         "feature": np.concatenate([picture.rows for picture in question.pictures]).tolist(),
@@ -284,7 +307,7 @@ def _sglang_body(question: Question) -> dict[str, Any]:
     return {
         "input_ids": question.expanded_ids,
         "image_data": [picture],
-        "sampling_params": drawing if sampling.seed is None else drawing | {"sampling_seed": sampling.seed},
+        "sampling_params": _settings(question.sampling, _SGLANG, "SGLang", all_ids=-1),
         "stream": True,
     }
 

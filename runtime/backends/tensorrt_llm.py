@@ -27,9 +27,9 @@ from resprune.runtime.backends.session import SessionOptions
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.families.table import family_of
-from resprune.runtime.generate import Sampling, eos_token_ids
 from resprune.runtime.prompt.prompter import Prompt, load_tokenizer
 from resprune.runtime.prompt.splice import Floats, Ints
+from resprune.runtime.sampling import Sampling, eos_token_ids, named_settings
 
 if TYPE_CHECKING:
     import torch
@@ -97,16 +97,17 @@ class PyTorchBackend:
 
     def start(self, request: Request, sampling: Sampling) -> Iterator[list[Piece]]:
         """Hand the prompts over (see `Backend`); TensorRT-LLM puts them in one batch as it sees fit."""
-        drawing: dict[str, Any] = {"top_k": 1}  # greedy
-        if sampling.temperature > 0:
-            drawing = {
-                "top_p": sampling.top_p,
-                "temperature": sampling.temperature,
-                "seed": sampling.seed,
-            }
+        drawing = _drawing(
+            sampling,
+            {
+                "max_new_tokens": "max_tokens",
+                "min_new_tokens": "min_tokens",
+                "min_p": "min_p",
+                "seed": "seed",
+            },
+        )
         with _faults("take the prompt"):
             parameters = _package().SamplingParams(
-                max_tokens=sampling.max_new_tokens,
                 end_id=self._eos[0],
                 stop_token_ids=self._eos[1:] or None,
                 detokenize=False,
@@ -156,17 +157,13 @@ class EngineBackend:
             np.concatenate([picture.rows for picture in pictures]) for pictures in request.images
         ]  # each [K_b, D]
         ids = [self._ids(request, row) for row in range(len(rows))]
-        drawing: dict[str, Any] = {"top_k": 1}
-        if sampling.temperature > 0:
-            drawing = {"top_p": sampling.top_p, "temperature": sampling.temperature}
-            drawing |= {} if sampling.seed is None else {"random_seed": sampling.seed}
+        drawing = _drawing(sampling, {"max_new_tokens": "max_new_tokens", "seed": "random_seed"})
         with _faults("take the prompt"):
             steps = self._runner.generate(
                 batch_input_ids=[_tensor(np.asarray(row, np.int32)) for row in ids],
                 prompt_table=_tensor(self._table(rows)),
                 prompt_tasks=",".join(map(str, range(len(rows)))),
                 mrope_params=None if self._rotary is None else self._rotary.parameters(request),
-                max_new_tokens=sampling.max_new_tokens,
                 end_id=self._eos[0],
                 pad_id=self._eos[0],
                 stop_words_list=[[[token] for token in self._eos]] * len(rows),
@@ -254,6 +251,17 @@ class Rotary:
             mrope_rotary_cos_sin=_tensor(np.stack([self.table(rows).reshape(-1) for rows in positions])),
             mrope_position_deltas=_tensor(np.asarray(deltas, np.int32)),
         )
+
+
+def _drawing(sampling: Sampling, names: dict[str, str]) -> dict[str, Any]:
+    """The settings by TensorRT-LLM's names, of which `names` has those that its two ways do not share."""
+    shared = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size")
+    settings = named_settings(
+        sampling, {name: name for name in shared} | names, "TensorRT-LLM", leave_neutral=True
+    )
+    # Without a top_k or a top_p it is greedy whatever the temperature.
+    how = {"top_k": 1} if sampling.temperature == 0 else {"top_p": sampling.top_p}
+    return {names["max_new_tokens"]: sampling.max_new_tokens} | settings | how
 
 
 def _new_tokens(result: Any) -> Iterator[Piece]:

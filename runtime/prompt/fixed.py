@@ -6,9 +6,9 @@ from typing import Any
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.table import family_of
-from resprune.runtime.generate import eos_token_ids
 from resprune.runtime.prompt.pieces import vocabulary_pieces
 from resprune.runtime.prompt.prompter import Prompter
+from resprune.runtime.sampling import eos_token_ids
 
 PROMPT_FORMAT = 1
 

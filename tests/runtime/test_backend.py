@@ -11,7 +11,7 @@ from resprune.runtime.backends.backend import Backend, Embedding, Piece, Request
 from resprune.runtime.backends.onnxruntime import onnxruntime_backend
 from resprune.runtime.backends.session import SessionOptions
 from resprune.runtime.bundle.files import Bundle
-from resprune.runtime.generate import Sampling
+from resprune.runtime.sampling import Sampling
 from tests.runtime.test_pipeline import QUESTION, picture
 
 
@@ -59,7 +59,7 @@ def test_a_request_has_the_prompts_in_every_form(bundle: Path) -> None:
         answers = vlm.ask_batch([picture(1), [picture(2), picture(3)]], [QUESTION, "how many?"], tokens=3)
     ((request, sampling),) = recorder.requests
     assert recorder.closed
-    assert sampling == Sampling()
+    assert sampling == Sampling(top_k=50)  # as the checkpoint says, which is nothing
     assert list(request.prompts) == [answer.prompt for answer in answers]
     assert [len(kept) for kept in request.images] == [1, 2]
     for row, (prompt, kept) in enumerate(zip(request.prompts, request.images, strict=True)):

@@ -13,9 +13,9 @@ from resprune import Pipeline
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.generate import eos_token_ids
 from resprune.runtime.prompt.pieces import vocabulary_pieces
 from resprune.runtime.prompt.prompter import Prompter
+from resprune.runtime.sampling import eos_token_ids
 from tests.runtime.tokenizers_made import KINDS
 
 QUESTION = "what colour is the square?"

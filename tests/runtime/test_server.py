@@ -151,6 +151,21 @@ def test_sampling_reaches_the_server(bundle: Path, tiny_model: Model) -> None:
     assert "seed" not in bodies[-1]
 
 
+def test_every_setting_is_said_so_that_the_server_fills_none_in(bundle: Path, tiny_model: Model) -> None:
+    neutral = {"top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
+    set_here = {"top_k": 7, "min_p": 0.2, "repetition_penalty": 1.05, "min_new_tokens": 2}
+    with Wire(tiny_model) as wire, remote(bundle, wire) as vlm:
+        vlm.ask(picture(1), QUESTION, max_new_tokens=2, stream=False)
+        vlm.ask(picture(1), QUESTION, max_new_tokens=2, temperature=0.5, **set_here, stream=False)
+        with pytest.raises(ResPruneError, match="vLLM has no no_repeat_ngram_size, and it is 3 here"):
+            vlm.ask(picture(1), QUESTION, no_repeat_ngram_size=3)
+        with pytest.raises(ResPruneError, match="--suppress-tokens"):
+            vlm.ask(picture(1), QUESTION, suppress_tokens=(9,))
+    plain, changed = (body for _, _, body in wire.seen)
+    assert neutral.items() <= plain.items()
+    assert {"top_k": 7, "min_p": 0.2, "repetition_penalty": 1.05, "min_tokens": 2}.items() <= changed.items()
+
+
 def test_rows_are_sent_as_float16_only_where_nothing_is_lost(
     bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
