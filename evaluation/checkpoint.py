@@ -15,8 +15,8 @@ from PIL import Image
 
 from resprune.evaluation.model import Encoded, Model, Stages, check_policies, engine
 from resprune.runtime.backends.backend import Place
-from resprune.runtime.bundle.files import Bundle, describe_files
-from resprune.runtime.bundle.manifest import FORMAT_VERSION, GraphSpec, Manifest, Selection
+from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.bundle.manifest import Selection
 from resprune.runtime.errors import ResPruneError, one_line, permission_faults, require_packages
 from resprune.runtime.families.picture import Picture
 from resprune.runtime.prompt.splice import Floats, Ints, Spliced
@@ -99,40 +99,17 @@ def _without_graphs(checkpoint: Checkpoint, root: Path, attention: str) -> Bundl
     import torch
 
     from resprune.exporter.checkpoint.checkpoint import family_of
-    from resprune.exporter.checkpoint.side_files import check_side_files, copy_side_files, read_tokenizer
+    from resprune.exporter.checkpoint.draft import write_draft
+    from resprune.exporter.checkpoint.side_files import check_side_files
     from resprune.exporter.checkpoint.weightless import fake_mode
     from resprune.exporter.families import split_model
     from resprune.exporter.trace.weights import find_weights
 
-    family = family_of(checkpoint)
+    family_of(checkpoint)
     check_side_files(checkpoint)
     components = split_model(checkpoint, torch.float32, fake_mode())
     find_weights(checkpoint, components.model)  # transformers fills those that are missing with random values
-    copy_side_files(checkpoint, read_tokenizer(checkpoint), root)
-    most = components.num_tokens or components.max_tokens
-    assert most is not None
-    # Preprocessors ask this graph for its inputs, some of which PyTorch makes itself.
-    vision = GraphSpec("", "fp32", (), ())
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        family=family.name,
-        model=checkpoint.name,
-        revision=checkpoint.revision,
-        selection=Selection(
-            most, components.num_tokens, family.alpha, "minmax", "loop", max_tokens=components.max_tokens
-        ),
-        positions=family.positions[0],
-        image_token_id=components.image_token_id,
-        context_length=components.context_length,
-        graphs={"vision_select": vision},
-        files=describe_files(root),
-        versions={},
-        command="",
-        parity={},
-        created="",
-        attention=attention,
-    )
-    return Bundle(root, manifest)
+    return write_draft(checkpoint, components, root, attention)
 
 
 @contextmanager

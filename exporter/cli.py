@@ -82,6 +82,12 @@ def register_export(subparsers: Any) -> None:
         metavar="PIXELS",
         help="largest picture, for families that take any size (default: the checkpoint's own limit)",
     )
+    parser.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="a chat template in Jinja, in place of the checkpoint's",
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--verify",
@@ -111,6 +117,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         positions=arguments.positions,
         attention=arguments.attention,
         max_pixels=arguments.max_pixels,
+        chat_template=arguments.chat_template,
         body=arguments.body,
         form=arguments.form,
         language_checkpoint=arguments.runtime == "trtllm",

@@ -14,9 +14,10 @@ from time import perf_counter
 from typing import Any
 
 from resprune.exporter.checkpoint.checkpoint import Checkpoint, family_of, resolve
+from resprune.exporter.checkpoint.draft import write_draft
 from resprune.exporter.checkpoint.language_checkpoint import LanguageCheckpoint, language_checkpoint
-from resprune.exporter.checkpoint.shards import read_soon
-from resprune.exporter.checkpoint.side_files import check_side_files, copy_side_files, read_tokenizer
+from resprune.exporter.checkpoint.shards import passed_over, read_soon
+from resprune.exporter.checkpoint.side_files import check_side_files, read_template
 from resprune.exporter.checkpoint.weightless import fake_mode
 from resprune.exporter.components import Component, Components
 from resprune.exporter.families import split_model
@@ -54,8 +55,8 @@ class Options:
     """What the user may choose: `k` tokens a picture, or a `share` of its tokens, above 0 and at most 1.
 
     `alpha`, `positions` and `attention` None mean the family's default, `max_pixels` None the checkpoint's own limit,
-    `form` None what `choose_form` says; `language_checkpoint` writes the language model once more as a plain Hugging
-    Face checkpoint.
+    `form` None what `choose_form` says; `chat_template` is a file that takes the place of the checkpoint's template;
+    `language_checkpoint` writes the language model once more as a plain Hugging Face checkpoint.
     `verify` "full" compares whole answers, "layers" the decoder layer by layer, "auto" whichever fits in memory.
     """
 
@@ -72,6 +73,7 @@ class Options:
     form: str | None = None
     language_checkpoint: bool = False
     max_pixels: int | None = None
+    chat_template: Path | None = None
     revision: str | None = None
     verify: str = "auto"
     force: bool = False
@@ -130,6 +132,8 @@ class _Export:
         checkpoint = resolve(self.model, revision=self.options.revision)
         family = family_of(checkpoint)
         checkpoint = self._limit_pixels(checkpoint, family)
+        if self.options.chat_template is not None:
+            checkpoint = replace(checkpoint, template=read_template(self.options.chat_template))
         positions = family.policy(self.options.positions)
         plain = "plain" if self.options.language_checkpoint else family.attention
         self.attention = self.options.attention or plain
@@ -137,13 +141,15 @@ class _Export:
         mode = fake_mode()
         dtype = precision.DTYPES[self.options.dtype]
         components = split_model(checkpoint, dtype, mode)
-        tokenizer = read_tokenizer(checkpoint)
+        write_draft(checkpoint, components, self.work)
         if self.attention == "proportional":
             components = proportional(components)
         if self.options.optimize:
             components = optimize_decoder(components, dtype)
         selection = self._selection(family, components)
         stored = find_weights(checkpoint, components.model)
+        if (note := passed_over(checkpoint.root)) is not None:
+            self.report(note)
         language = language_checkpoint(components.model, stored) if self.options.language_checkpoint else None
         extra = 0 if language is None else language.nbytes
         needed = bytes_needed(components, self.options.dtype, split=self.options.split)
@@ -179,7 +185,6 @@ class _Export:
             self._line("generation", None, note)
             verify.require(self.differences, self.counts, exact=verifier.exact)
 
-        copy_side_files(checkpoint, tokenizer, self.work)
         if language is not None:
             self._language(language)
         self._manifest(checkpoint, family, components, selection, positions, verifier.level, writer)

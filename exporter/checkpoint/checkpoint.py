@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from resprune.exporter.checkpoint.shards import StoredTensor, open_weights
+from resprune.exporter.checkpoint.files import read_json
+from resprune.exporter.checkpoint.layouts import check_adapter, check_layout
+from resprune.exporter.checkpoint.shards import StoredTensor, open_weights, untied
 from resprune.exporter.transaction import NO_SPACE
 from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.families.table import FAMILIES, Family, aliases, known_families
@@ -31,14 +32,18 @@ class Checkpoint:
     """Commit of the hub's repository; None for a directory."""
     image_processor: dict[str, Any] = field(default_factory=dict)
     """Settings that take the place of the image processor's own."""
+    template: str | None = None
+    """A chat template that takes the place of the checkpoint's."""
     config: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
+        check_adapter(self.root)
         if not (self.root / "config.json").is_file():
             raise ResPruneError(
                 f"{self.root} has no config.json; give the directory of a Hugging Face checkpoint"
             )
         object.__setattr__(self, "config", self.json("config.json"))
+        check_layout(self.root, self.config)
 
     @cached_property
     def weights(self) -> dict[str, StoredTensor]:
@@ -48,15 +53,7 @@ class Checkpoint:
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the checkpoint; `{}` if there is none."""
         path = self.root / name
-        if not path.is_file():
-            return {}
-        try:
-            value = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ResPruneError(f"{path} is not valid JSON ({error}); download it again") from None
-        if not isinstance(value, dict):
-            raise ResPruneError(f"{path} should hold a JSON object; download it again")
-        return value
+        return read_json(path) if path.is_file() else {}
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -73,9 +70,56 @@ def family_of(checkpoint: Checkpoint) -> Family:
 
 
 def parse_config(config_class: Any, checkpoint: Checkpoint) -> Any:
-    """The checkpoint's config as an object of transformers; `ResPruneError` if it has what that class refuses."""
+    """The checkpoint's config as an object of transformers, and as transformers 5 would load its weights.
+
+    A head that is tied by the config and stored with other values than the embedding table is not tied. `ResPruneError`
+    for what that class refuses, and for a model whose size its weights cannot have.
+    """
+    parts = [checkpoint.config, *map(checkpoint.config.get, PARTS)]
+    _check_layers(checkpoint, [part for part in parts if isinstance(part, dict)])
     with config_faults(checkpoint):
-        return config_class.from_dict(checkpoint.config)
+        config = config_class.from_dict(checkpoint.config)
+        _check_buffers(checkpoint, [getattr(config, part, None) for part in PARTS])
+        if untied(checkpoint.weights):
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    return config
+
+
+PARTS = ("text_config", "vision_config")
+
+
+def _check_layers(checkpoint: Checkpoint, parts: list[dict[str, Any]]) -> None:
+    """Before any list of that many is made: every layer has weights of its own."""
+    for key in ("num_hidden_layers", "depth"):
+        for count in (part.get(key) for part in parts):
+            if isinstance(count, int) and count > len(checkpoint.weights):
+                raise ResPruneError(
+                    f"{checkpoint.root / 'config.json'} asks for {key} {_number(count)} and there are "
+                    f"{len(checkpoint.weights)} weights; it belongs to another model"
+                )
+
+
+def _check_buffers(checkpoint: Checkpoint, parts: list[Any]) -> None:
+    """What the model computes when it is built takes memory: no more than its weights have rows or columns."""
+    largest = max((size for tensor in checkpoint.weights.values() for size in tensor.shape), default=0)
+    for part in parts:
+        image, patch = getattr(part, "image_size", None), getattr(part, "patch_size", None)
+        sizes = {
+            "head_dim": getattr(part, "head_dim", None),
+            "hidden_size": getattr(part, "hidden_size", None),
+        }
+        if isinstance(image, int) and isinstance(patch, int) and patch > 0:
+            sizes["image_size"] = (image // patch) ** 2
+        for key, size in sizes.items():
+            if isinstance(size, int) and size > largest:
+                raise ResPruneError(
+                    f"{checkpoint.root / 'config.json'} has a {key} of {_number(getattr(part, key))}, for which no "
+                    f"weight is large enough (the largest side is {largest}); it belongs to another model"
+                )
+
+
+def _number(value: int) -> str:
+    return str(value) if abs(value) < 10**30 else "a huge number"
 
 
 @contextmanager
@@ -91,6 +135,7 @@ def config_faults(checkpoint: Checkpoint) -> Iterator[None]:
         ArithmeticError,
         AssertionError,
         RuntimeError,
+        MemoryError,
     )
     try:
         yield

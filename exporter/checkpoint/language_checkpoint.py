@@ -22,7 +22,7 @@ from resprune.runtime.errors import ResPruneError
 Progress = Callable[[int], object]
 SHARD_BYTES = 5 * 10**9
 CHUNK_BYTES = 16 << 20
-COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 # Where the language model is inside the whole model, and its name by itself.
 INSIDE, OUTSIDE = "model.language_model.", "model."
 HEAD = "lm_head."

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from resprune.exporter.checkpoint.files import read_json, refuse_pointer
 from resprune.runtime.errors import ResPruneError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -28,19 +29,31 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # The header of a checkpoint with thousands of tensors is under 1 MB; the reference reader's limit is the same.
 MAX_HEADER_BYTES = 100_000_000
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What a model's weights can be stored as."""
+DTYPES = FLOATS | {
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
+SMALL = ("F4", "F6_E2M3", "F6_E3M2")
+"""Of the format as well, but of less than a byte."""
 
+
+COMPARED = 1 << 20
+"""Numbers that are compared at a time."""
 
 HINT_BYTES = 1 << 20
 """Of a longer range Linux reads only the beginning when it is told that it will be needed."""
@@ -106,14 +119,15 @@ def read_soon(places: Iterable[StoredTensor], room: int) -> None:
 
 
 def open_weights(root: Path) -> dict[str, StoredTensor]:
-    """Name → place of every weight in checkpoint directory `root`.
+    """Name → place of every weight in checkpoint directory `root`: those that transformers takes.
 
-    Raises `ResPruneError` for a pickle-only checkpoint, a missing shard, and a truncated or corrupt file.
+    One file goes before an index, which may be that of older shards. Raises `ResPruneError` for a pickle-only
+    checkpoint, a missing shard, and a truncated or corrupt file.
     """
-    if (root / INDEX_NAME).is_file():
-        return _open_shards(root)
     if (root / SINGLE_NAME).is_file():
         return read_header(root / SINGLE_NAME)
+    if (root / INDEX_NAME).is_file():
+        return _open_shards(root)
     pickles = sorted(path.name for path in root.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise ResPruneError(
@@ -125,8 +139,43 @@ def open_weights(root: Path) -> dict[str, StoredTensor]:
     )
 
 
+def passed_over(root: Path) -> str | None:
+    """A sentence if there are whole shards with other weights beside the one file that is taken; else None."""
+    if not ((root / SINGLE_NAME).is_file() and (root / INDEX_NAME).is_file()):
+        return None
+    try:
+        shards = _open_shards(root)
+    except ResPruneError:  # of which some are gone: what is left of an earlier save
+        return None
+    taken = read_header(root / SINGLE_NAME)
+    if taken.keys() == shards.keys() and all(_equal(tensor, shards[name]) for name, tensor in taken.items()):
+        return None
+    return (
+        f"{root} has {SINGLE_NAME} and shards with other weights; {SINGLE_NAME} is taken, as transformers does: "
+        f"delete {INDEX_NAME} and its shards, or {SINGLE_NAME} if they are the right ones"
+    )
+
+
+def untied(weights: Mapping[str, StoredTensor]) -> bool:
+    """Whether an output head is stored with other values than the embedding table that it may be tied to."""
+    pair = [
+        [tensor for name, tensor in weights.items() if f".{name}".endswith(suffix)]
+        for suffix in (".embed_tokens.weight", ".lm_head.weight")
+    ]
+    return all(len(found) == 1 for found in pair) and not _equal(pair[0][0], pair[1][0])
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two weights have the same values, whatever they are stored as; a part at a time."""
+    if one.shape != other.shape:
+        return False
+    parts = zip(*(torch.split(tensor.read().reshape(-1), COMPARED) for tensor in (one, other)), strict=True)
+    return all(torch.equal(part.double(), like.double()) for part, like in parts)
+
+
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of one safetensors file, checked against the file's size; `ResPruneError` if it is damaged."""
+    refuse_pointer(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -150,6 +199,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _stored(path: Path, entry: Mapping[str, Any], data_start: int) -> StoredTensor:
+    if entry["dtype"] in SMALL:
+        raise ResPruneError(
+            f"{path} has weights of {entry['dtype']}, which were quantized; export the checkpoint they were made from"
+        )
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"dtype {entry['dtype']} is not one of {', '.join(DTYPES)}")
     dtype, shape = DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"])
@@ -161,7 +214,7 @@ def _stored(path: Path, entry: Mapping[str, Any], data_start: int) -> StoredTens
 
 def _open_shards(root: Path) -> dict[str, StoredTensor]:
     try:
-        weight_map = json.loads((root / INDEX_NAME).read_bytes())["weight_map"]
+        weight_map = read_json(root / INDEX_NAME)["weight_map"]
         shards = sorted({str(file) for file in weight_map.values()})
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _damaged(root / INDEX_NAME, "it has no weight_map") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from resprune.exporter.checkpoint.checkpoint import Checkpoint
-from resprune.exporter.checkpoint.shards import StoredTensor
+from resprune.exporter.checkpoint.shards import DTYPES, FLOATS, StoredTensor
 from resprune.exporter.components import Component, Components
 from resprune.exporter.trace.precision import QUANTIZED, precision_of
 from resprune.exporter.trace.quantize import quantized_bytes, quantized_chunks
@@ -68,12 +69,25 @@ def find_weights(checkpoint: Checkpoint, model: nn.Module) -> dict[str, StoredTe
             )
         )
     for name, tensor in found.items():
+        if tensor.dtype not in FLOATS.values():
+            raise ResPruneError(
+                f"{name} in {tensor.file} is stored as {_NAMES[tensor.dtype]}, which is what quantizing makes; export "
+                "the checkpoint that it was made from, or save it anew in bfloat16"
+            )
+        if tensor.shape == (0,):
+            raise ResPruneError(
+                f"{name} in {tensor.file} is empty (shape [0]), as DeepSpeed's ZeRO-3 leaves weights that were not "
+                "gathered; make them whole with its zero_to_fp32.py, or save the model gathered"
+            )
         if tensor.shape != tuple(parameters[name].shape):
             raise ResPruneError(
                 f"{name} in {tensor.file} has shape {list(tensor.shape)} where the config asks for "
                 f"{list(parameters[name].shape)}; the checkpoint's config.json belongs to another model"
             )
     return found
+
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def _renamer(model: Any, parameters: Mapping[str, Any]) -> Callable[[str], str]:
@@ -161,7 +175,7 @@ def write_weights(
     places = [*_layout(traced.model)]
     weights = [traced.weights[tensor.name] for tensor, *_ in places]
     with one_thread(), _HashedFile(_data_path(path)) as file:
-        sources = _read_ahead([[stored[name] for name in weight.parameters] for weight in weights])
+        sources = _read_ahead([{name: stored[name] for name in weight.parameters} for weight in weights])
         for (tensor, padding, _, end), weight, tensors in zip(places, weights, sources, strict=True):
             file.write(bytes(padding))
             for chunk in _chunks(weight, tensors, buffers):
@@ -172,15 +186,33 @@ def write_weights(
     return {_data_path(path): file.spec}
 
 
-def _read_ahead(places: Sequence[Sequence[StoredTensor]]) -> Iterator[list[Tensor]]:
+def _read_ahead(places: Sequence[Mapping[str, StoredTensor]]) -> Iterator[list[Tensor]]:
     """The parameters of each weight, while a thread already reads those of the next one."""
+
+    def read(stored: Mapping[str, StoredTensor]) -> list[Tensor]:
+        return [_finite(name, place) for name, place in stored.items()]
+
     with ThreadPoolExecutor(1) as thread:
         following: deque[Future[list[Tensor]]] = deque()
         for parameters in places:
-            following.append(thread.submit(lambda places: [place.read() for place in places], parameters))
+            following.append(thread.submit(read, parameters))
             if len(following) > 1:
                 yield following.popleft().result()
         yield from (future.result() for future in following)
+
+
+def _finite(name: str, place: StoredTensor) -> Tensor:
+    """A weight as it is stored; `ResPruneError` if a number of it is none, with which no answer would be one either."""
+    weight = place.read()
+    if weight.numel():
+        low, high = (float(end) for end in torch.aminmax(weight))  # one pass, and NaN goes through it
+        if not (math.isfinite(low) and math.isfinite(high)):
+            what = "NaN" if math.isnan(low) else "infinite numbers"
+            raise ResPruneError(
+                f"{name} in {place.file} has {what}, so every answer would be void; take the checkpoint from before "
+                "its training failed, or download it again"
+            )
+    return weight
 
 
 @contextmanager

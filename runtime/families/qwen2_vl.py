@@ -117,14 +117,26 @@ class DynamicResolution:
 
     @property
     def max_tokens(self) -> int:
-        """The most merged tokens that `max_pixels` allows."""
-        return max(1, self.max_pixels // (self.patch_size * self.merge_size) ** 2)
+        """The most merged tokens that `smart_resize` gives any picture, for some of which that is past `max_pixels`.
+
+        It rounds the sides of a small picture up, and those of a thin one to at least one token.
+        """
+        area = (self.patch_size * self.merge_size) ** 2
+        most, least = self.max_pixels / area, self.min_pixels / area
+        # One row of a picture as thin as may be, of which less than a row would be left.
+        thin = math.floor(math.sqrt(most * MAX_ASPECT)) if most < MAX_ASPECT else 0
+        # A picture that is brought up to `least`, by its rows before they are rounded up.
+        thinnest = math.sqrt(least / MAX_ASPECT)
+        up = max(
+            (rows + 1) * (math.floor(least / max(rows, thinnest)) + 1)
+            for rows in range(math.floor(thinnest), math.isqrt(math.floor(least)) + 1)
+        )
+        return max(math.floor(most), thin, up)
 
     def grid(self, image_size: tuple[int, int]) -> Grid:
         """The grid of a picture of `image_size` (width, height).
 
-        `ResPruneError` for a picture more than 200 times as long as wide, and for one so thin that its grid of at
-        least one row exceeds `max_pixels`.
+        `ResPruneError` for a picture more than 200 times as long as wide.
         """
         width, height = image_size
         if max(height, width) > MAX_ASPECT * min(height, width):
@@ -136,13 +148,7 @@ class DynamicResolution:
         resized = smart_resize(
             height, width, factor=factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels
         )
-        grid = Grid(resized[0] // self.patch_size, resized[1] // self.patch_size, self.merge_size)
-        if grid.num_tokens > self.max_tokens:
-            raise ResPruneError(
-                f"the picture's grid of {grid.merged[0]} x {grid.merged[1]} tokens is past the exported limit of "
-                f"{self.max_tokens} tokens; cut a part out of it, or export with a larger --max-pixels"
-            )
-        return grid
+        return Grid(resized[0] // self.patch_size, resized[1] // self.patch_size, self.merge_size)
 
     def __call__(self, image: Image.Image) -> Picture:
         """Patches, and what the graph reads of their grid; `offsets` [3, N] are (t, h, w) from the picture's first."""

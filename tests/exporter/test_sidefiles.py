@@ -38,9 +38,9 @@ def test_side_files_of_every_age(variant, tiny_checkpoint, tmp_path):
     assert {"config.json", "generation_config.json", "tokenizer.json", "preprocessor_config.json"} <= written
     processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert processor["image_processor_type"].endswith("ImageProcessor")
-    written = tmp_path / "chat_template.jinja"
-    assert written.exists() == (VARIANTS[variant].template is not None)
-    assert not written.exists() or written.read_text() == CHAT_TEMPLATE
+    own = VARIANTS[variant].template is not None
+    expected = CHAT_TEMPLATE if own else template.DEFAULT_TEMPLATE
+    assert (tmp_path / "chat_template.jinja").read_text() == expected
 
 
 ONE, SEVERAL = "{}", '{{"default": {}, "rag": "R"}}'  # of a JSON file

@@ -1,0 +1,43 @@
+"""Folders that look like a checkpoint of transformers and are something else: what each is, and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from resprune.exporter.checkpoint.files import read_json
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.table import FAMILIES
+
+ADAPTER = "adapter_config.json"
+# Of the code that LLaVA was published with, whatever model_type its config has.
+RESEARCH_KEYS = ("mm_vision_tower", "mm_projector_type")
+
+
+def check_adapter(root: Path) -> None:
+    """`ResPruneError` for a folder with a PEFT adapter, alone or beside the weights that it changes."""
+    if not (root / ADAPTER).is_file():
+        return
+    base = read_json(root / ADAPTER).get("base_model_name_or_path")
+    of = f" of {base:.100}" if isinstance(base, str) and base else ""
+    raise ResPruneError(
+        f"{root} holds an adapter{of} ({ADAPTER}), which is not in the model's weights; merge it into them with "
+        "peft's merge_and_unload, save that with save_pretrained, and give its directory"
+    )
+
+
+def check_layout(root: Path, config: Mapping[str, Any]) -> None:
+    """`ResPruneError` for a config of research code, or of a model that transformers has no code for."""
+    kind = str(config.get("model_type"))
+    if any(key in config for key in RESEARCH_KEYS):
+        raise ResPruneError(
+            f"{root} is in the layout of LLaVA's research code ({kind:.80}), which transformers does not read; take "
+            "the converted checkpoint, whose name often ends in -hf, or convert it with transformers' "
+            "convert_llava_weights_to_hf"
+        )
+    if "auto_map" in config and kind not in FAMILIES:
+        raise ResPruneError(
+            f"{root} holds a model of type {kind:.80} with code of its own (auto_map), which is never run; take the "
+            "checkpoint that was converted for transformers, whose name often ends in -hf"
+        )
