@@ -13,7 +13,7 @@ TASKS ?= resprune_scenes
 DEVICE ?= cpu
 OUT ?= build/$(notdir $(MODEL))-k$(K)
 
-.PHONY: setup demo test lint export eval bench gpu-check clean
+.PHONY: setup demo test test-hosts lint export eval bench gpu-check clean
 
 # $(1): an extra of pyproject.toml.
 define install
@@ -34,6 +34,9 @@ $(VENV)/lmms: pyproject.toml constraints.txt
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-hosts: setup
+	$(BIN)/python -m pytest tests/hosts
 
 lint: setup
 	$(BIN)/ruff check .
