@@ -16,9 +16,11 @@ from resprune.runtime.prompt.splice import Picks
 
 @dataclass
 class Row:
-    """One answer as it grows."""
+    """One answer as it grows: it ends with a token of `eos`, or when it has `limit` tokens."""
 
     stream: TextStream
+    eos: frozenset[int] = frozenset()
+    limit: int | None = None
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
 
@@ -109,24 +111,35 @@ class Batch:
 class Answer:
     """Iterate over it for the text as it comes, or ask for `text`, `token_ids` or `timings`, which finish it.
 
-    `prompt` is what was asked, `images` which tokens of each image were kept. Losing the last reference to an answer
+    `prompt` is what was asked, `images` which tokens of each image were kept, `prompt_tokens` how many tokens the
+    language model read, the kept ones included. Losing the last reference to an answer
     that was not read to its end frees its sequence, and so does `close`.
     """
 
-    def __init__(self, batch: Batch, row: Row, prompt: Prompt, images: Sequence[Picks]) -> None:
+    def __init__(
+        self, batch: Batch, row: Row, prompt: Prompt, images: Sequence[Picks], prompt_tokens: int
+    ) -> None:
         self._batch = batch
         self._row = row
         self.prompt = prompt
         self.images = list(images)
+        self.prompt_tokens = prompt_tokens
 
     def __iter__(self) -> Iterator[str]:
         """The text in pieces of whole characters; a second time from the start."""
+        return (piece for piece in self.steps() if piece)
+
+    def steps(self) -> Iterator[str]:
+        """The text that each step of the language model adds, "" where a character is not whole yet.
+
+        What was written before comes at once. Between two steps the reader can stop: see `close`.
+        """
         given = 0
         while True:
             finished = self._batch.finished  # before the pieces, to which another thread may add the last
-            while given < len(self._row.pieces):
-                yield self._row.pieces[given]
-                given += 1
+            pieces = self._row.pieces[given:]
+            given += len(pieces)
+            yield "".join(pieces)
             if finished:
                 return
             self._batch.advance()
@@ -155,6 +168,24 @@ class Answer:
         """Every generated id, the one that ended the answer included; none from a server that tells only text."""
         self.finish()
         return list(self._row.token_ids)
+
+    @property
+    def tokens_written(self) -> int:
+        """How many tokens it has so far; pieces of text from a server that tells no ids."""
+        return len(self._row.token_ids) or len(self._row.pieces)
+
+    @property
+    def finish_reason(self) -> str:
+        """Why the whole answer ended: `length` if it was cut at its limit, else `stop`."""
+        self.finish()
+        row = self._row
+        cut = row.limit is not None and len(row.token_ids) >= row.limit and row.token_ids[-1] not in row.eos
+        return "length" if cut else "stop"
+
+    @property
+    def timings_so_far(self) -> dict[str, float]:
+        """As `timings`, and it finishes nothing."""
+        return dict(self._batch.timings)
 
     @property
     def timings(self) -> dict[str, float]:

@@ -10,18 +10,16 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 
-from resprune.runtime.bundle.manifest import FLAVOURS
 from resprune.runtime.console import complain, noted_interrupts, quiet_libraries
 from resprune.runtime.errors import ResPruneError, one_line, printable
+from resprune.runtime.options import add_load_options, listed, load_options, max_pixels
 
 if TYPE_CHECKING:
     from resprune.runtime.answer import Answer
-    from resprune.runtime.backends.backend import BackendFactory
     from resprune.runtime.pipeline import Pipeline
     from resprune.runtime.sampling import SamplingOptions
 
 COMMANDS = "resprune.commands"
-SERVER_FORMATS = ("vllm", "trtllm", "sglang")
 # What a shell reports of a program ended by these signals: 128 + their number.
 INTERRUPTED, BROKEN_PIPE = 130, 141
 
@@ -113,32 +111,7 @@ def register_ask(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
     _add_sampling(parser)
-    parser.add_argument("--server", metavar="URL", help="let a language model there answer: http://host:8000")
-    parser.add_argument(
-        "--server-format", choices=SERVER_FORMATS, help="what kind of server it is; default: vllm"
-    )
-    parser.add_argument("--server-model", metavar="NAME", help="default: the only model it has")
-    parser.add_argument(
-        "--server-timeout", type=float, metavar="SECONDS", help="longest silence; default: 120"
-    )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--provider",
-        type=listed,
-        default=["cpu"],
-        metavar="NAMES",
-        help="what ONNX Runtime runs on, best first: cuda,cpu; default: cpu",
-    )
-    where.add_argument(
-        "--engines",
-        choices=FLAVOURS,
-        help="answer from the engines that resprune build made with this flavour of TensorRT",
-    )
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a physical core")
-    parser.add_argument(
-        "--max-pixels", type=int, metavar="N", help="largest picture taken; default: 64000000"
-    )
-    parser.add_argument("--skip-hashes", action="store_true", help="do not check the SHA-256 of the files")
+    add_load_options(parser)
     parser.set_defaults(run=_ask)
 
 
@@ -152,23 +125,13 @@ def register_inspect(subparsers: "argparse._SubParsersAction[argparse.ArgumentPa
 
 
 def _ask(arguments: argparse.Namespace) -> int:
-    from resprune.runtime.families.image import MAX_PIXELS
     from resprune.runtime.pipeline import Pipeline
     from resprune.runtime.show import drawing_paths
 
-    max_pixels = MAX_PIXELS if arguments.max_pixels is None else arguments.max_pixels
     paths = [] if arguments.show is None else drawing_paths(arguments.show, arguments.images)
     with (
         quiet_libraries(),
-        Pipeline.load(
-            arguments.bundle,
-            check_hashes=not arguments.skip_hashes,
-            providers=arguments.provider,
-            threads=arguments.threads,
-            max_pixels=max_pixels,
-            generator=_generator(arguments),
-            engines=arguments.engines,
-        ) as pipeline,
+        Pipeline.load(arguments.bundle, **load_options(arguments)) as pipeline,
     ):
         answer = pipeline.ask(
             arguments.images,
@@ -186,7 +149,7 @@ def _ask(arguments: argparse.Namespace) -> int:
                 print(printable(piece), end="", flush=True)
             print()
         if paths:
-            _draw(pipeline, arguments.images, answer, paths, max_pixels)
+            _draw(pipeline, arguments.images, answer, paths, max_pixels(arguments))
     return 0
 
 
@@ -225,29 +188,6 @@ def _sampling(arguments: argparse.Namespace) -> "SamplingOptions":
 def _ids(text: str) -> tuple[int, ...]:
     """Numbers between commas; none for an empty text."""
     return tuple(int(word) for word in listed(text))
-
-
-def _generator(arguments: argparse.Namespace) -> "BackendFactory | None":
-    """What the options ask to answer: a server, or None for the bundle's own decoder."""
-    from resprune.runtime.backends.servers import server
-
-    named = {"api": "server_format", "model": "server_model", "timeout": "server_timeout"}
-    given = {
-        option: getattr(arguments, name)
-        for option, name in named.items()
-        if getattr(arguments, name) is not None
-    }
-    if arguments.server is not None:
-        return server(arguments.server, **given)
-    if given:
-        option = "--" + named[next(iter(given))].replace("_", "-")
-        raise ResPruneError(f"{option} is for --server; give its address as well, or leave the option out")
-    return None
-
-
-def listed(text: str) -> list[str]:
-    """Words between commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _draw(

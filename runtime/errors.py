@@ -10,6 +10,10 @@ class ResPruneError(Exception):
     """Something the user can put right; its text is one sentence that says how. The CLI exits with 2."""
 
 
+class UnavailableError(ResPruneError):
+    """What another machine failed to do; asking again may help."""
+
+
 def one_line(error: object) -> str:
     """What an error says, for a sentence: one line, 300 characters at most; its type's name where it says nothing."""
     text = " ".join(str(error).split())

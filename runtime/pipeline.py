@@ -23,8 +23,9 @@ from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import MAX_PIXELS, Box, ImageSource, load_image
 from resprune.runtime.families.picture import Picture
 from resprune.runtime.generate import TextStream
-from resprune.runtime.prompt.prompter import Prompt, Prompter, Turn
-from resprune.runtime.sampling import Sampling, SamplingOptions, bundle_sampling
+from resprune.runtime.prompt.prompter import Prompt, Prompter, Turn, as_messages
+from resprune.runtime.prompt.template import Message
+from resprune.runtime.sampling import Sampling, SamplingOptions, bundle_sampling, eos_token_ids
 from resprune.runtime.walk import Encoded, Walk
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Pipeline:
         self._bundle = bundle
         self._max_pixels = max_pixels
         self._prompter = Prompter(bundle)
+        self._eos = eos_token_ids(bundle)
         self._graphs = graphs(bundle, options)
         self._graphs.open("vision_select")
         self._walk = Walk(bundle, self._graphs)
@@ -120,7 +122,8 @@ class Pipeline:
         with _stage(timings, "pixels"):
             encoded = Encoded(self._pictures(_listed(image)), None)
         with _stage(timings, "prompt"):
-            prompt = self._prompt(question, encoded.pictures, about=about)
+            messages = as_messages(question, len(encoded.pictures))
+            prompt = self._prompt(messages, encoded.pictures, about=about)
         settings = self._sampling.changed(sampling)
         (answer,) = self._answer([prompt], [encoded], timings, tokens, settings)
         return answer if stream else answer.finish()
@@ -153,7 +156,7 @@ class Pipeline:
             encoded = [Encoded(self._pictures(row), None) for row in listed]
         with _stage(timings, "prompt"):
             prompts = [
-                self._prompt(question, row.pictures, about=words)
+                self._prompt(as_messages(question, len(row.pictures)), row.pictures, about=words)
                 for question, row, words in zip(questions, encoded, terms, strict=True)
             ]
         answers = self._answer(prompts, encoded, timings, tokens, self._sampling.changed(sampling))
@@ -208,17 +211,10 @@ class Pipeline:
         return [preprocessor(load_image(image, max_pixels=self._max_pixels)) for image in images]
 
     def _prompt(
-        self,
-        question: str,
-        pictures: Sequence[Picture],
-        *,
-        history: Sequence[Turn] = (),
-        about: Sequence[str] | None = None,
+        self, messages: Sequence[Message], pictures: Sequence[Picture], *, about: Sequence[str] | None
     ) -> Prompt:
         expansions = [picture.expansion for picture in pictures]
-        return self._prompter.prompt(
-            question, len(pictures), history=history, about=about, expansions=expansions
-        )
+        return self._prompter.conversation(messages, about=about, expansions=expansions)
 
     def _answer(
         self,
@@ -246,11 +242,14 @@ class Pipeline:
             room = spliced.room(self.manifest.context_length)
             sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
             steps = self._backend.start(Request(prompts, kept_rows, spliced), sampling)
-        rows = [Row(TextStream(self._prompter.tokenizer)) for _ in prompts]
+        rows = [
+            Row(TextStream(self._prompter.tokenizer), self._eos, sampling.max_new_tokens) for _ in prompts
+        ]
         batch = Batch(steps, rows, timings, self._require_open_to_read)
+        lengths = (spliced.attention_mask > 0).sum(axis=1).tolist()
         return [
-            Answer(batch, row, prompt, [image.picks for image in of_row])
-            for row, prompt, of_row in zip(rows, prompts, kept_rows, strict=True)
+            Answer(batch, row, prompt, [image.picks for image in of_row], length)
+            for row, prompt, of_row, length in zip(rows, prompts, kept_rows, lengths, strict=True)
         ]
 
 
@@ -290,9 +289,26 @@ class View:
 
         `history` is what was said about these images before.
         """
+        messages = as_messages(question, len(self._encoded.pictures), history)
+        return self.answer(messages, about=about, tokens=tokens, stream=stream, **sampling)
+
+    def answer(
+        self,
+        messages: Sequence[Message],
+        *,
+        about: Sequence[str] | None = None,
+        tokens: Tokens = None,
+        stream: bool = True,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Answer:
+        """Answer a conversation of any form, as `ask` does, which ends with a user's message.
+
+        `messages` are those of chat templates: `role` is system, user or assistant, `content` a list of
+        `{"type": "text", "text": …}` and `{"type": "image"}`, one for each image of the view, in order.
+        """
         timings: dict[str, float] = {}
         with _stage(timings, "prompt"):
-            prompt = self._pipeline._prompt(question, self._encoded.pictures, history=history, about=about)
+            prompt = self._pipeline._prompt(messages, self._encoded.pictures, about=about)
         settings = self._pipeline._sampling.changed(sampling)
         (answer,) = self._pipeline._answer([prompt], [self._encoded], timings, tokens, settings)
         return answer if stream else answer.finish()

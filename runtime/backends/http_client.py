@@ -10,7 +10,7 @@ from time import sleep
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from resprune.runtime.errors import ResPruneError, one_line
+from resprune.runtime.errors import ResPruneError, UnavailableError, one_line
 
 CONNECT_SECONDS = 10.0
 LONGEST_SECONDS = 86_400  # a day; a socket takes no time-out of any length
@@ -98,7 +98,7 @@ class Server:
                 reason = error.strerror or one_line(error)
             if attempt < CONNECT_ATTEMPTS - 1:
                 sleep(PAUSE_SECONDS * 2**attempt)
-        raise ResPruneError(
+        raise UnavailableError(
             f"{self.url} cannot be reached ({reason}); check the address and that the server runs"
         )
 
@@ -136,7 +136,7 @@ class Exchange:
             with self.faults():
                 line = response.readline(MAX_LINE_BYTES)
             if not line:
-                raise ResPruneError(f"{self._server.url} cut its answer off before the end; ask again")
+                raise UnavailableError(f"{self._server.url} cut its answer off before the end; ask again")
             field, _, value = line.rstrip(b"\r\n").partition(b":")
             if field != b"data":
                 continue
@@ -146,7 +146,7 @@ class Exchange:
             if not isinstance(event, dict):
                 raise self._garbage(value)
             if event.get("error"):
-                raise ResPruneError(f"{self._server.url} gave up the answer: {_said(event)}")
+                raise UnavailableError(f"{self._server.url} gave up the answer: {_said(event)}")
             yield event
 
     def close(self) -> None:
@@ -161,12 +161,12 @@ class Exchange:
         try:
             yield
         except TimeoutError:
-            raise ResPruneError(
+            raise UnavailableError(
                 f"{self._server.url} has been silent for {self._server.timeout:g} seconds; see what holds it up, or "
                 f"wait longer with --server-timeout"
             ) from None
         except (OSError, http.client.HTTPException) as error:
-            raise ResPruneError(
+            raise UnavailableError(
                 f"the connection to {self._server.url} broke ({one_line(error)}); ask again"
             ) from None
 
@@ -186,7 +186,7 @@ class Exchange:
             said = _said(json.loads(text))
         except (ValueError, RecursionError):
             said = one_line(text.decode(errors="replace"))
-        raise ResPruneError(
+        raise UnavailableError(
             f"{self._server.url} refused with status {response.status}: {said or response.reason}"
         )
 
@@ -196,8 +196,8 @@ class Exchange:
         except (ValueError, RecursionError):
             raise self._garbage(text) from None
 
-    def _garbage(self, text: bytes) -> ResPruneError:
-        return ResPruneError(
+    def _garbage(self, text: bytes) -> UnavailableError:
+        return UnavailableError(
             f"{self._server.url} answered {text[:60].decode(errors='replace')!a}, which is not what such a server "
             f"says; check the address and --server-format"
         )

@@ -4,8 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
-from resprune.runtime.cli import listed
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.options import listed
 
 
 def register_prompt(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

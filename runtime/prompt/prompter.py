@@ -1,6 +1,6 @@
 """From a conversation to token ids, and to the ids that steer the selection: those of the question's nouns."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Unicode noncharacters: no text carries them, so they show where a template puts the question.
 _QUESTION_START, _QUESTION_END = "\ufdd0", "\ufdd1"
+# Unicode's sign for an object in a text, where a question goes on after an image: it is in no word.
+_BETWEEN_TEXTS = "\ufffc"
 
 
 @dataclass(frozen=True)
@@ -86,15 +88,30 @@ class Prompter:
     ) -> Prompt:
         """Prompt for a question about a number of `images`, which stand at the head of the first turn.
 
-        `expansions` says of each image what stands for it; None is one image token for each. `about` names keywords in
-        place of the question's nouns. `ResPruneError` for a question that is empty, is no Unicode text, or types the
-        image token.
+        `expansions` and `about` as in `conversation`, and what it raises.
         """
-        if not question.strip():
+        return self.conversation(as_messages(question, images, history), about=about, expansions=expansions)
+
+    def conversation(
+        self,
+        messages: Sequence[Message],
+        *,
+        about: Sequence[str] | None = None,
+        expansions: Sequence[Expansion | None] | None = None,
+    ) -> Prompt:
+        """Prompt for any conversation that ends with a user's message, whose texts are the question.
+
+        `expansions` says of each image what stands for it; None is one image token for each. `about` names keywords in
+        place of the question's nouns. `ResPruneError` for a question that is empty, for what is no Unicode text or
+        types the image token, and for a conversation that the chat template does not take.
+        """
+        images = sum(part["type"] == "image" for message in messages for part in message["content"])
+        texts = [part["text"] for part in messages[-1]["content"] if part["type"] == "text"]
+        question = _BETWEEN_TEXTS.join(texts)
+        if not any(text.strip() for text in texts):
             raise ResPruneError("the question is empty; ask something about the picture")
-        if any("\ud800" <= character <= "\udfff" for character in question):
-            raise ResPruneError("the question is not valid UTF-8; check the encoding of the terminal or file")
-        messages = _messages(question, images, history)
+        for message in messages:
+            _require_unicode(part.get("text", "") for part in message["content"])
         expand = partial(self._expand, [None] * images if expansions is None else expansions)
         text = expand(self._render(messages))
         # A template that writes BOS itself must not get a second one (transformers' apply_chat_template).
@@ -108,12 +125,19 @@ class Prompter:
             )
         inside, outside = (about, []) if about is None else split_keywords(question, about)
         terms = question_terms(question, inside)
-        marked = expand(
-            self._render(_messages(f"{_QUESTION_START}{question}{_QUESTION_END}", images, history))
-        )
-        spans = _locate(terms, question, text, marked)
+        spans: list[tuple[int, int]] = []
+        start = 0
+        for number, part in enumerate(texts):
+            marked = expand(self._render(_marked(messages, number)))
+            of_part = [
+                (first - start, last - start)
+                for first, last in terms
+                if start <= first and last <= start + len(part)
+            ]
+            spans += _locate(of_part, part, text, marked)
+            start += len(part) + len(_BETWEEN_TEXTS)
         return Prompt(
-            messages=messages,
+            messages=list(messages),
             text=text,
             ids=encoding.ids,
             text_positions=[
@@ -131,7 +155,7 @@ class Prompter:
         ids = [token for token, (_, end) in zip(twice.ids, twice.offsets, strict=True) if end > len(word) + 1]
         return [token for token in ids if token != self.image_token_id]
 
-    def _render(self, messages: list[Message]) -> str:
+    def _render(self, messages: Sequence[Message]) -> str:
         return render(messages, self.template, self.variables, plain=self._plain)
 
     def _expand(self, expansions: Sequence[Expansion | None], text: str) -> str:
@@ -176,7 +200,21 @@ def _locate(terms: Sequence[tuple[int, int]], question: str, text: str, marked: 
     return spans
 
 
-def _messages(question: str, images: int, history: Sequence[Turn]) -> list[Message]:
+def _marked(messages: Sequence[Message], number: int) -> list[Message]:
+    """The conversation with marks around one text of its last message."""
+    content = [dict(part) for part in messages[-1]["content"]]
+    part = [part for part in content if part["type"] == "text"][number]
+    part["text"] = f"{_QUESTION_START}{part['text']}{_QUESTION_END}"
+    return [*messages[:-1], {**messages[-1], "content": content}]
+
+
+def _require_unicode(texts: Iterable[str]) -> None:
+    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        raise ResPruneError("the question is not valid UTF-8; check the encoding of the terminal or file")
+
+
+def as_messages(question: str, images: int, history: Sequence[Turn] = ()) -> list[Message]:
+    """A question about a number of images, which stand at the head of the first turn, after what was said before."""
     messages: list[Message] = []
     for turn in history:
         messages.append(user_message(turn.question, 0 if messages else images))

@@ -371,3 +371,53 @@ def test_a_half_precision_bundle_keeps_its_cache_in_half_precision(tiny_bundle: 
         decoder = vlm._backend.decoder
         assert {value.data_type() for value in decoder.empty_cache(1)} == {"tensor(float16)"}
         assert len(vlm.ask(picture(1), QUESTION, max_new_tokens=2).token_ids) == 2
+
+
+def test_steps_tell_tokens_as_they_are_written(vlm: Pipeline) -> None:
+    answer = vlm.ask(picture(0), QUESTION, max_new_tokens=12)
+    counts, pieces = [], []
+    for piece in answer.steps():
+        counts.append(answer.tokens_written)
+        pieces.append(piece)
+        assert answer.timings_so_far["prefill"] > 0
+    assert counts[:-1] == list(range(len(counts) - 1)), "one token a step, before the first none"
+    assert counts[-1] == len(answer.token_ids)
+    assert "".join(pieces) == answer.text
+    spliced = len(answer.prompt.ids) - 1 + len(answer.images[0].kept_indices)
+    assert answer.prompt_tokens == spliced
+
+
+def test_an_answer_says_why_it_ended(vlm: Pipeline) -> None:
+    cut = vlm.ask(picture(0), QUESTION, max_new_tokens=3)
+    assert cut.finish_reason == "length"
+    ended = vlm.ask(picture(0), QUESTION, max_new_tokens=3, min_new_tokens=0)
+    ended._row.eos = frozenset(ended.token_ids[-1:])  # the bundle's model has random weights and seldom ends
+    assert ended.finish_reason == "stop"
+
+
+def test_a_conversation_of_any_form(vlm: Pipeline) -> None:
+    """Images in any turn, in their place among the texts, whose nouns steer the selection wherever they stand."""
+    view = vlm.look([picture(0), picture(1)])
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "be short"}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a dog"}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "a square"},
+                {"type": "image"},
+                {"type": "text", "text": "or a circle?"},
+            ],
+        },
+    ]
+    answer = view.answer(messages, max_new_tokens=2)
+    assert answer.prompt.nouns == ["square", "circle"]
+    assert answer.prompt.ids.count(vlm.manifest.image_token_id) == 2
+    text = answer.prompt.text
+    assert text.index("be short") < text.index("a dog") < text.index("a square") < text.index("or a circle?")
+    assert len(answer.images) == 2
+    with pytest.raises(ResPruneError, match="stands for a picture"):
+        vlm.look(picture(0)).answer(messages)
+    with pytest.raises(ResPruneError, match="question is empty"):
+        view.answer([*messages[:-1], {"role": "user", "content": [{"type": "image"}]}])

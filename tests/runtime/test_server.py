@@ -15,7 +15,8 @@ from PIL import Image
 
 from resprune import Pipeline, ResPruneError
 from resprune.runtime.backends.servers import APIS, KEY_VARIABLE, server
-from resprune.runtime.cli import SERVER_FORMATS, main
+from resprune.runtime.cli import main
+from resprune.runtime.options import SERVER_FORMATS
 from resprune.runtime.prompt.splice import Floats
 from tests.runtime.test_pipeline import QUESTION, picture, with_manifest
 from tests.runtime.wire import Fault, Model, Wire

@@ -1,0 +1,84 @@
+"""The command-line options of everything that opens a bundle: where its graphs run, and what writes the answers."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from resprune.runtime.bundle.manifest import FLAVOURS
+from resprune.runtime.errors import ResPruneError
+
+if TYPE_CHECKING:
+    from resprune.runtime.backends.backend import BackendFactory
+
+SERVER_FORMATS = ("vllm", "trtllm", "sglang")
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `load_options` reads."""
+    parser.add_argument("--server", metavar="URL", help="let a language model there answer: http://host:8000")
+    parser.add_argument(
+        "--server-format", choices=SERVER_FORMATS, help="what kind of server it is; default: vllm"
+    )
+    parser.add_argument("--server-model", metavar="NAME", help="default: the only model it has")
+    parser.add_argument(
+        "--server-timeout", type=float, metavar="SECONDS", help="longest silence; default: 120"
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--provider",
+        type=listed,
+        default=["cpu"],
+        metavar="NAMES",
+        help="what ONNX Runtime runs on, best first: cuda,cpu; default: cpu",
+    )
+    where.add_argument(
+        "--engines",
+        choices=FLAVOURS,
+        help="answer from the engines that resprune build made with this flavour of TensorRT",
+    )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a physical core")
+    parser.add_argument(
+        "--max-pixels", type=int, metavar="N", help="largest picture taken; default: 64000000"
+    )
+    parser.add_argument("--skip-hashes", action="store_true", help="do not check the SHA-256 of the files")
+
+
+def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `Pipeline.load` takes by keyword."""
+    return {
+        "check_hashes": not arguments.skip_hashes,
+        "providers": arguments.provider,
+        "threads": arguments.threads,
+        "max_pixels": max_pixels(arguments),
+        "generator": _backend(arguments),
+        "engines": arguments.engines,
+    }
+
+
+def max_pixels(arguments: argparse.Namespace) -> int:
+    """The largest image that is decoded."""
+    from resprune.runtime.families.image import MAX_PIXELS
+
+    return MAX_PIXELS if arguments.max_pixels is None else int(arguments.max_pixels)
+
+
+def listed(text: str) -> list[str]:
+    """Words between commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _backend(arguments: argparse.Namespace) -> "BackendFactory | None":
+    """What the options ask to answer: a server, or None for the bundle's own decoder."""
+    from resprune.runtime.backends.servers import server
+
+    named = {"api": "server_format", "model": "server_model", "timeout": "server_timeout"}
+    given = {
+        option: getattr(arguments, name)
+        for option, name in named.items()
+        if getattr(arguments, name) is not None
+    }
+    if arguments.server is not None:
+        return server(arguments.server, **given)
+    if given:
+        option = "--" + named[next(iter(given))].replace("_", "-")
+        raise ResPruneError(f"{option} is for --server; give its address as well, or leave the option out")
+    return None
