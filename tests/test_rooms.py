@@ -1,4 +1,4 @@
-"""The rooms' one direction (evaluation → exporter → graphs, runtime), read from every import statement."""
+"""The rooms' one direction (evaluation → exporter → graphs, runtime; serving → runtime), read from every import."""
 
 import ast
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ FORBIDDEN = {
     "runtime": (
         *("torch", "torchvision", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"),
         *("huggingface_hub", "resprune.exporter", "resprune.evaluation", "resprune.graphs"),
-        *("demo", "benchmarks", "tests"),
+        *("resprune.serving", "demo", "benchmarks", "tests"),
     ),
     "graphs": (
         *(
@@ -23,10 +23,15 @@ FORBIDDEN = {
             "resprune.evaluation",
             "resprune.runtime",
         ),
+        *("resprune.serving", "demo", "benchmarks", "tests"),
+    ),
+    "exporter": ("resprune.evaluation", "resprune.serving", "demo", "benchmarks", "tests"),
+    "evaluation": ("resprune.graphs", "resprune.serving", "demo", "benchmarks", "tests"),
+    "serving": (
+        *("torch", "torchvision", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"),
+        *("huggingface_hub", "resprune.exporter", "resprune.evaluation", "resprune.graphs"),
         *("demo", "benchmarks", "tests"),
     ),
-    "exporter": ("resprune.evaluation", "demo", "benchmarks", "tests"),
-    "evaluation": ("resprune.graphs", "demo", "benchmarks", "tests"),
 }
 TENSORRT_LLM = (
     "runtime/backends/tensorrt_llm.py"  # TensorRT-LLM is made of torch: who has the one has the other
