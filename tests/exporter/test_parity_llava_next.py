@@ -81,7 +81,7 @@ def test_proportional_attention(positions, tiny_bundle, hugging_face, tmp_path):
                 rest = (answer, pictures, tokens, positions)
                 check(answer, expect(hugging_face("next-mistral"), *rest, proportional=True))
                 unlike_plain += expect(hugging_face("next-mistral"), *rest).token_ids != answer.token_ids
-        counts = [len(vlm._preprocessor(of_one).offsets) for of_one in shown[-1]]
+        counts = [len(vlm._walk.preprocessor(of_one).offsets) for of_one in shown[-1]]
     assert [sum(picks.kept_counts) for picks in answers[-1].images] == counts
     assert counts[0] < 60 < counts[1]
     assert unlike_plain, "else plain attention would have passed as well"
@@ -91,7 +91,7 @@ def test_newline_rows_are_candidates(tiny_bundle):
     """Of a picture that all tokens are kept of, the rows' ends too."""
     with Pipeline.load(tiny_bundle("next-llama", k=88, split=True)) as vlm:
         picks = vlm.ask(picture(1, (60, 50)), QUESTION, max_new_tokens=1).images[0]
-        nowhere = [index for index, box in enumerate(vlm._preprocessor.boxes((60, 50))) if box is None]
+        nowhere = [index for index, box in enumerate(vlm._walk.preprocessor.boxes((60, 50))) if box is None]
     assert nowhere
     assert set(nowhere) <= set(picks.kept_indices.tolist())
 
@@ -179,10 +179,10 @@ def test_a_share_is_of_the_tokens_the_picture_has(tiny_bundle, hugging_face, tmp
     with Pipeline.load(copy) as vlm:
         pictures = [picture(seed, size) for seed, size in enumerate(SIZES)]
         answers = vlm.ask_batch(pictures, [QUESTION] * len(pictures), max_new_tokens=STEPS)
-        counts = {len(vlm._preprocessor(shown).offsets) for shown in pictures}
+        counts = {len(vlm._walk.preprocessor(shown).offsets) for shown in pictures}
         assert len(counts) > 3
         for shown, answer in zip(pictures, answers, strict=True):
-            k = -(-len(vlm._preprocessor(shown).offsets) // 4)
+            k = -(-len(vlm._walk.preprocessor(shown).offsets) // 4)
             check(answer, expect(hugging_face("next-llama"), answer, [shown], k))
 
 

@@ -15,6 +15,7 @@ from resprune.exporter.checkpoint.weightless import fake_mode
 from resprune.exporter.export import Options, export
 from resprune.exporter.families import qwen2_vl as qwen2_5_vl
 from resprune.exporter.trace import precision
+from resprune.runtime.backends.onnxruntime import OrtSequence
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.bundle.manifest import share_of
 from resprune.runtime.cli import main
@@ -231,17 +232,19 @@ def test_a_plain_half_product_overflows_and_a_scaled_one_does_not():
     torch.testing.assert_close(layer(rows), rows @ weight.T, rtol=1e-3, atol=0)
 
 
-def test_kept_tokens_keep_their_places(bundle):
+def test_kept_tokens_keep_their_places(bundle, monkeypatch):
     """(t, h, w) of what is left, the text after the picture where it was, and decoding from there."""
     with Pipeline.load(whole(bundle)) as vlm:
         seen: list[Any] = []
-        prefill, run = vlm._generator.model.prefill, vlm._generator.model._run
-        vlm._generator.model.prefill = lambda *arrays: seen.append(arrays[1]) or prefill(*arrays)
-        vlm._generator.model._run = lambda embeds, positions, past: (
-            seen.append(positions) or run(embeds, positions, past)
-        )
+        run = OrtSequence._run
+
+        def recorded(self, *inputs):
+            seen.append(self._place.position_ids)
+            return run(self, *inputs)
+
+        monkeypatch.setattr(OrtSequence, "_run", recorded)
         answer = vlm.ask(picture(2, 17), QUESTION, tokens=3, max_new_tokens=3, stream=False)
-    rows, columns = vlm._preprocessor.grid((170, 20)).merged
+    rows, columns = vlm._walk.preprocessor.grid((170, 20)).merged
     first = answer.prompt.ids.index(vlm.manifest.image_token_id)
     kept = answer.images[0].kept_indices
     in_picture = seen[0][:, 0, first : first + 3]
@@ -249,7 +252,7 @@ def test_kept_tokens_keep_their_places(bundle):
     after = len(answer.prompt.ids) - first - 1
     text = first + max(rows, columns) + np.arange(after)
     np.testing.assert_array_equal(seen[0][:, 0, first + 3 :], np.stack([text] * 3))
-    steps = [positions[:, 0].tolist() for positions in seen[2:]]
+    steps = [positions[:, 0].tolist() for positions in seen[1:]]
     assert steps == [[[text[-1] + 1]] * 3, [[text[-1] + 2]] * 3]
 
 
