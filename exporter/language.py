@@ -294,7 +294,7 @@ def decode(model: Any, inputs: tuple[Tensor, ...], rows: Rows = Rows()) -> tuple
     """What the decoder graph computes, by the Hugging Face model's own masks and attention (sdpa), in float32."""
     inputs_embeds, attention_mask, position_ids, *rest = inputs
     planes, _, past = rows.parts(tuple(rest))
-    language_model = model.model.language_model
+    language_model = model.model.get_decoder()
     cache = DynamicCache()
     for layer in range(len(past) // 2):
         cache.update(past[2 * layer].float(), past[2 * layer + 1].float(), layer)

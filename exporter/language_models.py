@@ -22,6 +22,7 @@ LANGUAGE_MODELS = {
         LanguageModel("llama", causal_class="LlamaForCausalLM"),
         LanguageModel("mistral", causal_class="MistralForCausalLM"),
         LanguageModel("qwen2", masks_by_kind=True, causal_class="Qwen2ForCausalLM"),
+        LanguageModel("qwen3", masks_by_kind=True, causal_class="Qwen3ForCausalLM"),
         LanguageModel("qwen2_vl_text", masks_by_kind=True),
         LanguageModel("qwen2_5_vl_text", masks_by_kind=True),
     )

@@ -60,7 +60,7 @@ def assemble(
         vision=vision,
         embed=embed_component(model.get_input_embeddings(), config.text_config),
         decoder=decoder_component(
-            model.model.language_model,
+            model.model.get_decoder(),
             model.lm_head,
             config.text_config,
             dtype,

@@ -18,18 +18,16 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Name of a variant of `tests.tiny` or `tests.tiny_qwen` → its checkpoint; to be copied before it is changed."""
-    from tests import tiny, tiny_qwen
+    """Name of a variant of the modules `tests.tiny*` → its checkpoint; to be copied before it is changed."""
+    from tests import tiny, tiny_qwen, tiny_tiles
 
     made: dict[str, Path] = {}
 
     def checkpoint(variant: str) -> Path:
         if variant not in made:
             root = tmp_path_factory.mktemp("checkpoints") / variant
-            if variant in tiny.VARIANTS:
-                made[variant] = tiny.write_checkpoint(root, tiny.VARIANTS[variant])
-            else:
-                made[variant] = tiny_qwen.write_checkpoint(root, tiny_qwen.VARIANTS[variant])
+            module: Any = next(one for one in (tiny, tiny_qwen, tiny_tiles) if variant in one.VARIANTS)
+            made[variant] = module.write_checkpoint(root, module.VARIANTS[variant])
         return made[variant]
 
     return checkpoint

@@ -196,19 +196,26 @@ def make_model(
         **({"image_grid_pinpoints": _resolutions(tiny)} if tiny.family == "llava_next" else {}),
     )
     model = model_class(config).eval()
-    generator = torch.Generator().manual_seed(tiny.seed)
+    randomize(model, tiny.seed, SPECIAL.index("</s>"))
+    return model
+
+
+def randomize(model: Any, seed: int, end: int) -> None:
+    """Seeded weights, large enough that greedy decoding does not repeat one token.
+
+    `end` is never the largest logit: answers are as long as asked for.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    of_language = ("language_model", "text_model", "lm_head")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:
-                spread = 2.0 if "language_model" in name or "lm_head" in name else 1.0
+                spread = 2.0 if any(part in name for part in of_language) else 1.0
                 scale = 1.0 if "embed" in name else spread / parameter[0].numel() ** 0.5
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
             else:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        model.lm_head.weight[SPECIAL.index("</s>")] = (
-            0  # never the largest logit: answers are as long as asked for
-        )
-    return model
+        model.lm_head.weight[end] = 0
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,7 +1,7 @@
 """LLaVA-NeXT: the tower and projector of LLaVA over tiles, whose rows are packed into one sequence a picture.
 
-Which rows a picture's sequence has depends on its size alone, so the runtime computes their numbers (anyres.py, in
-integers, as transformers does) and the graph gathers them: exact by construction, for any resolution, and the graph
+Which rows a picture's sequence has depends on its size alone, so the runtime computes their numbers (in integers, as
+transformers does) and the graph gathers them: exact by construction, for any resolution, and the graph
 has no branch, no loop and no shape that depends on the data.
 """
 
@@ -18,29 +18,11 @@ from resprune.exporter.checkpoint.checkpoint import Checkpoint
 from resprune.exporter.checkpoint.side_files import image_processor_config
 from resprune.exporter.components import Component, Components, Sizes
 from resprune.exporter.families.llava import Vision, check_tower, tower_output
+from resprune.exporter.families.tiles import PackedTiles
 from resprune.exporter.split import assemble, read_config, weightless_model
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.llava_next import AnyResolution
-
-
-class _PackedVision(nn.Module):
-    """pixel_values [tiles, 3, H, W], pack_indices [B, N] → image_features [B, N, D].
-
-    Indices count the rows of all tiles, P a tile, then the newline row; below 0 is padding and gives a row of zeros.
-    """
-
-    def __init__(self, tiles: Vision, newline: nn.Parameter) -> None:
-        super().__init__()
-        self.tiles = tiles
-        self.newline = newline
-
-    def forward(self, pixel_values: Tensor, pack_indices: Tensor) -> tuple[Tensor]:
-        rows = self.tiles(pixel_values)[0].flatten(0, 1)  # [tiles · P, D]
-        table = torch.cat([rows, self.newline[None], torch.zeros_like(self.newline)[None]])
-        # Not left to the meaning of a negative index, on which runtimes differ.
-        indices = torch.where(pack_indices < 0, rows.shape[0] + 1, pack_indices)
-        return (nn.functional.embedding(indices, table),)
 
 
 def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode) -> Components:
@@ -107,7 +89,7 @@ def _vision_component(model: Any, config: Any, anyres: AnyResolution, mode: Fake
         TensorSpec("pack_indices", "int64", ("batch_size", "num_tokens")),
     )
     features = TensorSpec("image_features", "float32", ("batch_size", "num_tokens", hidden_size))
-    module = _PackedVision(tiles, model.model.image_newline)
+    module = PackedTiles(tiles, model.model.image_newline)
     return Component("vision_encoder", module, inputs, (features,), samples, reference, tiles.blocks)
 
 

@@ -20,13 +20,12 @@ from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.image import Box, ImageProcessor
 from resprune.runtime.families.picture import Arrays, Picture, image_processor_config, tower_size
+from resprune.runtime.families.tiles import FURTHER, MAX_TILES, pack
 
 PROCESSOR = "LlavaNextImageProcessor"
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-MAX_TILES = 144  # pictures of 4032 x 4032 at the usual tile: more is a mistake in a config
 
-NEWLINE = -1  # among the rows of one picture
-PADDING = -1  # among pack_indices, where the newline has a number of its own
+NEWLINE = FURTHER
 Size = tuple[int, int]  # width, height
 
 
@@ -110,15 +109,7 @@ class AnyResolution:
         The tiles of all pictures, one after another; and for each token the row that it is, of all rows of all tiles
         with the newline row behind them. A picture with fewer tokens than another is filled up with PADDING.
         """
-        pixels = [picture.arrays["pixel_values"] for picture in pictures]
-        newline = self.side**2 * sum(map(len, pixels))
-        packed = np.full((len(pictures), max(picture.num_tokens for picture in pictures)), PADDING, np.int64)
-        first = 0
-        for row, picture in zip(packed, pictures, strict=True):
-            own = picture.arrays["rows"]
-            row[: len(own)] = np.where(own == NEWLINE, newline, own + first)
-            first += self.side**2 * len(picture.arrays["pixel_values"])
-        return {"pixel_values": np.concatenate(pixels), "pack_indices": packed}
+        return pack(pictures, self.side**2)
 
     def tiles(self, image: Image.Image) -> list[Image.Image]:
         """The whole view, then the tiles row by row."""

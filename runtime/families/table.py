@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.internvl import Thumbnailed
 from resprune.runtime.families.llava_next import AnyResolution
 from resprune.runtime.families.picture import FixedGrid, Preprocessor
 from resprune.runtime.families.qwen2_vl import DynamicResolution
+from resprune.runtime.families.smolvlm import SplitImage
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,33 @@ FAMILIES = {
             any_size=True,
             servers=("sglang", "trtllm-engine"),
         ),
+        Family(
+            "internvl",
+            "InternVL",
+            "internvl",
+            Thumbnailed.from_bundle,
+            aliases={
+                "internvl3-1b": "OpenGVLab/InternVL3-1B-hf",
+                "internvl3-2b": "OpenGVLab/InternVL3-2B-hf",
+                "internvl3-8b": "OpenGVLab/InternVL3-8B-hf",
+                "internvl35-1b": "OpenGVLab/InternVL3_5-1B-HF",
+                "internvl35-2b": "OpenGVLab/InternVL3_5-2B-HF",
+                "internvl35-4b": "OpenGVLab/InternVL3_5-4B-HF",
+                "internvl35-8b": "OpenGVLab/InternVL3_5-8B-HF",
+            },
+        ),
+        Family(
+            "smolvlm",
+            "SmolVLM",
+            "smolvlm",
+            SplitImage.from_bundle,
+            aliases={
+                "smolvlm2-256m": "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
+                "smolvlm2-500m": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+                "smolvlm2-2b": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+            },
+        ),
+        Family("idefics3", "Idefics3", "smolvlm", SplitImage.from_bundle),
     )
 }
 

@@ -55,7 +55,7 @@ class HuggingFace:
         may_end: bool = False,
         proportional: bool = False,
     ) -> Expected:
-        """Greedy generation from a prompt with one image token for each picture, of `steps` tokens.
+        """Greedy generation from a prompt with one image token for each span of each picture, of `steps` tokens.
 
         `may_end` lets it end before, as the trained model does; `proportional` is proportional attention.
         """
@@ -73,14 +73,24 @@ class HuggingFace:
         rows: list[Tensor] = []
         places: list[int] = []
         weights: list[int] = []
-        place, picture = 0, 0
+        place = 0
+        spans = [
+            (of_one, one, start, start + length)
+            for of_one, one in enumerate(features)
+            for start, length in self._spans(one)
+        ]
         for token in prompt_ids:
             if token == self.model.config.image_token_id:
-                rows += features[picture][kept[picture]]
-                places += [place + index for index in kept[picture]]
-                weights += counts[picture]
-                place += len(features[picture])
-                picture += 1
+                picture, one, start, end = spans.pop(0)
+                inside = [index for index in kept[picture] if start <= index < end]
+                rows += one[inside]
+                places += [place + index - start for index in inside]
+                weights += [
+                    count
+                    for index, count in zip(kept[picture], counts[picture], strict=True)
+                    if index in inside
+                ]
+                place += end - start
             else:
                 rows.append(table(torch.tensor(token)))
                 places.append(place)
@@ -100,7 +110,7 @@ class HuggingFace:
     @torch.no_grad()
     def unpruned(self, pictures: list[Picture], prompt_ids: list[int], *, steps: int) -> list[int]:
         """Plain `generate` from ids and pixels, every visual token kept."""
-        counts = iter(len(of_one) for of_one in self._features(pictures))
+        counts = iter([length for of_one in self._features(pictures) for _, length in self._spans(of_one)])
         image = self.model.config.image_token_id
         ids = [token for id_ in prompt_ids for token in ([id_] * next(counts) if id_ == image else [id_])]
         out = self.model.generate(
@@ -112,6 +122,10 @@ class HuggingFace:
         generated: list[int] = out[0, len(ids) :].tolist()
         return generated
 
+    def _spans(self, features: Tensor) -> list[tuple[int, int]]:
+        """Where each span of a picture with these rows [N, D] begins among them, and its length: one of all."""
+        return [(0, len(features))]
+
     def _inputs(self, pictures: list[Picture]) -> dict[str, Tensor]:
         """`pixel_values`, and whatever else the family's model takes of its pictures."""
         return dict(self.processor(images=pictures, return_tensors="pt"))
@@ -119,6 +133,33 @@ class HuggingFace:
     def _features(self, pictures: list[Picture]) -> list[Tensor]:
         """All rows [N, D] of each picture."""
         return list(self.model.get_image_features(**self._inputs(pictures)).pooler_output)
+
+
+class HuggingFaceTiles(HuggingFace):
+    """InternVL, whose rows of a picture stand side by side, and SmolVLM and Idefics3, whose tiles have text between."""
+
+    def _inputs(self, pictures: list[Picture]) -> dict[str, Tensor]:
+        """Their processors have the pictures of a prompt in a list of its own."""
+        nested = pictures if self._side_by_side else [pictures]
+        inputs = dict(self.processor(images=nested, return_tensors="pt"))
+        return {name: value for name, value in inputs.items() if name.startswith("pixel")}
+
+    @property
+    def _side_by_side(self) -> bool:
+        return self.model.config.model_type == "internvl"
+
+    def _features(self, pictures: list[Picture]) -> list[Tensor]:
+        features = []
+        for picture in pictures:
+            rows = self.model.get_image_features(**self._inputs([picture])).pooler_output
+            features.append(rows.flatten(0, 1) if self._side_by_side else rows[0])
+        return features
+
+    def _spans(self, features: Tensor) -> list[tuple[int, int]]:
+        if self._side_by_side:
+            return super()._spans(features)
+        of_one = self.model.model.image_seq_len
+        return [(start, of_one) for start in range(0, len(features), of_one)]
 
 
 def counted(features: Tensor, kept: list[int], proportional: bool) -> list[int]:

@@ -1,0 +1,89 @@
+"""The vision component of families that cut images into tiles, whose rows are packed into one sequence an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from resprune.exporter.components import Component, Reference, Sizes
+from resprune.exporter.families.llava import tower_output
+from resprune.runtime.bundle.manifest import TensorSpec
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.picture import Picture
+from resprune.runtime.families.tiles import TileProcessor, pack
+
+
+class PackedTiles(nn.Module):
+    """pixel_values [tiles, 3, H, W], pack_indices [B, N] → image_features [B, N, D].
+
+    `tiles` makes P rows of a tile, [tiles, P, D]. Indices count the rows of all tiles, then the `further` row [D] if
+    there is one; below 0 is padding and gives a row of zeros.
+    """
+
+    def __init__(self, tiles: nn.Module, further: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.tiles = tiles
+        self.further = further
+
+    def forward(self, pixel_values: Tensor, pack_indices: Tensor) -> tuple[Tensor]:
+        rows = self.tiles(pixel_values)[0].flatten(0, 1)  # [tiles · P, D]
+        zero = torch.zeros_like(rows[:1])
+        behind = [zero] if self.further is None else [self.further[None], zero]
+        table = torch.cat([rows, *behind])
+        # Not left to the meaning of a negative index, on which runtimes differ.
+        indices = torch.where(pack_indices < 0, table.shape[0] - 1, pack_indices)
+        return (nn.functional.embedding(indices, table),)
+
+
+def tiles_component(
+    rows: nn.Module,
+    blocks: Sequence[nn.Module],
+    processor: TileProcessor,
+    picture: Callable[[Any], Picture],
+    features: Callable[[Any, Tensor], Tensor],
+    mode: FakeTensorMode,
+) -> Component:
+    """The vision component of images that are nothing but their tiles in order.
+
+    `rows` makes a tile's rows; `blocks` are its repeated layers; `picture` makes a `Picture` of processed tiles
+    [tiles, 3, H, W]; `features` is what Hugging Face's whole model makes of tiles: [tiles, P, D]. `ResPruneError` where
+    the tower's rows are not as many as the runtime counts.
+    """
+    tile = processor.tile
+    tokens, hidden_size = tower_output(rows, (tile, tile), mode)
+    if tokens != processor.tokens:
+        raise ResPruneError(
+            f"the vision tower gives {tokens} rows a tile where {processor.tokens} are packed; the checkpoint's "
+            "config.json does not fit its image processor"
+        )
+
+    def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
+        pictures = [
+            picture(torch.randn((count, 3, tile, tile), generator=generator).numpy())
+            for count in _tile_counts(sizes["batch_size"])
+        ]
+        batch = pack(pictures, tokens)
+        return torch.from_numpy(batch["pixel_values"]), torch.from_numpy(batch["pack_indices"])
+
+    def reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        pixel_values, pack_indices = inputs
+        counts = ((pack_indices >= 0).sum(dim=1) // tokens).tolist()
+        of_images = [of_one.flatten(0, 1) for of_one in torch.split(features(model, pixel_values), counts)]
+        return (nn.utils.rnn.pad_sequence(of_images, batch_first=True),)
+
+    inputs = (
+        TensorSpec("pixel_values", "float32", ("num_tiles", 3, tile, tile)),
+        TensorSpec("pack_indices", "int64", ("batch_size", "num_tokens")),
+    )
+    outputs = (TensorSpec("image_features", "float32", ("batch_size", "num_tokens", hidden_size)),)
+    judge: Reference = reference
+    return Component("vision_encoder", PackedTiles(rows), inputs, outputs, samples, judge, tuple(blocks))
+
+
+def _tile_counts(images: int) -> list[int]:
+    """Tiles of as many images to compare with, unlike ones side by side."""
+    return [(3, 1, 5)[image % 3] for image in range(images)]
