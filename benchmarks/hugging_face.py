@@ -101,7 +101,7 @@ class HuggingFace:
 
     def forward(self, embeds: Tensor, positions: Tensor) -> int:
         """The token after `embeds` [1, S, D]; the head sees the last position only, as in `generate`."""
-        hidden = self.model.model.language_model(
+        hidden = self.model.get_decoder()(
             inputs_embeds=embeds, position_ids=positions, past_key_values=self.cache, use_cache=True
         ).last_hidden_state
         return int(self.model.lm_head(hidden[:, -1:])[0, -1].argmax())

@@ -211,7 +211,7 @@ class _TorchSequence:
 
         from resprune.exporter.language import position_bias
 
-        language_model = self._model.model.get_decoder()
+        language_model = self._model.get_decoder()
         mask = torch.from_numpy(self._place.attention_mask).to(embeds.device)
         with torch.inference_mode():
             hidden = language_model(

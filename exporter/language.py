@@ -118,42 +118,52 @@ class _Decoder(nn.Module):
     ) -> tuple[Tensor, ...]:
         planes, numbers, past = self.rows.parts(rest)
         cache = _Cache(past)
+        masks = additive_masks(
+            self.language_model.config,
+            inputs_embeds.shape[1],
+            attention_mask,
+            numbers,
+            proportional=self.proportional,
+        )
         with self.rows.added(self.language_model, planes):
             hidden = self.language_model(
                 inputs_embeds=inputs_embeds,
-                attention_mask=self._masks(inputs_embeds, attention_mask, past[0].shape[2], numbers),
+                attention_mask=masks,
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
         return (self.lm_head(hidden[:, -1:]), *_present(cache))
 
-    def _masks(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, past_length: int, numbers: Tensor | None
-    ) -> Any:
-        """Additive masks [B, 1, S, P + S], in the form that the language model takes when given them ready-made."""
-        config = self.language_model.config
-        key = torch.arange(attention_mask.shape[1])[None, :]  # [1, P + S]
-        query = torch.arange(inputs_embeds.shape[1])[:, None] + past_length  # [S, 1]
-        present = attention_mask.bool()[:, None, None, :]
-        seen = (key <= query)[None, None]
-        window = config.sliding_window if _windowed(config) else None
-        near = seen if window is None else seen & (key > query - window)[None, None]
-        if numbers is not None:
-            # Keys of the past count as text: an image's rows all come in one prefill.
-            past = torch.zeros_like(attention_mask)[:, :past_length]
-            of_key = torch.cat([past, numbers], dim=1)[:, None, None, :]  # [B, 1, 1, P + S]
-            of_query = numbers[:, None, :, None]  # [B, 1, S, 1]
-            together = (of_query > 0) & (of_query == of_key)
-            seen, near = seen | together, near | together
-        seen, near = seen & present, near & present
-        weight = log_counts(attention_mask)[:, None, None, :] if self.proportional else 0.0
-        if LANGUAGE_MODELS[config.model_type].masks_by_kind:
-            return {
-                "full_attention": _additive(seen, weight),
-                "sliding_attention": _additive(near, weight),
-            }
-        return _additive(near, weight)
+
+def additive_masks(
+    config: Any, length: int, attention_mask: Tensor, numbers: Tensor | None, *, proportional: bool
+) -> Any:
+    """Masks [B, 1, S, P + S] float32, in the form that the language model takes when given them ready-made.
+
+    `length` is S, `attention_mask` [B, P + S] int64; `numbers` [B, S] int64 are `image_numbers`, None for causal masks
+    alone. If `proportional`, a key's weight is the logarithm of what the mask counts it for.
+    """
+    device = attention_mask.device
+    past_length = attention_mask.shape[1] - length
+    key = torch.arange(attention_mask.shape[1], device=device)[None, :]  # [1, P + S]
+    query = torch.arange(length, device=device)[:, None] + past_length  # [S, 1]
+    present = attention_mask.bool()[:, None, None, :]
+    seen = (key <= query)[None, None]
+    window = config.sliding_window if _windowed(config) else None
+    near = seen if window is None else seen & (key > query - window)[None, None]
+    if numbers is not None:
+        # Keys of the past count as text: an image's rows all come in one prefill.
+        past = torch.zeros_like(attention_mask)[:, :past_length]
+        of_key = torch.cat([past, numbers], dim=1)[:, None, None, :]  # [B, 1, 1, P + S]
+        of_query = numbers[:, None, :, None]  # [B, 1, S, 1]
+        together = (of_query > 0) & (of_query == of_key)
+        seen, near = seen | together, near | together
+    seen, near = seen & present, near & present
+    weight = log_counts(attention_mask)[:, None, None, :] if proportional else 0.0
+    if LANGUAGE_MODELS[config.model_type].masks_by_kind:
+        return {"full_attention": _additive(seen, weight), "sliding_attention": _additive(near, weight)}
+    return _additive(near, weight)
 
 
 def _present(cache: Any) -> list[Tensor]:
@@ -183,6 +193,12 @@ def position_bias(language_model: Any, attention_mask: Tensor) -> dict[str, Tens
 def log_counts(attention_mask: Tensor) -> Tensor:
     """What proportional attention adds to a key's scores: float32 of the mask's shape; 0 for a count of 1, and of 0."""
     return attention_mask.clamp(min=1).float().log()
+
+
+def decoder_prefix(model: Any) -> str:
+    """What the names of the language model's parameters begin with in the whole model's."""
+    decoder = model.get_decoder()
+    return next(f"{name}." for name, module in model.named_modules() if module is decoder)
 
 
 def check_language(config: Any) -> None:
@@ -294,7 +310,7 @@ def decode(model: Any, inputs: tuple[Tensor, ...], rows: Rows = Rows()) -> tuple
     """What the decoder graph computes, by the Hugging Face model's own masks and attention (sdpa), in float32."""
     inputs_embeds, attention_mask, position_ids, *rest = inputs
     planes, _, past = rows.parts(tuple(rest))
-    language_model = model.model.get_decoder()
+    language_model = model.get_decoder()
     cache = DynamicCache()
     for layer in range(len(past) // 2):
         cache.update(past[2 * layer].float(), past[2 * layer + 1].float(), layer)

@@ -50,17 +50,19 @@ def assemble(
     """The components of a model of transformers: `vision`, and the language half, which all families have alike.
 
     `plane_layers` and `two_way` as in `Components`, `reference` as in `decoder_component`; `facts` are its other
-    fields.
+    fields, and take the place of what the config says.
     """
     config = model.config
     rows = Rows(plane_layers, two_way)
     axes = family_of(checkpoint).position_axes
+    facts.setdefault("image_token_id", getattr(config, "image_token_id", None))
+    facts.setdefault("context_length", config.text_config.max_position_embeddings)
     return Components(
         model=model,
         vision=vision,
         embed=embed_component(model.get_input_embeddings(), config.text_config),
         decoder=decoder_component(
-            model.model.get_decoder(),
+            model.get_decoder(),
             model.lm_head,
             config.text_config,
             dtype,
@@ -68,8 +70,6 @@ def assemble(
             rows,
             reference,
         ),
-        image_token_id=config.image_token_id,
-        context_length=config.text_config.max_position_embeddings,
         plane_layers=plane_layers,
         two_way=two_way,
         **facts,

@@ -16,6 +16,7 @@ from typing import Any
 
 from resprune.exporter.checkpoint.shards import DTYPES, INDEX_NAME, SINGLE_NAME, StoredTensor
 from resprune.exporter.checkpoint.side_files import write_json
+from resprune.exporter.language import decoder_prefix
 from resprune.exporter.language_models import LANGUAGE_MODELS
 from resprune.runtime.errors import ResPruneError
 
@@ -23,8 +24,8 @@ Progress = Callable[[int], object]
 SHARD_BYTES = 5 * 10**9
 CHUNK_BYTES = 16 << 20
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-# Where the language model is inside the whole model, and its name by itself.
-INSIDE, OUTSIDE = "model.language_model.", "model."
+OUTSIDE = "model."
+"""What the names begin with that a language model by itself has."""
 HEAD = "lm_head."
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -76,10 +77,11 @@ def language_checkpoint(model: Any, stored: Mapping[str, StoredTensor]) -> Langu
             f"the language model {config.model_type} has no class of its own: TensorRT-LLM and SGLang take it in the "
             f"whole checkpoint, so give them that, and leave out --for"
         )
+    inside = decoder_prefix(model)
     weights = {
-        OUTSIDE + name.removeprefix(INSIDE): tensor
+        OUTSIDE + name.removeprefix(inside): tensor
         for name, tensor in stored.items()
-        if name.startswith(INSIDE)
+        if name.startswith(inside)
     }
     if not config.tie_word_embeddings:
         weights |= {name: tensor for name, tensor in stored.items() if name.startswith(HEAD)}

@@ -118,7 +118,7 @@ def optimize_decoder(components: Components, cache_dtype: torch.dtype) -> Compon
         )
     model.config.get_text_config()._attn_implementation = _register()
     rows = Rows(components.plane_layers)
-    module = _Decoder(model.model.get_decoder(), model.lm_head, cache_dtype, rows, components.proportional)
+    module = _Decoder(model.get_decoder(), model.lm_head, cache_dtype, rows, components.proportional)
     return replace(components, decoder=replace(components.decoder, module=module))
 
 

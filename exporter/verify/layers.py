@@ -22,6 +22,7 @@ from torch import Tensor
 from resprune.exporter.checkpoint.shards import StoredTensor
 from resprune.exporter.checkpoint.weightless import blank, fill
 from resprune.exporter.components import Component, Components
+from resprune.exporter.language import decoder_prefix
 from resprune.exporter.trace.repeat import HIDDEN_STATES, LAYER_RESULT
 from resprune.runtime.errors import ResPruneError
 
@@ -54,10 +55,11 @@ def reference_outputs(
         text.layer_types = [text.layer_types[layer] for layer in chosen]
     text.num_hidden_layers = len(chosen)
     model: Any = blank(type(components.model), config)
+    inside = decoder_prefix(model)
     names = [
         name
         for name, _ in model.named_parameters(remove_duplicate=False)
-        if name.startswith(("model.language_model.layers.", "model.language_model.norm.", "lm_head."))
+        if name.startswith((f"{inside}layers.", f"{inside}norm.", "lm_head."))
     ]
     numbered = {
         name: stored[LAYER.sub(lambda found: f"layers.{chosen[int(found[1])]}.", name)] for name in names
