@@ -35,6 +35,7 @@ $(VENV)/lmms: pyproject.toml constraints.txt
 test: setup
 	$(BIN)/python -m pytest
 
+# Real hosts of a bundle: each is installed in a place of its own, started, tested, stopped.
 test-hosts: setup
 	$(BIN)/python -m pytest tests/hosts
 

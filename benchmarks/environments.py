@@ -1,4 +1,4 @@
-"""Virtual environments of the peers: their packages must not touch the project's own."""
+"""Virtual environments of peers and hosts: their packages must not touch the project's own."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class UnavailableError(Exception):
     """A peer that cannot be installed or cannot take the model; the text is one sentence."""
 
 
-def environment(peer: str, work: Path, *, runtime: bool = False) -> Path:
-    """The Python of the environment that `requirements-<peer>.txt` describes, made if it is not there.
+def environment(peer: str, work: Path, *, runtime: bool = False, described: Path = HERE) -> Path:
+    """The Python of the environment that `requirements-<peer>.txt` in `described` lists, made if it is not there.
 
-    `runtime` installs this project's runtime into it as well. Raises `UnavailableError`.
+    It lies in `work`. `runtime` installs this project's runtime into it as well. Raises `UnavailableError`.
     """
-    requirements = HERE / f"requirements-{peer}.txt"
+    requirements = described / f"requirements-{peer}.txt"
     folder = (work / f"venv-{peer}").resolve()
     python = folder / "bin" / "python"
     mark = folder / "installed.txt"

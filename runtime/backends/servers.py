@@ -226,7 +226,13 @@ def _chat_body(question: Question, image_embeds: Callable[[str], Any]) -> dict[s
         }
         for message in question.prompt.messages
     ]
-    return {"model": question.model, "messages": messages, "stream": True}
+    return {
+        "model": question.model,
+        "messages": messages,
+        "stream": True,
+        # Unasked, a server tokenizes what its template makes without BOS, whether the template writes one or not.
+        "add_special_tokens": question.prompt.adds_special_tokens,
+    }
 
 
 def _vllm_body(question: Question) -> dict[str, Any]:

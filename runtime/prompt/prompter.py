@@ -40,7 +40,8 @@ class Prompt:
     `messages` is the conversation and `text` what the chat template makes of it, with the expansions of its images;
     `ids` have one image token for each span of each image; `text_positions` are the indices into `ids` of tokens whose
     characters overlap a keyword of the last question; `nouns` are those keywords; `further_ids` are the tokens of
-    keywords that the caller named and the question does not have.
+    keywords that the caller named and the question does not have. `adds_special_tokens` says whether the tokenizer
+    added its own, which it does unless the template writes the first of them itself.
     """
 
     messages: list[Message]
@@ -49,6 +50,7 @@ class Prompt:
     text_positions: list[int]
     nouns: list[str]
     further_ids: list[int] = field(default_factory=list)
+    adds_special_tokens: bool = True
 
     @property
     def text_token_ids(self) -> list[int]:
@@ -116,7 +118,8 @@ class Prompter:
         text = expand(self._render(messages))
         # A template that writes BOS itself must not get a second one (transformers' apply_chat_template).
         bos = self.variables.get("bos_token")
-        encoding = self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+        adds = not (bos and text.startswith(bos))
+        encoding = self.tokenizer.encode(text, add_special_tokens=adds)
         expected = text.count(self.variables["image_token"])
         if encoding.ids.count(self.image_token_id) != expected:
             raise ResPruneError(
@@ -147,6 +150,7 @@ class Prompter:
             ],
             nouns=[question[first:last] for first, last in terms] + outside,
             further_ids=[token for word in outside for token in self._keyword_ids(word)],
+            adds_special_tokens=adds,
         )
 
     def _keyword_ids(self, word: str) -> list[int]:

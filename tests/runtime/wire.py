@@ -34,13 +34,14 @@ class Model:
         self.eos: list[int] = eos if isinstance(eos, list) else [eos]
         self.lock = threading.Lock()
 
-    def prompt(self, messages: list[dict[str, Any]], rows: list[Tensor]) -> list[int]:
-        """Ids with an image token a row."""
+    def prompt(
+        self, messages: list[dict[str, Any]], rows: list[Tensor], add_special_tokens: bool
+    ) -> list[int]:
+        """Ids with an image token a row; as in vLLM, what the template makes is all there is unless more is asked."""
         text: str = self.tokenizer.apply_chat_template(
             messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
         )
-        bos = self.tokenizer.bos_token
-        ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
+        ids = self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
         counts = iter(len(picture) for picture in rows)
         return [token for id_ in ids for token in [id_] * (next(counts) if id_ == self.image_token_id else 1)]
 
@@ -157,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
             message | {"content": [_take(part, rows) for part in message["content"]]}
             for message in body["messages"]
         ]
-        ids = model.prompt(messages, rows)
+        ids = model.prompt(messages, rows, body.get("add_special_tokens", False))
         tokens = model.generate(ids, torch.cat(rows), torch.arange(len(ids))[None], body)
         return self._deltas(model, tokens, ids, with_ids=body.get("return_token_ids", False))
 
