@@ -109,6 +109,9 @@ def register_ask(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument(
         "--show", metavar="PNG", help="draw the kept tokens; of several pictures PNG-2.png is the second"
     )
+    parser.add_argument(
+        "--plain-text", action="store_true", help="take special tokens such as </s> in the question as text"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
     _add_sampling(parser)
     add_load_options(parser)
@@ -138,6 +141,7 @@ def _ask(arguments: argparse.Namespace) -> int:
             arguments.question,
             about=None if arguments.about is None else listed(arguments.about),
             tokens=arguments.tokens,
+            plain_text=arguments.plain_text,
             **_sampling(arguments),
         )
         if arguments.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -12,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from resprune.runtime.answer import Answer, Batch, Row
+from resprune.runtime.arguments import whole
 from resprune.runtime.backends.backend import BackendFactory, Request
 from resprune.runtime.backends.onnxruntime import onnxruntime_backend
 from resprune.runtime.backends.providers import CPU
@@ -89,6 +91,7 @@ class Pipeline:
         """
         start = perf_counter()
         options = SessionOptions(providers, threads)
+        whole(max_pixels, "max_pixels", 1)
         graphs, answering = _run_by(engines)
         opened = read_bundle(bundle, check_hashes=check_hashes)
         pipeline = cls(opened, options, max_pixels, generator or answering, graphs)
@@ -107,6 +110,7 @@ class Pipeline:
         *,
         about: Sequence[str] | None = None,
         tokens: Tokens = None,
+        plain_text: bool = False,
         stream: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> Answer:
@@ -114,7 +118,8 @@ class Pipeline:
 
         An image is a path, the bytes of a file, a Pillow image or a uint8 array [H, W, 3]. `about` names the keywords
         that steer the selection in place of the question's nouns; `tokens` is how many visual tokens of each image to
-        keep, at most the bundle's K, which is the default. The answer comes as it is read; with `stream=False` it is
+        keep, at most the bundle's K, which is the default. Special tokens that the question types are control tokens,
+        as in Hugging Face; with `plain_text` they are text. The answer comes as it is read; with `stream=False` it is
         complete on return. Further keywords are those of `Sampling`, in place of what the bundle says. Raises
         `ResPruneError` for what the user can put right.
         """
@@ -123,7 +128,7 @@ class Pipeline:
             encoded = Encoded(self._pictures(_listed(image)), None)
         with _stage(timings, "prompt"):
             messages = as_messages(question, len(encoded.pictures))
-            prompt = self._prompt(messages, encoded.pictures, about=about)
+            prompt = self._prompt(messages, encoded.pictures, about, plain_text)
         settings = self._sampling.changed(sampling)
         (answer,) = self._answer([prompt], [encoded], timings, tokens, settings)
         return answer if stream else answer.finish()
@@ -135,12 +140,19 @@ class Pipeline:
         *,
         about: Sequence[Sequence[str] | None] | None = None,
         tokens: Tokens = None,
+        plain_text: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> list[Answer]:
         """Ask several questions at once, each about its own image or list of images; complete on return.
 
         `about` has one entry a question. An answer is the one `ask` gives, in fewer runs of the language model.
         """
+        if (
+            isinstance(questions, str)
+            or isinstance(images, str | bytes)
+            or not isinstance(questions, Sequence)
+        ):
+            raise ResPruneError("a batch takes a list of pictures and a list of questions; for one, use ask")
         listed = [_listed(image) for image in images]
         terms = [None] * len(questions) if about is None else about
         if not len(listed) == len(questions) == len(terms):
@@ -156,7 +168,7 @@ class Pipeline:
             encoded = [Encoded(self._pictures(row), None) for row in listed]
         with _stage(timings, "prompt"):
             prompts = [
-                self._prompt(as_messages(question, len(row.pictures)), row.pictures, about=words)
+                self._prompt(as_messages(question, len(row.pictures)), row.pictures, words, plain_text)
                 for question, row, words in zip(questions, encoded, terms, strict=True)
             ]
         answers = self._answer(prompts, encoded, timings, tokens, self._sampling.changed(sampling))
@@ -211,10 +223,16 @@ class Pipeline:
         return [preprocessor(load_image(image, max_pixels=self._max_pixels)) for image in images]
 
     def _prompt(
-        self, messages: Sequence[Message], pictures: Sequence[Picture], *, about: Sequence[str] | None
+        self,
+        messages: Sequence[Message],
+        pictures: Sequence[Picture],
+        about: Sequence[str] | None,
+        plain_text: bool,
     ) -> Prompt:
         expansions = [picture.expansion for picture in pictures]
-        return self._prompter.conversation(messages, about=about, expansions=expansions)
+        return self._prompter.conversation(
+            messages, about=about, expansions=expansions, plain_text=plain_text
+        )
 
     def _answer(
         self,
@@ -282,6 +300,7 @@ class View:
         about: Sequence[str] | None = None,
         history: Sequence[Turn] = (),
         tokens: Tokens = None,
+        plain_text: bool = False,
         stream: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> Answer:
@@ -290,7 +309,9 @@ class View:
         `history` is what was said about these images before.
         """
         messages = as_messages(question, len(self._encoded.pictures), history)
-        return self.answer(messages, about=about, tokens=tokens, stream=stream, **sampling)
+        return self.answer(
+            messages, about=about, tokens=tokens, plain_text=plain_text, stream=stream, **sampling
+        )
 
     def answer(
         self,
@@ -298,6 +319,7 @@ class View:
         *,
         about: Sequence[str] | None = None,
         tokens: Tokens = None,
+        plain_text: bool = False,
         stream: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> Answer:
@@ -308,7 +330,7 @@ class View:
         """
         timings: dict[str, float] = {}
         with _stage(timings, "prompt"):
-            prompt = self._pipeline._prompt(messages, self._encoded.pictures, about=about)
+            prompt = self._pipeline._prompt(messages, self._encoded.pictures, about, plain_text)
         settings = self._pipeline._sampling.changed(sampling)
         (answer,) = self._pipeline._answer([prompt], [self._encoded], timings, tokens, settings)
         return answer if stream else answer.finish()
@@ -345,12 +367,19 @@ class Chat:
         *,
         about: Sequence[str] | None = None,
         tokens: Tokens = None,
+        plain_text: bool = False,
         stream: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> Answer:
         """The next question; one that raises, now or while it is read, leaves the conversation as it was."""
         answer = self._view.ask(
-            question, about=about, history=self.history, tokens=tokens, stream=stream, **sampling
+            question,
+            about=about,
+            history=self.history,
+            tokens=tokens,
+            plain_text=plain_text,
+            stream=stream,
+            **sampling,
         )
         self._turns.append((question, answer))
         return answer
@@ -369,8 +398,10 @@ def _run_by(engines: str | None) -> tuple[GraphsFactory, BackendFactory]:
 
 def _budgets(tokens: Tokens, pictures: Sequence[Picture]) -> list[int | None]:
     """How many tokens are kept of each image; a share is of its own tokens."""
-    if tokens is None or isinstance(tokens, int):
-        return [tokens] * len(pictures)
+    if tokens is None:
+        return [None] * len(pictures)
+    if not isinstance(tokens, str):
+        return [whole(tokens, "tokens", -sys.maxsize)] * len(pictures)  # the selection says which it takes
     budget = Budget.parse(tokens)
     return [budget.of(picture.num_tokens) for picture in pictures]
 

@@ -4,6 +4,7 @@ The pipeline, the evaluation and the benchmarks all take it, and differ in what 
 PyTorch oracle of the exporter is the only second implementation.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,16 @@ class Walk:
     def embed(self, prompts: Sequence[Prompt]) -> list[Floats]:
         """Input embeddings [S_b, D] of each prompt; those of its image tokens are of no meaning."""
         ids = np.concatenate([prompt.ids_to_embed(self.manifest.image_token_id) for prompt in prompts])
-        embeds = self.embed_tokens(ids[None])[0]  # [S_0 + S_1 + …, D]
+        try:
+            embeds = self.embed_tokens(ids[None])[0]  # [S_0 + S_1 + …, D]
+        except ResPruneError as error:
+            past = re.search(r"idx=([0-9]+)", str(error))  # as ONNX Runtime's Gather says it
+            if past is None:
+                raise
+            raise ResPruneError(
+                f"the prompt has the token {past[1]}, and the model's table ends before it; leave that special token "
+                "out of the question, or ask with plain_text (--plain-text)"
+            ) from None
         return np.split(embeds, np.cumsum([len(prompt.ids) for prompt in prompts])[:-1])
 
     def keywords(self, prompt: Prompt, embeds: Floats) -> Floats:

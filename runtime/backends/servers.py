@@ -213,6 +213,11 @@ def _image_rows(rows: Floats) -> str:
 
 def _chat_body(question: Question, image_embeds: Callable[[str], Any]) -> dict[str, Any]:
     """Chat completions: the conversation, its pictures in place of the template's."""
+    if question.prompt.plain_text:
+        raise ResPruneError(
+            "this server makes the prompt of text, in which typed special tokens are control tokens; "
+            "ask without --plain-text, or use --server-format sglang"
+        )
     rows = iter(_image_rows(picture.rows) for picture in question.pictures)
     messages = [
         {

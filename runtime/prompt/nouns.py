@@ -21,6 +21,8 @@ WORD = re.compile(
 )
 # Time and memory of the tagger grow with the square of a word's length; no noun of English is longer.
 MAX_WORD = 40
+# It takes a sentence as a whole and fails at about 100,000 words; a question of more than these is tagged in parts.
+MAX_WORDS = 1000
 # CLAWS tags by their first two letters. Auxiliaries (VB, VD, VH, VM) and question words are no content words.
 NOUNS = ("NN", "NP")
 CONTENT = ("VV", "AJ", "AV0", "CR", "OR", "UN", "ZZ", "IT")
@@ -52,8 +54,10 @@ def _tags(words: list[str]) -> list[str]:
     if not any(word[0].islower() for word in words):
         words = [word.lower() for word in words]
     plain = [word[:MAX_WORD].replace("’", "'") for word in words]
+    tags: list[str] = []
     with _TAGGING:
-        tags: list[str] = _tagger().tag_sent(plain, taglevel=0)
+        for start in range(0, len(plain), MAX_WORDS):
+            tags += _tagger().tag_sent(plain[start : start + MAX_WORDS], taglevel=0)
     return tags
 
 

@@ -1,17 +1,20 @@
 """From a conversation to token ids, and to the ids that steer the selection: those of the question's nouns."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from resprune.runtime.arguments import text as require_text
+from resprune.runtime.arguments import words
 from resprune.runtime.bundle.files import Bundle
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line, tokenizer_panics
 from resprune.runtime.families.picture import Expansion
 from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.nouns import question_terms, split_keywords
+from resprune.runtime.prompt.plain_text import PlainText
 from resprune.runtime.prompt.template import Message, assistant_message, chat_template, render, user_message
 
 if TYPE_CHECKING:
@@ -20,9 +23,13 @@ if TYPE_CHECKING:
     from resprune.runtime.prompt.splice import Ints
 
 # Unicode noncharacters: no text carries them, so they show where a template puts the question.
+_NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
 _QUESTION_START, _QUESTION_END = "\ufdd0", "\ufdd1"
 # Unicode's sign for an object in a text, where a question goes on after an image: it is in no word.
 _BETWEEN_TEXTS = "\ufffc"
+
+LONGEST_TOKEN = 256
+"""Characters: longer ones than those of any vocabulary, so that a text of so many a token is certainly too long."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,8 @@ class Prompt:
     `ids` have one image token for each span of each image; `text_positions` are the indices into `ids` of tokens whose
     characters overlap a keyword of the last question; `nouns` are those keywords; `further_ids` are the tokens of
     keywords that the caller named and the question does not have. `adds_special_tokens` says whether the tokenizer
-    added its own, which it does unless the template writes the first of them itself.
+    added its own, which it does unless the template writes the first of them itself. `plain_text`: special tokens stand
+    in the text that are not among the ids, so that encoding the text again gives others.
     """
 
     messages: list[Message]
@@ -51,6 +59,7 @@ class Prompt:
     nouns: list[str]
     further_ids: list[int] = field(default_factory=list)
     adds_special_tokens: bool = True
+    plain_text: bool = False
 
     @property
     def text_token_ids(self) -> list[int]:
@@ -70,9 +79,11 @@ class Prompter:
     def __init__(self, bundle: Bundle) -> None:
         self.tokenizer = load_tokenizer(bundle)
         self.template = chat_template(bundle)
+        self._context_length = bundle.manifest.context_length
         self._plain = family_of(bundle).plain_prompt
         self.image_token_id = bundle.manifest.image_token_id
-        image_token = self.tokenizer.id_to_token(self.image_token_id)
+        with tokenizer_panics(f"{bundle.root} has no tokenizer that can be used"):
+            image_token = self.tokenizer.id_to_token(self.image_token_id)
         if image_token is None:
             raise ResPruneError(
                 f"the tokenizer has no token {self.image_token_id}, the image token; export the bundle again"
@@ -87,12 +98,15 @@ class Prompter:
         history: Sequence[Turn] = (),
         about: Sequence[str] | None = None,
         expansions: Sequence[Expansion | None] | None = None,
+        plain_text: bool = False,
     ) -> Prompt:
         """Prompt for a question about a number of `images`, which stand at the head of the first turn.
 
-        `expansions` and `about` as in `conversation`, and what it raises.
+        The other arguments as in `conversation`, and what it raises.
         """
-        return self.conversation(as_messages(question, images, history), about=about, expansions=expansions)
+        return self.conversation(
+            as_messages(question, images, history), about=about, expansions=expansions, plain_text=plain_text
+        )
 
     def conversation(
         self,
@@ -100,28 +114,54 @@ class Prompter:
         *,
         about: Sequence[str] | None = None,
         expansions: Sequence[Expansion | None] | None = None,
+        plain_text: bool = False,
     ) -> Prompt:
         """Prompt for any conversation that ends with a user's message, whose texts are the question.
 
         `expansions` says of each image what stands for it; None is one image token for each. `about` names keywords in
-        place of the question's nouns. `ResPruneError` for a question that is empty, for what is no Unicode text or
-        types the image token, and for a conversation that the chat template does not take.
+        place of the question's nouns. A special token that a text types is the control token it names, as in Hugging
+        Face; with `plain_text` it is encoded as text. `ResPruneError` for a question that is empty, for what is no
+        Unicode text, is longer than the context or types the image token without `plain_text`, and for a conversation
+        that the chat template does not take.
         """
+        spoken = _texts(messages)
+        for part in spoken:
+            self._require_text(part)
+        if about is not None:
+            about = words(about, "about")
+            self._require_room(sum(map(len, about)) // LONGEST_TOKEN, "about")
         images = sum(part["type"] == "image" for message in messages for part in message["content"])
         texts = [part["text"] for part in messages[-1]["content"] if part["type"] == "text"]
         question = _BETWEEN_TEXTS.join(texts)
         if not any(text.strip() for text in texts):
             raise ResPruneError("the question is empty; ask something about the picture")
-        for message in messages:
-            _require_unicode(part.get("text", "") for part in message["content"])
-        expand = partial(self._expand, [None] * images if expansions is None else expansions)
-        text = expand(self._render(messages))
+        expansions = [None] * images if expansions is None else expansions
+        plain = self._plain_text(expansions) if plain_text else None
+        if plain is not None and not plain.types_special(spoken):
+            plain = None
+
+        def write(messages: Sequence[Message]) -> str:
+            """The prompt's text, as it is encoded."""
+            if plain is None:
+                return self._expand(expansions, self._render(messages))
+            rendered = self._render(_with_texts(messages, plain.hidden))
+            return plain.written(self._expand(expansions, rendered))
+
+        written = write(messages)
+        text = written if plain is None else plain.shown(written)
         # A template that writes BOS itself must not get a second one (transformers' apply_chat_template).
         bos = self.variables.get("bos_token")
         adds = not (bos and text.startswith(bos))
-        encoding = self.tokenizer.encode(text, add_special_tokens=adds)
-        expected = text.count(self.variables["image_token"])
-        if encoding.ids.count(self.image_token_id) != expected:
+        with tokenizer_panics("the question cannot be encoded"):
+            if plain is None:
+                encoding = self.tokenizer.encode(text, add_special_tokens=adds)
+                ids, offsets = encoding.ids, encoding.offsets
+            else:
+                ids, offsets = plain.encode(written, add_special_tokens=adds)
+        self._require_room(len(ids), "the question")
+        image_token = self.variables["image_token"]
+        expected = sum(1 if one is None else one.text.count(image_token) for one in expansions)
+        if ids.count(self.image_token_id) != expected:
             raise ResPruneError(
                 f"the tokenizer makes something else of {self.variables['image_token']} than the image token "
                 f"{self.image_token_id}; export the bundle again from a whole checkpoint"
@@ -131,23 +171,24 @@ class Prompter:
         spans: list[tuple[int, int]] = []
         start = 0
         for number, part in enumerate(texts):
-            marked = expand(self._render(_marked(messages, number)))
+            marked = write(_marked(messages, number))
             of_part = [
                 (first - start, last - start)
                 for first, last in terms
                 if start <= first and last <= start + len(part)
             ]
-            spans += _locate(of_part, part, text, marked)
+            spans += _locate(of_part, part, written, marked)
             start += len(part) + len(_BETWEEN_TEXTS)
         return Prompt(
             messages=list(messages),
             text=text,
-            ids=encoding.ids,
+            ids=ids,
             text_positions=[
                 index
-                for index, (start, end) in enumerate(encoding.offsets)
+                for index, (start, end) in enumerate(offsets)
                 if any(start < last and first < end for first, last in spans)
             ],
+            plain_text=plain is not None,
             nouns=[question[first:last] for first, last in terms] + outside,
             further_ids=[token for word in outside for token in self._keyword_ids(word)],
             adds_special_tokens=adds,
@@ -158,6 +199,26 @@ class Prompter:
         twice = self.tokenizer.encode(f"{word} {word}", add_special_tokens=False)
         ids = [token for token, (_, end) in zip(twice.ids, twice.offsets, strict=True) if end > len(word) + 1]
         return [token for token in ids if token != self.image_token_id]
+
+    def _plain_text(self, expansions: Sequence[Expansion | None]) -> PlainText:
+        placeholders = [one.placeholder for one in expansions if one is not None]
+        return PlainText(self.tokenizer, [self.variables["image_token"], *placeholders])
+
+    def _require_text(self, part: object) -> None:
+        """`ResPruneError` for what is no text, or too long to be encoded at all."""
+        self._require_room(len(require_text(part, "the question")) // LONGEST_TOKEN, "the question")
+        if _NONCHARACTERS.search(str(part)):
+            raise ResPruneError(
+                "the question has characters that Unicode reserves (U+FDD0 to U+FDEF); leave them out"
+            )
+
+    def _require_room(self, length: int, what: str) -> None:
+        """`ResPruneError` unless `length` tokens, and one more, fit into the context: before anything is embedded."""
+        if length >= self._context_length:
+            raise ResPruneError(
+                f"{what} is past the context: {length} tokens or more, limit {self._context_length}; "
+                "ask a shorter one, or leave out earlier turns"
+            )
 
     def _render(self, messages: Sequence[Message]) -> str:
         return render(messages, self.template, self.variables, plain=self._plain)
@@ -212,9 +273,18 @@ def _marked(messages: Sequence[Message], number: int) -> list[Message]:
     return [*messages[:-1], {**messages[-1], "content": content}]
 
 
-def _require_unicode(texts: Iterable[str]) -> None:
-    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
-        raise ResPruneError("the question is not valid UTF-8; check the encoding of the terminal or file")
+def _texts(messages: Sequence[Message]) -> list[Any]:
+    """Everything that a conversation says."""
+    return [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+
+
+def _with_texts(messages: Sequence[Message], change: Callable[[str], str]) -> list[Message]:
+    """The conversation with each of its texts changed."""
+
+    def changed(part: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**part, "text": change(part["text"])} if part["type"] == "text" else part
+
+    return [{**message, "content": list(map(changed, message["content"]))} for message in messages]
 
 
 def as_messages(question: str, images: int, history: Sequence[Turn] = ()) -> list[Message]:
@@ -233,9 +303,14 @@ def load_tokenizer(bundle: Bundle) -> "tokenizers.Tokenizer":
 
     path = bundle.file_path("tokenizer.json")
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        with tokenizer_panics(f"{path} is not a tokenizer"):
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except ResPruneError:
+        raise
     except Exception as error:  # what tokenizers raises is a bare Exception
-        raise ResPruneError(f"{path} is not a tokenizer ({error}); export the bundle again") from None
+        raise ResPruneError(
+            f"{path} is not a tokenizer ({one_line(error)}); export the bundle again"
+        ) from None
     # A tokenizer.json may carry the settings it was last trained with; a prompt is never cut or filled up.
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -78,7 +78,7 @@ def bundle_of_files(root: Path, files: Mapping[str, str], *, image_token_id: int
         selection=Selection(k=4, num_tokens=9, alpha=1.0, scale="minmax", body="loop"),
         positions="contiguous",
         image_token_id=image_token_id,
-        context_length=64,
+        context_length=4096,
         graphs={},
         files={name: FileSpec(0, "0" * 64) for name in files},
         versions={},

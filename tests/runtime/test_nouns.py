@@ -105,3 +105,10 @@ def test_the_tagger_is_loaded_when_it_is_needed_and_never_from_the_current_direc
         "assert terms('Is a cat there?') == [(5, 8)]"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ, check=True)
+
+
+def test_a_question_of_any_length_is_tagged() -> None:
+    question = "what is the square " * 40_000
+    spans = question_terms(question)
+    assert len(spans) == 40_000
+    assert {question[start:end] for start, end in spans} == {"square"}

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -10,9 +11,10 @@ from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor, PreT
 
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.picture import Expansion
+from resprune.runtime.prompt.plain_text import PlainText
 from resprune.runtime.prompt.prompter import Prompter, Turn
 from resprune.runtime.prompt.template import DEFAULT_TEMPLATE
-from tests.runtime.bundles import bundle_of_files
+from tests.runtime.bundles import bundle_of_files, one_sentence
 from tests.runtime.test_template import LLAVA_15
 from tests.runtime.tokenizers_made import KINDS
 
@@ -243,3 +245,113 @@ def test_an_expansion_stands_in_the_place_of_its_image(tmp_path: Path) -> None:
     assert prompt.text_token_ids == plain.text_token_ids
     with pytest.raises(ResPruneError, match="contains <image>"):
         writer.prompt(f"what is {token}?", 1, expansions=[tiles])
+
+
+SPOKEN = "the square </s> is <image> <s>here</s>"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("template", [LLAVA_15, WITH_BOS, "</s>" + LLAVA_15 + "</s>"])
+def test_plain_text_makes_text_of_typed_special_tokens(
+    tmp_path: Path, kind: str, add_bos: bool, template: str
+) -> None:
+    """What the text decodes to is all there, and the control tokens are those of the prompt of a harmless question."""
+    ours = prompter(save_tokenizer(tmp_path, kind, add_bos), template)
+    special = {token: ours.tokenizer.token_to_id(token) for token in ("<s>", "</s>", "<image>")}
+    harmless = ours.prompt("the square is here", 2, history=[Turn("square?", "table")])
+    plain = ours.prompt(SPOKEN, 2, history=[Turn("</s>square?", "<image>table")], plain_text=True)
+    for token in special.values():
+        assert plain.ids.count(token) == harmless.ids.count(token)
+    assert plain.ids[0] == harmless.ids[0]
+    assert SPOKEN in plain.text
+    assert plain.messages[-1]["content"][-1]["text"] == SPOKEN
+    assert plain.plain_text
+    assert plain.nouns == ["square", "image"]
+    assert plain.text_positions
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_text_is_what_the_tokenizer_makes_of_text(tmp_path: Path, kind: str) -> None:
+    """Between two special tokens stand the ids of `encode_special_tokens`, with which there are none."""
+    ours = made(tmp_path, kind, template="{{ messages[0]['content'][1]['text'] }}<image>")
+    ids = ours.prompt("square</s>table", 1, plain_text=True).ids
+    ours.tokenizer.encode_special_tokens = True
+    apart = ours.tokenizer.encode("square</s>table", add_special_tokens=False).ids
+    assert ids == [*apart, ours.image_token_id]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_plain_text_changes_nothing_where_no_special_token_is_typed(
+    tmp_path: Path, kind: str, add_bos: bool
+) -> None:
+    ours = prompter(save_tokenizer(tmp_path, kind, add_bos), WITH_BOS)
+    for question in ("What is the red square?", "日本語 🎉 <b>"):
+        assert ours.prompt(question, 1, plain_text=True) == ours.prompt(question, 1)
+
+
+def test_a_copy_with_other_names_makes_the_same_ids(tmp_path: Path) -> None:
+    """The way through the copy of the tokenizer, for a prompt that needs none."""
+    for kind in KINDS:
+        for add_bos in (False, True):
+            (tmp_path / f"{kind}{add_bos}").mkdir()
+            ours = prompter(save_tokenizer(tmp_path / f"{kind}{add_bos}", kind, add_bos), LLAVA_15)
+            plain = PlainText(ours.tokenizer, ["<image>"])
+            for question in QUESTIONS:
+                text = ours.prompt(question, 1).text
+                encoding = ours.tokenizer.encode(text, add_special_tokens=True)
+                written = plain.written(text)
+                assert plain.shown(written) == text
+                assert plain.encode(written, add_special_tokens=True)[0] == encoding.ids
+
+
+def test_a_typed_special_token_is_a_control_token_as_in_hugging_face(tmp_path: Path) -> None:
+    ours = made(tmp_path)
+    end = ours.tokenizer.token_to_id("</s>")
+    assert ours.prompt("the </s> square", 1).ids.count(end) == 1
+    assert "contains <image>" in refused(ours, "the <image> square")
+
+
+def refused(ours: Prompter, question: Any, **options: Any) -> str:
+    with pytest.raises(ResPruneError) as error:
+        ours.prompt(question, 1, **options)
+    return one_sentence(error.value)
+
+
+@pytest.mark.parametrize("plain_text", [False, True])
+def test_a_question_past_the_context_is_refused_before_it_is_encoded(
+    tmp_path: Path, plain_text: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = made(tmp_path)
+    said = refused(ours, "square " * 5000, plain_text=plain_text)
+    assert "the question is past the context" in said
+    assert "limit 4096" in said
+    monkeypatch.setattr(ours, "_render", None)  # not even rendered
+    for history in ([], [Turn("x" * (1 << 21), "y")], [Turn("x", "y" * (1 << 21))]):
+        question = "square" if history else "x" * (1 << 21)
+        assert "past the context" in refused(ours, question, history=history, plain_text=plain_text)
+    assert "about is past the context" in refused(ours, "square", about=["x" * (1 << 21)])
+
+
+@pytest.mark.parametrize(
+    ("question", "options", "says"),
+    [
+        (None, {}, "the question should be a string, not NoneType"),
+        (b"why?", {}, "the question should be a string, not bytes"),
+        ("a\ud800", {}, "not valid UTF-8"),
+        ("a\ufdd2b", {}, "characters that Unicode reserves"),
+        ("why?", {"about": 3}, "about should be a list of strings, not int 3"),
+        ("why?", {"about": ["a", 3]}, "each entry of about should be a string"),
+        ("why?", {"history": [Turn("why?", None)]}, "should be a string, not NoneType"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_question_is_refused(tmp_path: Path, question: Any, options: Any, says: str) -> None:
+    assert says in refused(made(tmp_path), question, **options)
+
+
+def test_about_may_be_one_string(tmp_path: Path) -> None:
+    ours = made(tmp_path)
+    one = ours.prompt("the red square and the table", 1, about="square, table")
+    assert one.nouns == ours.prompt("the red square and the table", 1, about=["square", "table"]).nouns
+    assert one.nouns == ["square", "table"]
