@@ -101,7 +101,6 @@ def test_an_unknown_decoder_is_one_line() -> None:
     ("words", "told"),
     [
         (["--images", "0"], "1 image or more"),
-        (["--about", "horse"], "horse"),
         (["--out", "missing/prompt.json"], "cannot be written"),
     ],
 )
