@@ -18,12 +18,15 @@ from resprune.runtime.backends.backend import Place
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Selection
 from resprune.runtime.errors import ResPruneError, one_line, permission_faults, require_packages
-from resprune.runtime.families.picture import Picture
+from resprune.runtime.families.picture import Picture, Preprocessor
+from resprune.runtime.families.table import FAMILIES
 from resprune.runtime.prompt.splice import Floats, Ints, Spliced
 from resprune.runtime.walk import Features
 
 if TYPE_CHECKING:
     from resprune.exporter.checkpoint.checkpoint import Checkpoint
+    from resprune.exporter.components import Components
+    from resprune.exporter.language import Rows
 
 NEEDED = ("torch", "transformers", "onnxscript", "huggingface_hub", "safetensors")
 
@@ -59,7 +62,7 @@ def open_checkpoint(
         torch.set_num_threads(threads)
     with permission_faults(), tempfile.TemporaryDirectory(prefix="resprune-") as folder:
         checkpoint = resolve(name)
-        bundle = _without_graphs(checkpoint, Path(folder), attention or "plain")
+        bundle, components = _without_graphs(checkpoint, Path(folder), attention or "plain")
         try:
             dtype = torch.float32 if device == "cpu" else "auto"
             model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.root, dtype=dtype)
@@ -68,14 +71,15 @@ def open_checkpoint(
             processor = load_processor(checkpoint.root, backend="pil")
         except (RuntimeError, AssertionError, ValueError, OSError) as error:
             raise ResPruneError(f"{name} cannot be loaded on {device} ({one_line(error)})") from None
-        stages = _TorchStages(model, processor, bundle.manifest.selection)
+        preprocessor = FAMILIES[bundle.manifest.family].preprocessor(bundle)
+        stages = _TorchStages(model, processor, bundle.manifest.selection, components, preprocessor)
         return Model(
             bundle,
             Stages(
                 stages.encode,
                 stages.embed,
                 stages.select,
-                _TorchDecoder(model),
+                _TorchDecoder(model, components),
                 bundle.manifest.selection.k,
                 engine(device, torch.get_num_threads(), torch, transformers),
             ),
@@ -94,8 +98,11 @@ def _fingerprint(checkpoint: Checkpoint, bundle: Bundle, how: str) -> str:
     return f"{checkpoint.name} {checkpoint.revision} {digest}, {how}"
 
 
-def _without_graphs(checkpoint: Checkpoint, root: Path, attention: str) -> Bundle:
-    """What an export writes beside its graphs, and the facts its manifest would have, with K as large as N."""
+def _without_graphs(checkpoint: Checkpoint, root: Path, attention: str) -> tuple[Bundle, Components]:
+    """What an export writes beside its graphs, and the facts its manifest would have, with K as large as N.
+
+    The components say what else the model is; they are weightless.
+    """
     import torch
 
     from resprune.exporter.checkpoint.checkpoint import family_of
@@ -109,7 +116,7 @@ def _without_graphs(checkpoint: Checkpoint, root: Path, attention: str) -> Bundl
     check_side_files(checkpoint)
     components = split_model(checkpoint, torch.float32, fake_mode())
     find_weights(checkpoint, components.model)  # transformers fills those that are missing with random values
-    return write_draft(checkpoint, components, root, attention)
+    return write_draft(checkpoint, components, root, attention), components
 
 
 @contextmanager
@@ -127,21 +134,44 @@ def _faults(what: str, device: Any) -> Iterator[None]:
 class _TorchStages:
     """Encoder, embedding and selection of a Hugging Face model; arrays in, arrays out."""
 
-    def __init__(self, model: Any, processor: Any, selection: Selection) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        selection: Selection,
+        components: Components,
+        preprocessor: Preprocessor,
+    ) -> None:
         self._model = model
         self._processor = processor
         self._selection = selection
+        self._components = components
+        self._preprocessor = preprocessor
 
     def encode(self, images: Sequence[Image.Image], pictures: Sequence[Picture]) -> list[Features]:
         import torch
 
         rows: list[Features] = []
-        for image in images:  # one by one: pictures differ in size, and what one needs is bounded
+        # One by one: pictures differ in size, and what one needs is bounded.
+        for image, picture in zip(images, pictures, strict=True):
             with _faults("encode a picture", self._model.device), torch.inference_mode():
+                if self._components.planes:
+                    rows.append(self._with_planes(picture))
+                    continue
                 inputs = self._processor(images=[np.asarray(image)], return_tensors="pt")
-                (features,) = self._model.get_image_features(**inputs.to(self._model.device)).pooler_output
-                rows.append(Features(features.float().cpu().numpy()))
+                tiles = self._model.get_image_features(**inputs.to(self._model.device)).pooler_output
+                rows.append(Features(torch.cat(list(tiles)).float().cpu().numpy()))
         return rows
+
+    def _with_planes(self, picture: Picture) -> Features:
+        """Only the family knows how its model gives planes: its reference for the vision graph does it."""
+        import torch
+
+        vision, arrays = self._components.vision, self._preprocessor.batch([picture])
+        tensors = [torch.from_numpy(arrays[spec.name]).to(self._model.device) for spec in vision.inputs]
+        inputs = tuple(one.to(self._model.dtype) if one.is_floating_point() else one for one in tensors)
+        first, *planes = (plane[0].float().cpu().numpy() for plane in vision.reference(self._model, inputs))
+        return Features(first, tuple(planes))
 
     def embed(self, ids: Ints) -> Floats:
         import torch
@@ -154,14 +184,19 @@ class _TorchStages:
     def select(self, encoded: Encoded, text: Floats, k: int) -> Ints:
         import torch
 
-        from resprune.exporter.verify.reference import residual_select, text_gain
+        from resprune.exporter.verify.reference import protected_first, residual_select, text_gain
 
         with _faults("select tokens", self._model.device):
             visual, words = (
                 torch.from_numpy(rows)[None].to(self._model.device) for rows in (encoded.features, text)
             )
-            gain = text_gain(visual, words, alpha=self._selection.alpha, scale=self._selection.scale)
-            picks: Ints = residual_select(visual, gain, k)[0].cpu().numpy()
+            protected = torch.zeros(visual.shape[:2], dtype=torch.bool, device=visual.device)
+            if encoded.picture.protected is not None:
+                protected[0] = torch.from_numpy(encoded.picture.protected)
+            alpha, scale = self._selection.alpha, self._selection.scale
+            gain = text_gain(visual, words, None, ~protected, alpha=alpha, scale=scale)
+            greedy = residual_select(visual, gain, k, ~protected)
+            picks: Ints = protected_first(protected, greedy)[0].cpu().numpy()
         return picks[picks >= 0]
 
 
@@ -171,11 +206,12 @@ _ANSWER = "go on with an answer"
 class _TorchDecoder:
     """`Decoder` by Hugging Face's code."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, components: Components) -> None:
         self.model = model
+        self._components = components
 
     def start(self, spliced: Spliced) -> _TorchSequence:
-        return _TorchSequence(self.model, spliced)
+        return _TorchSequence(self.model, spliced, self._components)
 
     def close(self) -> None:
         """Nothing is held beside the model."""
@@ -184,43 +220,58 @@ class _TorchDecoder:
 class _TorchSequence:
     """One batch of prompts, with Hugging Face's cache."""
 
-    def __init__(self, model: Any, spliced: Spliced) -> None:
+    def __init__(self, model: Any, spliced: Spliced, components: Components) -> None:
         import torch
         from transformers import DynamicCache
+
+        from resprune.exporter.language import Rows
 
         self._model = model
         self._cache: Any = DynamicCache()
         self._place = Place.of(spliced)
         with _faults(_ANSWER, model.device):
             embeds = torch.from_numpy(spliced.inputs_embeds).to(model.device, model.dtype)
-            self.logits = self._run(embeds)
+            rows = Rows(components.plane_layers, components.two_way)
+            names = [spec.name for spec in rows.specs(("batch_size", "sequence_length"), embeds.shape[2])]
+            inputs = (torch.from_numpy(spliced.row_inputs[name]).to(model.device) for name in names)
+            self.logits = self._run(embeds, rows, tuple(inputs))
 
     def step(self, tokens: Ints) -> None:
         import torch
 
+        from resprune.exporter.language import Rows
+
         self._place.step()
         with _faults(_ANSWER, self._model.device), torch.inference_mode():
             ids = torch.from_numpy(tokens[:, None]).to(self._model.device)
-            self.logits = self._run(self._model.get_input_embeddings()(ids))
+            self.logits = self._run(self._model.get_input_embeddings()(ids), Rows(), ())
 
     def close(self) -> None:
         self._cache = None
 
-    def _run(self, embeds: Any) -> Floats:
+    def _run(self, embeds: Any, rows: Rows, row_inputs: tuple[Any, ...]) -> Floats:
         import torch
 
-        from resprune.exporter.language import position_bias
+        from resprune.exporter.language import additive_masks, position_bias
 
         language_model = self._model.get_decoder()
         mask = torch.from_numpy(self._place.attention_mask).to(embeds.device)
-        with torch.inference_mode():
+        planes, numbers, _ = rows.parts(row_inputs)
+        how: dict[str, Any] = {"attention_mask": mask, **position_bias(language_model, mask)}
+        if numbers is not None:
+            config, length = language_model.config, embeds.shape[1]
+            masks = additive_masks(
+                config, length, mask, numbers, proportional=True, dtype=embeds.dtype
+            )  # a count of 1 weighs nothing
+            how = {"attention_mask": masks}
+        planes = tuple(plane.to(embeds.dtype) for plane in planes)
+        with torch.inference_mode(), rows.added(language_model, planes):
             hidden = language_model(
                 inputs_embeds=embeds,
-                attention_mask=mask,
                 position_ids=torch.from_numpy(self._place.position_ids).to(embeds.device),
                 past_key_values=self._cache,
                 use_cache=True,
-                **position_bias(language_model, mask),
+                **how,
             ).last_hidden_state[:, -1]
             logits: Floats = self._model.lm_head(hidden).float().cpu().numpy()
         return logits

@@ -137,9 +137,15 @@ class _Decoder(nn.Module):
 
 
 def additive_masks(
-    config: Any, length: int, attention_mask: Tensor, numbers: Tensor | None, *, proportional: bool
+    config: Any,
+    length: int,
+    attention_mask: Tensor,
+    numbers: Tensor | None,
+    *,
+    proportional: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """Masks [B, 1, S, P + S] float32, in the form that the language model takes when given them ready-made.
+    """Masks [B, 1, S, P + S] of `dtype`, in the form that the language model takes when given them ready-made.
 
     `length` is S, `attention_mask` [B, P + S] int64; `numbers` [B, S] int64 are `image_numbers`, None for causal masks
     alone. If `proportional`, a key's weight is the logarithm of what the mask counts it for.
@@ -162,8 +168,11 @@ def additive_masks(
     seen, near = seen & present, near & present
     weight = log_counts(attention_mask)[:, None, None, :] if proportional else 0.0
     if LANGUAGE_MODELS[config.model_type].masks_by_kind:
-        return {"full_attention": _additive(seen, weight), "sliding_attention": _additive(near, weight)}
-    return _additive(near, weight)
+        return {
+            "full_attention": _additive(seen, weight, dtype),
+            "sliding_attention": _additive(near, weight, dtype),
+        }
+    return _additive(near, weight, dtype)
 
 
 def _present(cache: Any) -> list[Tensor]:
@@ -174,9 +183,9 @@ def _windowed(config: Any) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
-def _additive(seen: Tensor, weight: Tensor | float) -> Tensor:
+def _additive(seen: Tensor, weight: Tensor | float, dtype: torch.dtype) -> Tensor:
     # The lowest finite number, not −∞: a padded query sees no key at all, and its softmax must not be NaN.
-    return torch.where(seen, weight, torch.finfo(torch.float32).min)
+    return torch.where(seen, weight, torch.finfo(dtype).min).to(dtype)
 
 
 def position_bias(language_model: Any, attention_mask: Tensor) -> dict[str, Tensor]:

@@ -8,29 +8,38 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.cache_utils import DynamicCache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from resprune.exporter.checkpoint.checkpoint import Checkpoint
 from resprune.exporter.components import Component, Components, Sizes
 from resprune.exporter.split import assemble, read_config, weightless_model
-from resprune.runtime.bundle.manifest import TensorSpec
-from resprune.runtime.families.picture import FixedGrid
+from resprune.exporter.verify.reference import keep, kept_counts, protected_first, residual_select, text_gain
+from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.bundle.manifest import Range, TensorSpec
+from resprune.runtime.families.image import Box
+from resprune.runtime.families.picture import Arrays, Expansion, FixedGrid, Picture
 from resprune.runtime.families.table import FAMILIES, Family
 from tests import tiny
 
 NAME = "synthetic"
 SPANS = (6, 5, 5)
+EXPANSION = f"{tiny.IMAGE_TOKEN} left{tiny.IMAGE_TOKEN} and right{tiny.IMAGE_TOKEN}"
 NUM_TOKENS = sum(SPANS)
 PLANE_LAYERS = (0, 1)
 SHAPE = tiny.Tiny(hidden=64, heads=4, kv_heads=2, layers=4, image_size=36, patch_size=9, seed=7)
@@ -156,13 +165,122 @@ def write_checkpoint(root: Path) -> Path:
     return root
 
 
-FAMILY = Family(NAME, "the synthetic family", NAME, FixedGrid.from_bundle, plain_prompt=True)
+@dataclass(frozen=True)
+class InSpans:
+    """`FixedGrid`, whose tokens lie in three spans of the prompt with words between them."""
+
+    grid: FixedGrid
+    pictures_a_run: int | None = None
+
+    @staticmethod
+    def from_bundle(bundle: Bundle) -> InSpans:
+        """From the bundle's image processor."""
+        return InSpans(FixedGrid.from_bundle(bundle))
+
+    def __call__(self, image: Image.Image) -> Picture:
+        """As `FixedGrid`."""
+        return Picture(
+            self.grid(image).arrays,
+            np.concatenate([np.arange(length) for length in SPANS]),
+            SPANS,
+            SPANS,
+            Expansion(tiny.IMAGE_TOKEN, EXPANSION),
+            np.array(protected_rows()),
+        )
+
+    def batch(self, pictures: Sequence[Picture]) -> Arrays:
+        """As `FixedGrid`."""
+        return self.grid.batch(pictures)
+
+    def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
+        """As `FixedGrid`."""
+        return self.grid.axes(batch, tokens)
+
+    def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
+        """As `FixedGrid`."""
+        return self.grid.boxes(image_size)
+
+
+FAMILY = Family(NAME, "the synthetic family", NAME, InSpans.from_bundle, plain_prompt=True)
 
 
 @contextmanager
 def registered() -> Iterator[Family]:
-    """While it lasts, the family is one of the table's, and its module is where the exporter looks for it."""
+    """While it lasts, the family is one of the table's and of transformers', and the exporter finds its module."""
     module = ModuleType(f"resprune.exporter.families.{NAME}")
     module.__dict__["split_model"] = split_model
-    with patch.dict(FAMILIES, {NAME: FAMILY}), patch.dict(sys.modules, {module.__name__: module}):
+    with (
+        patch.dict(FAMILIES, {NAME: FAMILY}),
+        patch.dict(sys.modules, {module.__name__: module}),
+        patch.dict(CONFIG_MAPPING._extra_content, {NAME: SyntheticConfig}),
+        patch.dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING._extra_content, {SyntheticConfig: SyntheticModel}),
+    ):
         yield FAMILY
+
+
+class Oracle:
+    """The checkpoint in PyTorch, which answers from pruned prompts without anything of the exporter or the runtime."""
+
+    def __init__(self, root: Path) -> None:
+        loaded: Any = SyntheticModel.from_pretrained(root)
+        self.model = loaded.eval()
+
+    @torch.no_grad()
+    def answer(
+        self,
+        pixels: Sequence[Any],
+        ids: Sequence[int],
+        nouns: Sequence[int],
+        k: int,
+        positions: str,
+        steps: int,
+        *,
+        proportional: bool = False,
+    ) -> tuple[list[list[int]], list[int]]:
+        """Pick orders of the images `pixels` [3, H, W] each, and greedy tokens after the prompt `ids`."""
+        planes = _reference(self.model, (torch.tensor(np.stack(pixels)),))  # [images, N, D] each
+        table = self.model.get_input_embeddings()
+        protected = torch.tensor(protected_rows()).expand(len(pixels), -1)
+        text = table(torch.tensor(nouns, dtype=torch.int64)).expand(len(pixels), -1, -1)
+        gain = text_gain(planes[0], text, None, ~protected)
+        orders = protected_first(protected, residual_select(planes[0], gain, k, ~protected))
+        _, kept = keep(planes[0], orders)
+        counts = kept_counts(planes[0], kept) if proportional else torch.ones_like(kept)
+
+        image_token = tiny.SPECIAL.index(tiny.IMAGE_TOKEN)
+        rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        mask: list[int] = []
+        places: list[int] = []
+        span = place = 0
+        for token in ids:
+            if token != image_token:
+                zero = torch.zeros(planes[0].shape[2])
+                rows.append((table.weight[token], zero, zero))
+                mask.append(1)
+                places.append(place)
+                place += 1
+                continue
+            image, number = divmod(span, len(SPANS))
+            first = sum(SPANS[:number])
+            for index, count in zip(kept[image].tolist(), counts[image].tolist(), strict=True):
+                if first <= index < first + SPANS[number]:
+                    rows.append((planes[0][image, index], planes[1][image, index], planes[2][image, index]))
+                    mask.append(count)
+                    places.append(place + index - first)
+            place += SPANS[number]
+            span += 1
+        tokens: list[int] = []
+        past = torch.zeros(1, SHAPE.kv_heads, 0, SHAPE.hidden // SHAPE.heads)
+        for _ in range(steps):
+            where = range(len(rows)) if positions == "contiguous" else places
+            hidden, *others = (torch.stack(plane)[None] for plane in zip(*rows, strict=True))
+            inputs = (hidden, torch.tensor([mask]), torch.tensor([list(where)]), *others)
+            logits, *_ = decode_by_hand(self.model, (*inputs, *[past] * (2 * SHAPE.layers)))
+            tokens.append(int(logits[0, -1].argmax()))
+            rows.append(
+                (table.weight[tokens[-1]], torch.zeros_like(rows[0][0]), torch.zeros_like(rows[0][0]))
+            )
+            mask.append(1)
+            places.append(place)
+            place += 1
+        return orders.tolist(), tokens

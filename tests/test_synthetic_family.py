@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,32 +10,50 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from PIL import Image
 
+from resprune.evaluation.checkpoint import open_checkpoint
+from resprune.evaluation.model import open_bundle
 from resprune.exporter.export import Options, export
 from resprune.exporter.language import Rows
+from resprune.exporter.tensorrt.engines import build
 from resprune.exporter.verify.verifier import ParityError
+from resprune.runtime.answer import Answer
 from resprune.runtime.bundle.files import read_bundle
+from resprune.runtime.pipeline import Pipeline
 from tests import synthetic_family as synthetic
+from tests.runtime.test_tensorrt import stand_in_for
 
 K = 9
+STEPS = 20
+QUESTIONS = ("what colour is the square on the table?", "how many red circles are there?")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with synthetic.registered():
+        yield synthetic.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Fields of `Options` → the bundle exported with them, once a module."""
-    root = synthetic.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
     bundles: dict[Options, Path] = {}
 
     def bundle(**options: Any) -> Path:
         key = Options(k=K, **options)
         if key not in bundles:
             bundles[key] = export(
-                str(root), tmp_path_factory.mktemp("bundle") / "out", key, lambda line: None
+                str(checkpoint), tmp_path_factory.mktemp("bundle") / "out", key, lambda line: None
             )
         return bundles[key]
 
-    with synthetic.registered():
-        yield bundle
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def oracle(checkpoint: Path) -> synthetic.Oracle:
+    return synthetic.Oracle(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -111,3 +130,112 @@ def test_each_plane_counts_where_it_is_added(made: Callable[..., Path]) -> None:
     answers = [logits(*planes), logits(zero, planes[1]), logits(planes[0], zero), logits(*planes[::-1])]
     for index, answer in enumerate(answers):
         assert all(abs(answer - other).max() > 1e-2 for other in answers[:index])
+
+
+def image(seed: int) -> Any:
+    blocks = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return np.repeat(np.repeat(blocks, 12, axis=0), 12, axis=1)
+
+
+def check(vlm: Pipeline, oracle: synthetic.Oracle, answer: Answer, seeds: list[int], k: int = K) -> None:
+    """Picks and tokens of an answer about images are PyTorch's."""
+    shown = [vlm._walk.preprocessor(Image.fromarray(image(seed))) for seed in seeds]
+    prompt = answer.prompt
+    assert prompt.ids.count(vlm.manifest.image_token_id) == len(synthetic.SPANS) * len(seeds)
+    orders, tokens = oracle.answer(
+        [one.arrays["pixel_values"] for one in shown],
+        prompt.ids,
+        prompt.text_token_ids,
+        k,
+        vlm.manifest.positions,
+        STEPS,
+        proportional=vlm.manifest.attention == "proportional",
+    )
+    assert [picks.pick_order.tolist() for picks in answer.images] == orders
+    assert answer.token_ids == tokens
+    assert len(set(tokens)) > 5, "a model that repeats itself shows nothing"
+    protected = np.flatnonzero(synthetic.protected_rows())
+    for picks in answer.images:
+        assert picks.pick_order[: len(protected)].tolist() == protected[:k].tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"split": True},
+        {"positions": "original", "split": True},
+        {"split": True, "optimize": "ort", "attention": "proportional"},
+    ],
+    ids=str,
+)
+def test_answers_are_those_of_pytorch(
+    made: Callable[..., Path], oracle: synthetic.Oracle, options: dict[str, Any]
+) -> None:
+    """Asked, looked at once and asked twice, in a conversation, in a batch; one image and two."""
+    settings: Any = {"max_new_tokens": STEPS}
+    with Pipeline.load(made(**options)) as vlm:
+        check(vlm, oracle, vlm.ask(image(0), QUESTIONS[0], stream=False, **settings), [0])
+        fewer = vlm.ask(image(1), QUESTIONS[1], tokens=7, stream=False, **settings)
+        check(vlm, oracle, fewer, [1], 7)
+        check(vlm, oracle, vlm.ask([image(2), image(3)], QUESTIONS[0], stream=False, **settings), [2, 3])
+        chat = vlm.look(image(4)).chat()
+        for question in QUESTIONS:
+            check(vlm, oracle, chat.ask(question, **settings).finish(), [4])
+        shown = [[5], [6, 7], [8]]
+        asked = [QUESTIONS[0], QUESTIONS[1], "why?"]
+        batch = vlm.ask_batch([[image(seed) for seed in seeds] for seeds in shown], asked, **settings)
+        for answer, seeds in zip(batch, shown, strict=True):
+            check(vlm, oracle, answer, seeds)
+
+
+def test_evaluation_of_the_bundle_and_of_the_checkpoint(made: Callable[..., Path], checkpoint: Path) -> None:
+    """Both give the answers of the pipeline, at the bundle's K and unpruned."""
+    root = made(split=True)
+    models = [open_bundle(root), open_checkpoint(str(checkpoint))]
+    for k in (K, synthetic.NUM_TOKENS):
+        texts = []
+        for model in models:
+            encoded = [model.look([image(seed)])[0] for seed in (0, 1)]
+            asked = [
+                model.read(question, [one.picture.expansion])
+                for question, one in zip(QUESTIONS, encoded, strict=True)
+            ]
+            kept = [
+                model.select(*pair, k) if k == K else np.arange(k)
+                for pair in zip(encoded, asked, strict=True)
+            ]
+            texts.append(model.answer(asked, [[one] for one in encoded], [[order] for order in kept], STEPS))
+        assert texts[0] == texts[1]
+        if k == K:
+            with Pipeline.load(root) as vlm:
+                for index, text in enumerate(texts[0]):
+                    assert vlm.ask(image(index), QUESTIONS[index], max_new_tokens=STEPS).text == text
+        else:
+            assert len(set(texts[0])) == 2
+
+
+def test_engines(made: Callable[..., Path], tmp_path: Path) -> None:
+    """TensorRT takes every graph; planes and protected rows have their bounds in the profiles."""
+    pytest.importorskip("tensorrt_rtx")
+    root = Path(shutil.copytree(made(split=True), tmp_path / "bundle"))
+    build(root, "tensorrt-rtx", ["sm_86"], report=lambda line: None)
+    bundle = read_bundle(root)
+    (engines,) = bundle.manifest.engines.values()
+    assert engines.graphs.keys() == bundle.manifest.graphs.keys()
+    for engine in engines.graphs.values():
+        assert bundle.file_path(engine.file).stat().st_size > 1000
+
+
+def test_engines_answer_as_onnxruntime(
+    made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder's engine is fed the planes at prefill, and zeros at the steps after it."""
+    place = stand_in_for(monkeypatch)
+    root = Path(shutil.copytree(made(split=True), tmp_path / "bundle"))
+    place.equip(root)
+    said = []
+    for engines in (None, place.flavour):
+        with Pipeline.load(root, engines=engines) as vlm:
+            answers = vlm.ask_batch([image(0), [image(1), image(2)]], list(QUESTIONS), max_new_tokens=STEPS)
+            said.append([answer.token_ids for answer in answers])
+    assert said[0] == said[1]

@@ -1,12 +1,16 @@
 """The decoder's own promises, beside the parity tests' answers."""
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 
+from resprune.exporter.language import additive_masks
 from resprune.runtime.bundle.files import read_bundle
 
 
@@ -61,3 +65,31 @@ def test_a_count_is_as_many_copies(tiny_bundle: Callable[..., Path], optimize: s
             mask = np.append(mask, 1)
     for counted, copied in zip(logits[:2], logits[2:], strict=True):
         np.testing.assert_allclose(counted, copied, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+@pytest.mark.parametrize("past", [0, 3])
+def test_rows_of_one_image_see_each_other(kind: str, past: int) -> None:
+    """Two images side by side, a window, padding on the left and counts: key by key as the rule says it."""
+    numbers = torch.tensor([[0, 1, 1, 1, 2, 2, 0, 0], [0, 0, 0, 1, 1, 0, 2, 2]])
+    batch, length = numbers.shape
+    counts = torch.arange(1, past + length + 1).repeat(batch, 1)
+    counts[1, : past + 2] = 0
+    config = SimpleNamespace(model_type=kind, sliding_window=2)
+    given = additive_masks(config, length, counts, numbers, proportional=True)
+    forms = (
+        {"sliding": given}
+        if kind == "mistral"
+        else {name.split("_")[0]: mask for name, mask in given.items()}
+    )
+    assert forms.keys() == ({"sliding"} if kind == "mistral" else {"full", "sliding"})
+    of_key = torch.cat([torch.zeros(batch, past, dtype=torch.int64), numbers], dim=1)
+    for name, mask in forms.items():
+        assert mask.shape == (batch, 1, length, past + length)
+        for row, query, key in product(range(batch), range(length), range(past + length)):
+            place = past + query
+            near = key <= place and (name == "full" or key > place - 2)
+            together = numbers[row, query] > 0 and numbers[row, query] == of_key[row, key]
+            seen = counts[row, key] > 0 and (near or together)
+            expected = float(counts[row, key].float().log()) if seen else torch.finfo(torch.float32).min
+            assert float(mask[row, 0, query, key]) == pytest.approx(expected)
