@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
 
 class ResPruneError(Exception):
     """Something the user can put right; its text is one sentence that says how. The CLI exits with 2."""
@@ -16,7 +18,7 @@ class UnavailableError(ResPruneError):
 
 def one_line(error: object) -> str:
     """What an error says, for a sentence: one line, 300 characters at most; its type's name where it says nothing."""
-    text = " ".join(str(error).split())
+    text = " ".join(printable(str(error)).split())
     if not text and isinstance(error, BaseException):
         text = type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
@@ -29,9 +31,6 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # Python prints no integer of more than 4,300 digits
         return f"a huge {type(value).__name__}"
     return form if len(form) <= 80 else f"{form[:77]}..."
-
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:

@@ -22,6 +22,9 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--server-timeout", type=float, metavar="SECONDS", help="longest silence; default: 120"
     )
+    parser.add_argument(
+        "--server-deadline", type=float, metavar="SECONDS", help="longest whole answer; default: 600"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--provider",
@@ -70,7 +73,12 @@ def _backend(arguments: argparse.Namespace) -> "BackendFactory | None":
     """What the options ask to answer: a server, or None for the bundle's own decoder."""
     from resprune.runtime.backends.servers import server
 
-    named = {"api": "server_format", "model": "server_model", "timeout": "server_timeout"}
+    named = {
+        "api": "server_format",
+        "model": "server_model",
+        "timeout": "server_timeout",
+        "deadline": "server_deadline",
+    }
     given = {
         option: getattr(arguments, name)
         for option, name in named.items()

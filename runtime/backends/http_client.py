@@ -6,32 +6,46 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from time import sleep
+from time import monotonic, sleep
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from resprune.runtime.errors import ResPruneError, UnavailableError, one_line
+from resprune.runtime.arguments import number
+from resprune.runtime.backends.bounded_http import Limits, bounded_response
+from resprune.runtime.errors import ResPruneError, UnavailableError, one_line, shown
 
 CONNECT_SECONDS = 10.0
 LONGEST_SECONDS = 86_400  # a day; a socket takes no time-out of any length
 # Only connecting is tried again: once a request is on its way, nobody knows how much of it has been done.
 CONNECT_ATTEMPTS = 3
 PAUSE_SECONDS = 0.25
-MAX_LINE_BYTES = 16 << 20
+MAX_BODY_BYTES = 4 << 20
+"""Of an answer in one piece, and of an event."""
+DEADLINE_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where a server is: `url` may have a path, under which the API lies; `timeout` is the longest silence, in seconds.
+    """Where a server is: `url` may have a path, under which the API lies.
 
-    `key`, if there is one, is sent as a bearer token.
+    `timeout` is the longest silence and `deadline` the longest whole exchange, in seconds. `key`, if there is one, is
+    sent as a bearer token.
     """
 
     url: str
     timeout: float
     key: str | None = None
+    deadline: float = DEADLINE_SECONDS
 
     def __post_init__(self) -> None:
+        if not isinstance(self.url, str):
+            raise ResPruneError(f"the address of a server should be a string, not {type(self.url).__name__}")
+        if any(sign in self.url for sign in "@?#"):
+            # Not shown: it may hold a secret, and messages are logged.
+            raise ResPruneError(
+                "the server's address should have no user name, password, query or fragment; give one like "
+                "http://host:8000, and a key in RESPRUNE_SERVER_KEY"
+            )
         try:
             split = self._split()
             host = (split.hostname or "").encode("idna")
@@ -42,13 +56,13 @@ class Server:
             usable = False
         if not usable:
             raise ResPruneError(
-                f"{self.url!a} is not the address of a server; give one like http://host:8000"
+                f"{shown(self.url)} is not the address of a server; give one like http://host:8000"
             )
-        if not 0 < self.timeout <= LONGEST_SECONDS:
-            raise ResPruneError(
-                f"the server's time-out should be above 0 and at most {LONGEST_SECONDS:,} seconds, "
-                f"not {self.timeout:g}"
-            )
+        for name, value in (("time-out", self.timeout), ("deadline", self.deadline)):
+            if not 0 < number(value, f"the server's {name}") <= LONGEST_SECONDS:
+                raise ResPruneError(
+                    f"the server's {name} should be above 0 and at most {LONGEST_SECONDS:,} seconds, not {value:g}"
+                )
 
     def get(self, path: str) -> Any:
         """The JSON at `path`; None where there is nothing (404)."""
@@ -81,6 +95,8 @@ class Server:
         )
         self._connect(connection)
         connection.sock.settimeout(self.timeout)
+        limits = Limits(self.timeout, monotonic() + self.deadline, self._late)
+        connection.response_class = bounded_response(limits)
         headers = {"Content-Type": "application/json"} if body else {}
         if self.key is not None:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -88,6 +104,12 @@ class Server:
         with exchange.faults():
             connection.request(method, split.path.rstrip("/") + path, body, headers)
         return exchange
+
+    def _late(self) -> UnavailableError:
+        return UnavailableError(
+            f"{self.url} has not finished its answer in {self.deadline:g} seconds; ask for fewer tokens with "
+            "--max-new-tokens, or wait longer with --server-deadline"
+        )
 
     def _connect(self, connection: http.client.HTTPConnection) -> None:
         for attempt in range(CONNECT_ATTEMPTS):
@@ -119,7 +141,9 @@ class Exchange:
         """The answer as JSON, read to its end; `ResPruneError`, with what the server said, unless it went well."""
         self._require_ok()
         with self.faults():
-            text = self._begun().read()
+            text = self._begun().read(MAX_BODY_BYTES + 1)
+        if len(text) > MAX_BODY_BYTES:
+            raise self._garbage(text)
         return self._json(text)
 
     def begin(self) -> None:
@@ -134,7 +158,7 @@ class Exchange:
         response = self._begun()
         while True:
             with self.faults():
-                line = response.readline(MAX_LINE_BYTES)
+                line = response.readline(MAX_BODY_BYTES)
             if not line:
                 raise UnavailableError(f"{self._server.url} cut its answer off before the end; ask again")
             field, _, value = line.rstrip(b"\r\n").partition(b":")
@@ -181,7 +205,7 @@ class Exchange:
         if response.status == http.client.OK:
             return
         with self.faults():
-            text = response.read(MAX_LINE_BYTES)
+            text = response.read(MAX_BODY_BYTES)
         try:
             said = _said(json.loads(text))
         except (ValueError, RecursionError):

@@ -25,18 +25,20 @@ from resprune.runtime.backends.backend import (
     require_plain_attention,
     together,
 )
-from resprune.runtime.backends.http_client import Exchange, Server
+from resprune.runtime.backends.http_client import DEADLINE_SECONDS, Exchange, Server
 from resprune.runtime.backends.session import SessionOptions
 from resprune.runtime.backends.torch_save import torch_save
 from resprune.runtime.bundle.files import Bundle
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line, shown
 from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.prompter import Prompt
 from resprune.runtime.prompt.splice import Floats, Ints, KeptTokens
-from resprune.runtime.sampling import Sampling, named_settings
+from resprune.runtime.sampling import LARGEST_ID, Sampling, named_settings
 
 TIMEOUT_SECONDS = 120.0
 KEY_VARIABLE = "RESPRUNE_SERVER_KEY"
+LONGEST_TOKEN = 1024
+"""Characters; far above what any vocabulary has."""
 SGLANG_WITH_POSITIONS = (0, 5, 23)
 
 
@@ -74,16 +76,22 @@ class Api:
 
 
 def server(
-    url: str, *, api: str = "vllm", model: str | None = None, timeout: float = TIMEOUT_SECONDS
+    url: str,
+    *,
+    api: str = "vllm",
+    model: str | None = None,
+    timeout: float = TIMEOUT_SECONDS,
+    deadline: float = DEADLINE_SECONDS,
 ) -> BackendFactory:
     """What `Pipeline.load(bundle, generator=…)` takes to let the server at `url` answer.
 
     `api` is a name in `APIS`; `model` what the server calls its model, None for the only one it has; `timeout` the
-    longest silence in seconds. A key in the environment variable RESPRUNE_SERVER_KEY is sent along.
+    longest silence and `deadline` the longest whole answer, in seconds. A key in the environment variable
+    RESPRUNE_SERVER_KEY is sent along.
     """
     if api not in APIS:
         raise ResPruneError(f"there is no server format {api}; choose from {', '.join(APIS)}")
-    target = Server(url, timeout, _key())
+    target = Server(url, timeout, _key(), deadline)
 
     def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Backend:
         require_plain_attention(bundle, APIS[api].title)
@@ -157,7 +165,7 @@ class ServerBackend:
 
     def _read(self, question: Question, exchange: Exchange) -> Iterator[Piece]:
         with closing(exchange), _understood(self._server, self._api):
-            yield from self._api.read(question, exchange.events())
+            yield from _held(self._api.read(question, exchange.events()), question.sampling.max_new_tokens)
 
 
 @contextmanager
@@ -165,11 +173,34 @@ def _understood(target: Server, api: Api) -> Iterator[None]:
     """An event that lacks what its API promises is one sentence."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise ResPruneError(
-            f"{target.url} sent an event that is not one of {api.title}'s ({type(error).__name__}: {error}); check "
-            f"--server-format and the server's version"
+            f"{target.url} sent an event that is not one of {api.title}'s ({type(error).__name__}: {one_line(error)}); "
+            "check --server-format and the server's version"
         ) from None
+
+
+def _held(pieces: Iterator[Piece], most: int) -> Iterator[Piece]:
+    """At most `most` tokens, whatever a server sends: where it tells text alone, each piece is a token at least.
+
+    A piece of text is cut at what that many tokens can be, LONGEST_TOKEN characters each.
+    """
+    for piece in pieces:
+        if isinstance(piece, str):
+            yield piece[: most * LONGEST_TOKEN]
+            most -= 1
+        else:
+            yield piece[:most]
+            most -= len(piece)
+        if most <= 0:
+            return
+
+
+def _token_id(value: object) -> int:
+    """A token id that a server sent; `ValueError` for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST_ID:
+        raise ValueError(f"{shown(value)} is no token id")
+    return value
 
 
 def _named_model(target: Server, model: str | None) -> str:
@@ -178,14 +209,16 @@ def _named_model(target: Server, model: str | None) -> str:
         return model
     listed = target.get("/v1/models")
     try:
-        names = [str(model["id"]) for model in listed["data"]]
+        names: list[str] = [model["id"] for model in listed["data"]]
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError
     except (KeyError, TypeError):
         raise ResPruneError(
             f"{target.url} does not say which models it has; name one with --server-model"
         ) from None
     if len(names) != 1:
         raise ResPruneError(
-            f"{target.url} has {len(names)} models ({', '.join(names)}); choose one with --server-model"
+            f"{target.url} has {len(names)} models ({one_line(', '.join(names))}); choose one with --server-model"
         )
     return names[0]
 
@@ -194,11 +227,11 @@ def _takes_positions(target: Server, model: str | None) -> str | None:
     """An SGLang that does not read `mrope_positions` would number the tokens itself, and say nothing."""
     info = target.get("/server_info") or target.get("/get_server_info")
     version = str(info.get("version", "")) if isinstance(info, dict) else ""
-    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    numbers = tuple(int(number) for number in re.findall(r"\d{1,9}", version)[:3])
     if numbers < SGLANG_WITH_POSITIONS:
         needed = ".".join(map(str, SGLANG_WITH_POSITIONS))
         raise ResPruneError(
-            f"{target.url} runs SGLang {version or 'of an unknown version'}, which may not take positions; "
+            f"{target.url} runs SGLang {one_line(version) or 'of an unknown version'}, which may not take positions; "
             f"{needed} or newer does"
         )
     return model
@@ -298,10 +331,10 @@ def _read_chat(question: Question, events: Iterator[dict[str, Any]]) -> Iterator
                 "the server makes another prompt of the question than this bundle; serve the checkpoint that the "
                 "bundle was exported from, with its own chat template"
             )
-        for choice in event["choices"]:
+        for choice in event["choices"][:1]:  # one answer is asked for
             ids, text = choice.get("token_ids"), choice["delta"].get("content")
             if ids is not None:
-                yield [int(token) for token in ids]
+                yield [_token_id(token) for token in ids]
             elif text:
                 yield str(text)
 
@@ -329,10 +362,13 @@ def _read_sglang(question: Question, events: Iterator[dict[str, Any]]) -> Iterat
     for event in events:
         finish = event["meta_info"].get("finish_reason")
         if isinstance(finish, dict) and finish.get("type") == "abort":
-            raise ResPruneError(f"the server gave up the answer: {finish.get('message', 'no reason given')}")
-        total = int(event["meta_info"]["completion_tokens"])
-        ids = event["output_ids"]
-        yield [int(token) for token in ids[len(ids) - (total - seen) :]]
+            raise ResPruneError(
+                f"the server gave up the answer: {one_line(finish.get('message', 'no reason given'))}"
+            )
+        total, ids = event["meta_info"]["completion_tokens"], event["output_ids"]
+        if type(total) is not int or not 0 <= total - seen <= len(ids):
+            raise ValueError(f"completion_tokens {shown(total)} after {seen}")
+        yield [_token_id(token) for token in ids[len(ids) - (total - seen) :]]
         seen = total
 
 
