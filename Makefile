@@ -13,7 +13,7 @@ TASKS ?= resprune_scenes
 DEVICE ?= cpu
 OUT ?= build/$(notdir $(MODEL))-k$(K)
 
-.PHONY: setup demo test test-hosts lint export eval bench gpu-check clean
+.PHONY: setup demo web test test-hosts lint export eval bench gpu-check clean
 
 # $(1): an extra of pyproject.toml.
 define install
@@ -48,6 +48,12 @@ demo: setup
 	$(BIN)/resprune export demo build/demo-k16 -k 16 --positions original --force
 	$(BIN)/resprune ask build/demo-k16 demo/pictures/shapes.png "What color is the large square?" --show build/kept.png
 	@echo "The tokens that were kept: build/kept.png"
+
+# Of all its tokens, so that the page's slider goes from one to all.
+web: setup
+	cd examples/web && npm ci --ignore-scripts --no-audit --no-fund
+	$(BIN)/resprune export demo build/demo-web -k 144 --split --positions original --force
+	$(BIN)/python examples/web/serve.py build/demo-web --samples demo/pictures
 
 bench: setup
 	$(BIN)/python -m benchmarks
