@@ -1,72 +1,71 @@
-# Every target makes the virtual environment it needs.
+# Every target makes the environment it needs: from a bare machine with Python, gcc and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Modules are compiled when they are first imported: a quarter of a gigabyte less, and half of the time.
 # Of conflicts pip would name what lmms-eval declares and does not need here: see its extra in pyproject.toml.
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-warn-conflicts --constraint constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-warn-conflicts --constraint constraints.txt
 # A plain `torch` can fetch gigabytes of CUDA; exporting traces on the CPU.
 TORCH ?= torch==2.13.0
 
 MODEL ?= demo
 K ?= 64
+DTYPE ?= fp32
 TASKS ?= resprune_scenes
 DEVICE ?= cpu
-OUT ?= build/$(notdir $(MODEL))-k$(K)
+OUT ?= build/$(notdir $(MODEL))-k$(K)$(if $(filter-out fp32,$(DTYPE)),-$(DTYPE))
 
-.PHONY: setup demo web test test-hosts lint export eval bench gpu-check clean
+.PHONY: demo web export eval bench gpu-check test test-hosts lint wheel clean
 
-# $(1): an extra of pyproject.toml.
-define install
-test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-$(PIP) $(TORCH)
-$(PIP) --editable '.[$(1)]'
-$(PIP) --no-deps lmms-eval
-touch $@
-endef
+# .venv/with-EXTRA: the environment has this extra of pyproject.toml, beside those that were asked for before.
+$(VENV)/with-%: pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(filter wheel,$*),,$(TORCH)) --editable '.[$*]'
+	$(if $(filter lmms test,$*),$(PIP) --no-deps lmms-eval)
+	touch $@
 
-setup: $(VENV)/installed
-
-$(VENV)/installed: pyproject.toml constraints.txt
-	$(call install,test)
-
-$(VENV)/lmms: pyproject.toml constraints.txt
-	$(call install,lmms)
-
-test: setup
-	$(BIN)/python -m pytest
-
-# Real hosts of a bundle: each is installed in a place of its own, started, tested, stopped.
-test-hosts: setup
-	$(BIN)/python -m pytest tests/hosts
-
-lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p resprune
-
-demo: setup
-	$(BIN)/resprune export demo build/demo-k16 -k 16 --positions original --force
-	$(BIN)/resprune ask build/demo-k16 demo/pictures/shapes.png "What color is the large square?" --show build/kept.png
+# Not the place of the README's first export, which does not replace a bundle.
+demo: $(VENV)/with-export
+	$(BIN)/resprune export demo build/demo -k 16 --positions original --force
+	$(BIN)/resprune ask build/demo demo/pictures/shapes.png "What color is the large square?" --show build/kept.png
 	@echo "The tokens that were kept: build/kept.png"
 
 # Of all its tokens, so that the page's slider goes from one to all.
-web: setup
+web: $(VENV)/with-export
 	cd examples/web && npm ci --ignore-scripts --no-audit --no-fund
 	$(BIN)/resprune export demo build/demo-web -k 144 --split --positions original --force
 	$(BIN)/python examples/web/serve.py build/demo-web --samples demo/pictures
 
-bench: setup
-	$(BIN)/python -m benchmarks
+export: $(VENV)/with-export
+	$(BIN)/resprune export $(MODEL) $(OUT) -k $(K) --dtype $(DTYPE)
 
-gpu-check: setup
-	$(BIN)/python -m benchmarks.gpu_check
-
-eval: $(VENV)/lmms
+eval: $(VENV)/with-lmms
 	$(BIN)/resprune lmms $(MODEL) --tasks $(TASKS) -k $(K) --device $(DEVICE) \
 		--out build/lmms/$(notdir $(MODEL))$(if $(LIMIT),-limit$(LIMIT) --limit $(LIMIT))
 
-export: setup
-	$(BIN)/resprune export $(MODEL) $(OUT) -k $(K)
+bench: $(VENV)/with-test
+	$(BIN)/python -m benchmarks
+
+gpu-check: $(VENV)/with-test
+	$(BIN)/python -m benchmarks.gpu_check
+
+test: $(VENV)/with-test
+	$(BIN)/python -m pytest
+
+# Real hosts of a bundle: each is installed in a place of its own, started, tested, stopped.
+test-hosts: $(VENV)/with-test
+	$(BIN)/python -m pytest tests/hosts
+
+lint: $(VENV)/with-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p resprune
+
+# From an empty folder: setuptools would put what an earlier build left there into the next one.
+wheel: $(VENV)/with-wheel
+	rm -rf build/lib build/bdist.* dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,9 +13,9 @@ from typing import Any
 from resprune.runtime.bundle.manifest import ATTENTION, BODIES, FORMS, OPTIMIZE, POSITIONS, SCALES
 from resprune.runtime.errors import require_packages
 
-NEEDED = ("torch", "transformers", "onnx", "onnxscript", "huggingface_hub", "tqdm")
+NEEDED = ("torch", "transformers", "onnx", "onnxscript", "huggingface_hub", "filelock", "tqdm")
 POSIX = (("fcntl",), "it is part of Python on Linux and macOS, so on Windows take WSL")
-"""For `require_packages`: what locks files, here and for `build`, `eval` and `lmms`."""
+"""For `require_packages`: folders are flushed as POSIX does it, here and for `build`, `eval` and `lmms`."""
 
 
 def register_export(subparsers: Any) -> None:

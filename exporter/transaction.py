@@ -7,7 +7,6 @@ behind is recognised by its name and by a lock that no living process holds, and
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import uuid
@@ -15,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import lock_descriptor
 
 from resprune.runtime.bundle.manifest import MANIFEST_NAME
 from resprune.runtime.errors import ResPruneError, permission_faults
@@ -138,11 +139,7 @@ def _alive(work: Path) -> bool:
 
 def lock(file: IO[Any]) -> bool:
     """Take the lock of an open file, until it is closed; False if another process holds it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    return lock_descriptor(file.fileno(), blocking=False)
 
 
 def _flush_tree(root: Path) -> None:

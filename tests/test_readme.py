@@ -31,8 +31,17 @@ def run(command, directory):
     )
 
 
+def make_demo():
+    """What `make demo`, the README's first command, runs once its environment is there."""
+    settings = [f"BIN={Path(sys.executable).parent}", "--old-file=.venv/with-export"]
+    done = run(["make", "--dry-run", "--directory", ROOT, *settings, "demo"], ROOT)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line and not line.startswith("make")]
+
+
 def test_commands_then_python(directory):
-    commands = [line for block in blocks("sh") for line in block.splitlines()]
+    commands = make_demo() + [line for block in blocks("sh") for line in block.splitlines()]
     assert commands
     for command in commands:
         done = run(["bash", "-c", command], directory)

@@ -8,7 +8,9 @@ from typing import Any
 
 from resprune.exporter.cli import POSIX
 from resprune.runtime.bundle.manifest import FLAVOURS, Range
-from resprune.runtime.errors import ResPruneError, require_packages
+from resprune.runtime.errors import require_packages
+
+NEEDED = ("filelock", "onnx", "onnxscript", "tqdm")  # beside TensorRT and polygraphy, which depend on the flavour
 
 
 def register_build(subparsers: Any) -> None:
@@ -52,12 +54,7 @@ def register_build(subparsers: Any) -> None:
 
 def run_build(arguments: argparse.Namespace) -> int:
     """Build; returns 0. Raises `ResPruneError`."""
-    try:
-        import tqdm  # noqa: F401 - what building needs beside TensorRT and polygraphy
-    except ImportError:
-        raise ResPruneError(
-            'building engines needs tqdm; install with: pip install "resprune[tensorrt-rtx]"'
-        ) from None
+    require_packages("build", NEEDED, 'install with: pip install "resprune[tensorrt-rtx]"')
     require_packages("build", *POSIX)
     from resprune.exporter.tensorrt.engines import build
     from resprune.exporter.tensorrt.profiles import Limits
