@@ -10,7 +10,12 @@ from resprune.exporter.cli import POSIX
 from resprune.runtime.bundle.manifest import FLAVOURS, Range
 from resprune.runtime.errors import require_packages
 
-NEEDED = ("filelock", "onnx", "onnxscript", "tqdm")  # beside TensorRT and polygraphy, which depend on the flavour
+NEEDED = (
+    "filelock",
+    "onnx",
+    "onnxscript",
+    "tqdm",
+)  # beside TensorRT and polygraphy, which depend on the flavour
 
 
 def register_build(subparsers: Any) -> None:
