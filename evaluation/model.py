@@ -22,7 +22,7 @@ from resprune.runtime.backends.onnxruntime import onnxruntime_decoder
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.files import Bundle, read_bundle
-from resprune.runtime.bundle.manifest import ATTENTION, MANIFEST_NAME, POSITIONS, Manifest
+from resprune.runtime.bundle.manifest import ATTENTION, ENGINES_FOLDER, MANIFEST_NAME, POSITIONS, Manifest
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import ImageSource, load_image
 from resprune.runtime.families.picture import Expansion, Picture
@@ -283,8 +283,9 @@ def open_bundle(
         bundle.manifest.selection.k,
         engine("cpu", threads, onnxruntime),
     )
-    # Of the files alone: the same checkpoint exported again is the same model.
-    digests = json.dumps({name: spec.sha256 for name, spec in sorted(bundle.manifest.files.items())})
+    # Of the files alone, without what was built of them: the same checkpoint exported again is the same model.
+    exported = sorted(name for name in bundle.manifest.files if not name.startswith(f"{ENGINES_FOLDER}/"))
+    digests = json.dumps({name: bundle.manifest.files[name].sha256 for name in exported})
     return Model(bundle, stages, hashlib.sha256(digests.encode()).hexdigest(), positions, attention)
 
 

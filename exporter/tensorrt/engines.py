@@ -37,10 +37,16 @@ from resprune.runtime.backends.engines import (
     tensorrt_module,
 )
 from resprune.runtime.bundle.files import Bundle, describe_file, read_bundle, write_manifest
-from resprune.runtime.bundle.manifest import EngineSet, EngineSpec, FileSpec, Profile, axis_size
+from resprune.runtime.bundle.manifest import (
+    ENGINES_FOLDER,
+    EngineSet,
+    EngineSpec,
+    FileSpec,
+    Profile,
+    axis_size,
+)
 from resprune.runtime.errors import ResPruneError, one_line
 
-FOLDER = "engines"
 TIMING_CACHE = "timing.cache"
 NEW = ".new-"
 # The quantised graphs' operators are those of ONNX Runtime, or quantise activations as they come.
@@ -87,7 +93,7 @@ class _Builder:
         """One engine, unless the bundle has the same already."""
         started = perf_counter()
         name = set_name(self.flavour, target)
-        file = f"{FOLDER}/{name}/{graph}.engine"
+        file = f"{ENGINES_FOLDER}/{name}/{graph}.engine"
         path, selection = self.bundle.graph_path(graph), self.bundle.manifest.selection
         most = selection.num_tokens or selection.max_tokens or 0
         plugin, note = plugin_versions(path, self.flavour, most)
@@ -96,10 +102,10 @@ class _Builder:
         if engines.graphs.get(graph) == spec:
             self._line(file, "reused", None, note)
             return
-        cache = self.bundle.root / FOLDER / name / TIMING_CACHE
+        cache = self.bundle.root / ENGINES_FOLDER / name / TIMING_CACHE
         if cache.exists():
             shutil.copy(cache, self.work / TIMING_CACHE)
-        with TemporaryDirectory(dir=self.bundle.root / FOLDER, prefix=NEW) as folder:
+        with TemporaryDirectory(dir=self.bundle.root / ENGINES_FOLDER, prefix=NEW) as folder:
             path = with_plugin(path, Path(folder)) if plugin else path
             engine, layers = _engine_bytes(
                 self.bundle,
@@ -125,7 +131,7 @@ class _Builder:
         names = sorted(
             path.name for path in self.work.iterdir() if path.suffix != ".lock"
         )  # the timing cache's
-        new = {file: f"{FOLDER}/{name}/{file}" for file in names}
+        new = {file: f"{ENGINES_FOLDER}/{name}/{file}" for file in names}
         kept = {file: spec for file, spec in manifest.files.items() if file not in new.values()}
         listed = {
             set_: replace(
@@ -135,7 +141,7 @@ class _Builder:
         }
         if len(kept) < len(manifest.files):
             write_manifest(self.bundle.root, replace(manifest, files=kept, engines=listed))
-        folder = self.bundle.root / FOLDER / name
+        folder = self.bundle.root / ENGINES_FOLDER / name
         folder.mkdir(exist_ok=True)
         for file in new:
             with (self.work / file).open("rb") as stream:
@@ -211,7 +217,7 @@ def _versions(flavour: str) -> dict[str, str]:
 @contextmanager
 def _folder(bundle: Bundle) -> Iterator[Path]:
     """A folder to build in, inside the bundle so that what it holds can be renamed into place."""
-    engines = bundle.root / FOLDER
+    engines = bundle.root / ENGINES_FOLDER
     try:
         engines.mkdir(exist_ok=True)
         with (engines / ".lock").open("w") as held:

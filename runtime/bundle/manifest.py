@@ -19,6 +19,8 @@ from resprune.runtime.errors import ResPruneError, shown
 FORMAT_VERSION = 2
 """The newest that is read. A bundle has the oldest that says all of it, see ATTENTION."""
 MANIFEST_NAME = "resprune.json"
+ENGINES_FOLDER = "engines"
+"""Where `resprune build` writes, and no export does."""
 MAX_RANK = 8
 MAX_DEPTH = 32
 """Of objects and lists in each other."""

@@ -12,7 +12,7 @@ from resprune.evaluation import model
 from resprune.evaluation.checkpoint import open_checkpoint
 from resprune.evaluation.model import code, engine, open_bundle
 from resprune.runtime.budget import Budget
-from resprune.runtime.bundle.files import read_bundle, write_manifest
+from resprune.runtime.bundle.files import describe_file, read_bundle, write_manifest
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
 from tests.exporter.hugging_face import HuggingFace, with_positions
@@ -199,6 +199,20 @@ def test_a_question_past_the_context(bundle):
     asked = model.read("what colour? " * 2000)
     with pytest.raises(ResPruneError, match="past the context"):
         model.answer([asked], [[encoded]], [[np.arange(16)]], STEPS)
+
+
+def test_engines_that_are_built_leave_the_answers_key_as_it_is(tiny_bundle, tmp_path):
+    """They are made of the same graphs; any other file makes another model."""
+    copy = shutil.copytree(tiny_bundle("clip-llama", k=7, split=True), tmp_path / "bundle")
+    before = open_bundle(copy).fingerprint
+    for name, same in (("engines/tensorrt-sm_86/vision_select.engine", True), ("README.txt", False)):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(b"new")
+        manifest = read_bundle(copy).manifest
+        write_manifest(
+            copy, dataclasses.replace(manifest, files=manifest.files | {name: describe_file(copy, name)})
+        )
+        assert (open_bundle(copy).fingerprint == before) == same
 
 
 def test_the_fingerprint_of_the_sources_changes_with_any_of_them(tmp_path):
