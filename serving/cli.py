@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from resprune.runtime.pipeline import Pipeline
 
 KEY_VARIABLE = "RESPRUNE_SERVE_KEY"
-PORT = 8080
+PORT, LAST_PORT = 8080, 65535
 MIB = 1 << 20
 
 
@@ -91,6 +91,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         if not getattr(arguments, option) >= least:
             name = option.replace("_", "-")
             raise ResPruneError(f"--{name} should be {least} or more, not {getattr(arguments, option)}")
+    if not 0 <= arguments.port <= LAST_PORT:
+        raise ResPruneError(f"--port should be 0 to {LAST_PORT}, not {arguments.port}")
     key = serve_key()
     local = require_safe(arguments.host, key, insecure=arguments.insecure)
     names = model_names(arguments.bundles)

@@ -139,6 +139,7 @@ class Completions:
         while isinstance(piece := await self._next(exchange), str):
             pieces.append(piece)
         assert isinstance(piece, Ended)
+        await exchange.job.end()
         return "".join(pieces), piece
 
     async def _next(self, exchange: Exchange) -> Event:
@@ -181,6 +182,7 @@ class Completions:
             yield event(error.body())
             return
         assert isinstance(piece, Ended)
+        await exchange.job.end()  # so that a client with its answer finds the place free
         exchange.ended = piece
         yield event(reply.closing(piece, exchange.job.queue_ms))
         if usage:

@@ -33,10 +33,11 @@ def fetch(url: str, hosts: Collection[str], *, max_bytes: int, seconds: float) -
         try:
             target = (split.path or "/") + (f"?{split.query}" if split.query else "")
             connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "resprune"})
+            arriving = connection.sock  # the connection forgets it where the answer ends with the connection
             response = connection.getresponse()
             if response.status != http.client.OK:
                 raise refused(f"{host} answers with status {response.status}; give the image's own address")
-            return _read(response, connection, host, max_bytes, deadline)
+            return _read(response, arriving, host, max_bytes, deadline)
         finally:
             connection.close()
     except TimeoutError:
@@ -89,12 +90,15 @@ def _allowed(split: SplitResult, hosts: Collection[str]) -> tuple[str, int]:
 
 
 def _connect(scheme: str, host: str, port: int, deadline: float) -> http.client.HTTPConnection:
-    addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    if not addresses or not all(is_public(str(address)) for address in addresses):
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    if not found or not all(is_public(str(address[0])) for *_, address in found):
         raise refused(f"{host} has a private address, and this server asks only public ones")
-    plain = socket.create_connection((str(addresses[0]), port), timeout=_left(deadline))
+    family, kind, protocol, _, address = found[0]
     connection = http.client.HTTPConnection(host, port)
+    plain = socket.socket(family, kind, protocol)
     try:
+        plain.settimeout(_left(deadline))
+        plain.connect(address)  # not by name, which could mean another address by now
         connection.sock = (
             ssl.create_default_context().wrap_socket(plain, server_hostname=host)
             if scheme == "https"
@@ -108,15 +112,14 @@ def _connect(scheme: str, host: str, port: int, deadline: float) -> http.client.
 
 def _read(
     response: http.client.HTTPResponse,
-    connection: http.client.HTTPConnection,
+    arriving: socket.socket,
     host: str,
     max_bytes: int,
     deadline: float,
 ) -> bytes:
     content = bytearray()
     while True:
-        if connection.sock is not None:  # None once a response that ends with the connection is read
-            connection.sock.settimeout(_left(deadline))
+        arriving.settimeout(_left(deadline))
         chunk = response.read1(CHUNK_BYTES)
         if not chunk:
             if response.length:

@@ -136,6 +136,11 @@ class Running(Generic[T]):
             raise StopAsyncIteration
         return event
 
+    async def end(self) -> None:
+        """After the last event: wait until the job's thread and place are free."""
+        with suppress(StopAsyncIteration):
+            await self.next()
+
     @property
     def queue_ms(self) -> float:
         """Milliseconds that the job waited for a thread."""

@@ -1,0 +1,305 @@
+"""Whatever a client sends, it gets a 4xx in OpenAI's form in bounded time, and the server goes on."""
+
+import io
+import json
+import socket
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from PIL import Image
+
+from resprune.serving.completions import Limits
+from resprune.serving.images import ImageSources
+from tests.serving.conftest import MODEL, QUESTION, Serving, asked, data_url, png, text, user
+
+LONGEST_SECONDS = 20
+
+
+@pytest.fixture
+def post(serving: Serving) -> Iterator[Callable[..., httpx.Response]]:
+    """Send bytes to the completions; afterwards a good request must still be answered."""
+    client = httpx.Client(base_url=serving.url, timeout=LONGEST_SECONDS)
+
+    def send(body: bytes, **headers: str) -> httpx.Response:
+        return client.post(
+            "/v1/chat/completions", content=body, headers={"Content-Type": "application/json", **headers}
+        )
+
+    yield send
+    good = send(json.dumps(asked()).encode())
+    assert good.status_code == 200
+    assert serving.service.workers.admitted == 0
+    client.close()
+
+
+def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"].isprintable()
+    assert len(error["message"]) < 400
+    return error
+
+
+def bomb() -> bytes:
+    """A PNG of 60,000 x 60,000 pixels in a few bytes."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 999))
+        + chunk(b"IEND", b"")
+    )
+
+
+def saved(mode: str, form: str) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, (9, 7)).save(file, form)
+    return file.getvalue()
+
+
+IMAGES = {
+    "text": b"no picture",
+    "cut": png()[:-60],
+    "half": png()[: len(png()) // 2],
+    "header": png()[:20],
+    "flipped": png()[:60] + bytes(byte ^ 0xFF for byte in png()[60:]),
+    "bomb": bomb(),
+    "film": b"\0\0\0\x18ftypmp42" + bytes(40),
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'><rect width='9' height='9'/></svg>",
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "pdf": b"%PDF-1.7\n",
+    "float": saved("F", "TIFF"),
+    "zeros": bytes(4096),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_broken_images(post: Callable[..., httpx.Response], kind: str) -> None:
+    start = time.monotonic()
+    error = refused(post(json.dumps(asked(content=IMAGES[kind])).encode()))
+    assert error["param"] == "messages"
+    assert time.monotonic() - start < LONGEST_SECONDS
+
+
+def test_other_kinds_of_images_are_read(post: Callable[..., httpx.Response]) -> None:
+    for mode, form in [
+        ("L", "PNG"),
+        ("RGBA", "PNG"),
+        ("CMYK", "JPEG"),
+        ("P", "GIF"),
+        ("RGB", "WEBP"),
+        ("1", "BMP"),
+    ]:
+        assert post(json.dumps(asked(content=saved(mode, form))).encode()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "x",
+        "data:",
+        "data:image/png",
+        "data:image/png,plain",
+        "data:image/png;base64,",
+        "data:image/png;base64,&&&",
+        "data:image/png;base64,iVBOR",
+        "file:///etc/passwd",
+        "/etc/passwd",
+        "ftp://example.org/a.png",
+        "https://example.org/a.png",
+        "HTTP://127.0.0.1/a.png",
+        "javascript:alert(1)",
+        "data:image/png;base64,ü",
+    ],
+)
+def test_addresses_that_are_no_images(post: Callable[..., httpx.Response], url: str) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": url}}, text(QUESTION)]
+    refused(post(json.dumps(asked(messages=[user(*parts)])).encode()))
+
+
+DEEP = 100_000
+BODIES = {
+    "empty": b"",
+    "no JSON": b"hello",
+    "cut": b'{"model": "tiny", "messages": [',
+    "list": b"[]",
+    "number": b"1",
+    "null": b"null",
+    "NaN": b'{"model": "tiny", "temperature": NaN}',
+    "not UTF-8": b'{"model": "\xff"}',
+    "lone surrogate": b'{"model": "\\ud800"}',
+    "deep list": b"[" * DEEP + b"]" * DEEP,
+    "deep object": b'{"a":' * DEEP + b"1" + b"}" * DEEP,
+    "deep and cut": b"[" * 1_000_000,
+    "huge number": b'{"model": "tiny", "seed": ' + b"9" * 5000 + b"}",
+    "zero bytes": bytes(1000),
+    "byte order mark": b"\xef\xbb\xbf{}",
+}
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_broken_bodies(post: Callable[..., httpx.Response], kind: str) -> None:
+    start = time.monotonic()
+    refused(post(BODIES[kind]))
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("changed", "param"),
+    [
+        ({"model": 3}, "model"),
+        ({"model": None}, "model"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": {}}, "messages"),
+        ({"messages": [3]}, "messages[0]"),
+        ({"messages": [{}]}, "messages[0]"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+        ({"messages": [user({"type": "text"})]}, "messages[0].content[0].text"),
+        ({"messages": [user({"type": "text", "text": 3})]}, "messages[0].content[0].text"),
+        ({"messages": [user({"type": "image_url", "image_url": "x"})]}, "messages[0].content[0].image_url"),
+        (
+            {"messages": [user({"type": "image_url", "image_url": {}})]},
+            "messages[0].content[0].image_url.url",
+        ),
+        (
+            {
+                "messages": [
+                    user({"type": "image_url", "image_url": {"url": data_url(png()), "detail": "low"}})
+                ]
+            },
+            "messages[0].content[0].image_url.detail",
+        ),
+        ({"messages": [user({"type": "input_audio", "input_audio": {}})]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages[0].name"),
+        ({"messages": [{"role": "user", "content": "no image"}]}, "messages"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "8"}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 1.5}, "seed"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
+        ({"stop": 3}, "stop"),
+        ({"stop": ["a", ""]}, "stop[1]"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"n": True}, "n"),
+        ({"n": "1"}, "n"),
+        ({"resprune": 3}, "resprune"),
+        ({"resprune": {"tokens": 0}}, "resprune.tokens"),
+        ({"resprune": {"tokens": "all"}}, "resprune.tokens"),
+        ({"resprune": {"about": "square"}}, "resprune.about"),
+        ({"resprune": {"about": [""]}}, "messages"),
+        ({"a" * 1000: 1}, "a" * 200),
+    ],
+)
+def test_wrong_fields(post: Callable[..., httpx.Response], changed: dict[str, Any], param: str) -> None:
+    assert refused(post(json.dumps(asked() | changed).encode()))["param"] == param
+
+
+@pytest.mark.parametrize("question", ["", " \n", "what is <image>?", "square " * 600])
+def test_questions_that_cannot_be_asked(post: Callable[..., httpx.Response], question: str) -> None:
+    refused(post(json.dumps(asked(question)).encode()))
+
+
+def test_paths_methods_and_types_that_are_not_there(serving: Serving) -> None:
+    client = httpx.Client(base_url=serving.url)
+    refused(client.get("/v1/embeddings"), 404)
+    refused(client.get("/../../etc/passwd"), 404)
+    refused(client.get("/script.js/x"), 404)
+    refused(client.get("/v1/chat/completions"), 405)
+    refused(client.post("/health"), 405)
+    refused(client.post("/v1/chat/completions", content=b"{}", headers={"Content-Type": "text/plain"}), 415)
+    refused(client.post("/v1/chat/completions", content=b"{}"), 415)
+
+
+def test_what_is_no_http(serving: Serving) -> None:
+    for sent in (
+        b"\x16\x03\x01\0\0\0\0\r\n\r\n",
+        b"hello\r\n\r\n",
+        b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
+    ):
+        received = serving.raw(sent)
+        assert received.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_body_of_200_megabytes(
+    post: Callable[..., httpx.Response], serving: Serving, chunked: bool
+) -> None:
+    chunk, count = bytes(1 << 20), 200
+    headers = {"Content-Type": "application/json"}
+    if not chunked:
+        headers["Content-Length"] = str(len(chunk) * count)
+    start = time.monotonic()
+    response = httpx.post(
+        f"{serving.url}/v1/chat/completions",
+        content=(chunk for _ in range(count)),
+        headers=headers,
+        timeout=LONGEST_SECONDS,
+    )
+    assert refused(response, 413)["code"] == "request_too_large"
+    assert time.monotonic() - start < LONGEST_SECONDS
+
+
+def test_a_slow_body(serve: Callable[..., Serving]) -> None:
+    """Ten seconds for 20 bytes would be too slow for a limit of one second."""
+    serving = serve(parallel=1, queue=0, limits=Limits(body_seconds=1))
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(serving.address, timeout=LONGEST_SECONDS) as slow:
+        slow.sendall(head + b"Content-Length: 20\r\n\r\n")
+        start = time.monotonic()
+        received = b""
+        while b"\r\n\r\n" not in received:
+            slow.settimeout(0.2)
+            try:
+                received += slow.recv(65536)
+            except TimeoutError:
+                slow.sendall(b" ")
+        assert received.startswith(b"HTTP/1.1 408 ")
+        assert 0.9 < time.monotonic() - start < 5
+    assert serving.client().chat.completions.create(**asked()).choices
+
+
+def test_a_body_that_breaks_off_gives_its_place_back(serve: Callable[..., Serving]) -> None:
+    serving = serve(parallel=1, queue=0)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(serving.address) as connection:
+        connection.sendall(head + b"Content-Length: 20\r\n\r\n{")
+        time.sleep(0.2)
+    assert serving.client(max_retries=4).chat.completions.create(**asked()).choices
+
+
+def test_images_of_many_bytes_are_not_decoded(serve: Callable[..., Serving]) -> None:
+    serving = serve(max_pixels=2000)
+    response = httpx.post(f"{serving.url}/v1/chat/completions", json=asked(content=png(size=(60, 50))))
+    assert "more than the limit of 2000" in refused(response)["message"]
+
+
+def test_hosts_that_are_not_named(serve: Callable[..., Serving]) -> None:
+    serving = serve(sources=ImageSources(("images.example.org",)))
+    parts = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/a.png"}}, text(QUESTION)]
+    body = {"model": MODEL, "messages": [user(*parts)]}
+    error = refused(httpx.post(f"{serving.url}/v1/chat/completions", json=body))
+    assert "--allow-url-host 127.0.0.1:1" in error["message"]
