@@ -133,7 +133,7 @@ class _Decoder(nn.Module):
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-        return (self.lm_head(hidden[:, -1:]), *_present(cache))
+        return (self.lm_head(hidden[:, -1:]), *present(cache))
 
 
 def additive_masks(
@@ -175,7 +175,7 @@ def additive_masks(
     return _additive(near, weight, dtype)
 
 
-def _present(cache: Any) -> list[Tensor]:
+def present(cache: Any) -> list[Tensor]:
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
@@ -332,4 +332,4 @@ def decode(model: Any, inputs: tuple[Tensor, ...], rows: Rows = Rows()) -> tuple
             use_cache=True,
             **position_bias(language_model, attention_mask),
         ).last_hidden_state
-    return (model.lm_head(hidden[:, -1:]), *_present(cache))
+    return (model.lm_head(hidden[:, -1:]), *present(cache))

@@ -25,5 +25,6 @@ LANGUAGE_MODELS = {
         LanguageModel("qwen3", masks_by_kind=True, causal_class="Qwen3ForCausalLM"),
         LanguageModel("qwen2_vl_text", masks_by_kind=True),
         LanguageModel("qwen2_5_vl_text", masks_by_kind=True),
+        LanguageModel("qwen3_vl_text"),
     )
 }

@@ -29,14 +29,15 @@ BRANDS = (
     "lfm2",
 )
 NAMED = re.compile("|".join(BRANDS), re.IGNORECASE)
-LANGUAGE_TABLE = "exporter/language_models.py"
+# The table of language models, and the names of layouts that are refused.
+ELSEWHERE = ("exporter/language_models.py", "exporter/checkpoint/layouts.py")
 
 
 def product_files() -> Iterator[Path]:
-    """The Python files of the product, but for the families' folders and the language models' table."""
+    """The Python files of the product, but for the families' folders and ELSEWHERE."""
     for room in ROOMS:
         for path in sorted((ROOT / room).rglob("*.py")):
-            if "families" not in path.parts and path.relative_to(ROOT).as_posix() != LANGUAGE_TABLE:
+            if "families" not in path.parts and path.relative_to(ROOT).as_posix() not in ELSEWHERE:
                 yield path
 
 

@@ -1,4 +1,4 @@
-"""Random-weight Qwen2.5-VL and Qwen2-VL checkpoints small enough to export in seconds."""
+"""Random-weight Qwen2-VL, Qwen2.5-VL and Qwen3-VL checkpoints small enough to export in seconds."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from tests.tiny import make_tokenizer
@@ -48,6 +50,9 @@ class TinyQwen:
     depth: int = 4
     full_blocks: tuple[int, ...] = (1, 3)
     window_size: int = 42
+    planes: tuple[int, ...] = ()
+    """The blocks whose rows Qwen3-VL adds to its first layers."""
+    layers: int = 2
     tied: bool = False
     max_tokens: int = 60
     dtype: torch.dtype = torch.float32
@@ -72,6 +77,18 @@ VARIANTS = {
     ),
     "qwen2": TinyQwen(model_type="qwen2_vl", seed=2),
     "outliers": TinyQwen(outliers=True, seed=3),
+    "qwen3": TinyQwen(model_type="qwen3_vl", planes=(0, 2), seed=31),
+    # As the 2B and 4B: tied; three planes for three layers.
+    "qwen3-tied": TinyQwen(
+        model_type="qwen3_vl",
+        patch_size=4,
+        depth=3,
+        planes=(0, 1, 2),
+        layers=3,
+        tied=True,
+        dtype=torch.bfloat16,
+        seed=32,
+    ),
 }
 
 
@@ -113,7 +130,15 @@ def make_model(tiny: TinyQwen, vocab_size: int, ids: dict[str, int]) -> Any:
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
     }
-    if windows:
+    if tiny.model_type == "qwen3_vl":
+        vision |= {
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 36,
+            "deepstack_visual_indexes": list(tiny.planes),
+        }
+    elif windows:
         vision |= {
             "hidden_size": 48,
             "intermediate_size": 64,
@@ -126,20 +151,23 @@ def make_model(tiny: TinyQwen, vocab_size: int, ids: dict[str, int]) -> Any:
     config_class, model_class = {
         "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
         "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
+        "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
     }[tiny.model_type]
+    of_language: dict[str, Any] = {"head_dim": 16} if tiny.model_type == "qwen3_vl" else {}
     config = config_class(
         vision_config=vision,
         text_config={
             "vocab_size": vocab_size,
             "hidden_size": 64,
             "intermediate_size": 96,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": tiny.layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 512,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
             "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"],
+            **of_language,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],

@@ -55,7 +55,7 @@ class _Vision(nn.Module):
         self.tower = tower
         # No ModuleList: the weights are the tower's, under its names.
         self.blocks = tuple(
-            _Block(block, index in windowed, dtype) for index, block in enumerate(tower.blocks)
+            Block(block, index in windowed, dtype) for index, block in enumerate(tower.blocks)
         )
 
     def forward(
@@ -74,7 +74,7 @@ class _Vision(nn.Module):
         return (self.tower.merger(hidden)[None],)
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """One block of the tower over the patches [P, C].
 
     Windowed attention sees the L patches of a window and nothing else, so no mask is larger than [W, 1, 1, L]. Full
@@ -139,7 +139,7 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
     config_class, model_class = MODELS[checkpoint.config["model_type"]]
     config = read_config(checkpoint, config_class)
     processor = DynamicResolution.from_config(image_processor_config(checkpoint))
-    _check_processor(processor, config.vision_config)
+    check_processor(processor, config.vision_config)
     model = weightless_model(checkpoint, model_class, config, dtype, mode)
     # The last layer of these models' MLPs gives values past 65504, in the tower (TensorRT-LLM #3223, vLLM #13968) and
     # in the language model (transformers #33312).
@@ -154,11 +154,11 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
         vision,
         dtype,
         max_tokens=processor.max_tokens,
-        places=lambda inputs: _places(_grid(inputs, config.vision_config.spatial_merge_size)),
+        places=lambda inputs: places_of(grid_of(inputs, config.vision_config.spatial_merge_size)),
     )
 
 
-def _check_processor(processor: DynamicResolution, config: Any) -> None:
+def check_processor(processor: DynamicResolution, config: Any) -> None:
     """The image processor must cut the patches that the tower was made for."""
     for ours, theirs in (
         ("patch_size", "patch_size"),
@@ -208,16 +208,16 @@ def _vision_component(model: Any, config: Any, dtype: torch.dtype) -> Component:
 
 
 def _reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    grid = _grid(inputs, model.config.vision_config.spatial_merge_size)
+    grid = grid_of(inputs, model.config.vision_config.spatial_merge_size)
     features = model.get_image_features(inputs[0], torch.tensor([grid.thw])).pooler_output
     return (torch.stack(list(features)),)
 
 
-def _grid(inputs: tuple[Tensor, ...], merge_size: int) -> Grid:
+def grid_of(inputs: tuple[Tensor, ...], merge_size: int) -> Grid:
     """The grid that the vision graph's inputs are of."""
     rows, columns = (int(count) + 1 for count in inputs[1].amax(dim=0))
     return Grid(rows, columns, merge_size)
 
 
-def _places(grid: Grid) -> tuple[Tensor, int]:
+def places_of(grid: Grid) -> tuple[Tensor, int]:
     return torch.from_numpy(token_positions(grid)), max(grid.merged)

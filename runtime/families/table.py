@@ -13,6 +13,7 @@ from resprune.runtime.families.internvl import Thumbnailed
 from resprune.runtime.families.llava_next import AnyResolution
 from resprune.runtime.families.picture import FixedGrid, Preprocessor
 from resprune.runtime.families.qwen2_vl import DynamicResolution
+from resprune.runtime.families.qwen3_vl import InterpolatedResolution
 from resprune.runtime.families.smolvlm import SplitImage
 
 
@@ -100,6 +101,20 @@ FAMILIES = {
             position_axes=3,
             any_size=True,
             servers=("sglang", "trtllm-engine"),
+        ),
+        Family(
+            "qwen3_vl",
+            "Qwen3-VL",
+            "qwen3_vl",
+            InterpolatedResolution.from_bundle,
+            positions=("original",),
+            position_axes=3,
+            any_size=True,
+            aliases={
+                "qwen3vl-2b": "Qwen/Qwen3-VL-2B-Instruct",
+                "qwen3vl-4b": "Qwen/Qwen3-VL-4B-Instruct",
+                "qwen3vl-8b": "Qwen/Qwen3-VL-8B-Instruct",
+            },
         ),
         Family(
             "internvl",

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL as Hugging Face runs them, whole and with the reference's pruned rows spliced in."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL as Hugging Face runs them, whole and with pruned rows spliced in."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from resprune.exporter.verify.reference import residual_select, text_gain
 from tests.exporter.hugging_face import Expected, Picture, counted, weighed
 
-MODELS = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen2_vl": Qwen2VLForConditionalGeneration}
+MODELS = {
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+}
 
 
 class HuggingFaceQwen:
@@ -35,6 +44,7 @@ class HuggingFaceQwen:
         budgets: list[int],
         steps: int,
         proportional: bool = False,
+        with_planes: bool = True,
     ) -> Expected:
         """Greedy generation from a prompt with one image token a picture, of which `budgets` tokens each are kept.
 
@@ -57,8 +67,16 @@ class HuggingFaceQwen:
             picks.append(order.tolist())
             counts.append(counted(rows, sorted(picks[-1]), proportional))
             weights[place[order.sort().values]] = torch.tensor(counts[-1])
+        planes = [torch.cat(list(plane)) for plane in self._planes(pictures)] if with_planes else []
         with weighed(weights[stays].tolist()):
-            token_ids = self._generate(embeds[:, stays], positions[:, :, stays], steps)
+            if planes:
+                rows = stays[kinds[0] == 1]
+                kept = [plane[rows] for plane in planes]
+                token_ids = self._generate_deep(
+                    embeds[:, stays], positions[:, :, stays], kinds[:, stays] == 1, kept, steps
+                )
+            else:
+                token_ids = self._generate(embeds[:, stays], positions[:, :, stays], steps)
         return Expected(token_ids, picks, counts)
 
     @torch.no_grad()
@@ -96,6 +114,27 @@ class HuggingFaceQwen:
         ids = [token for id_ in prompt_ids for token in ([id_] * next(left) if id_ == image else [id_])]
         whole = torch.tensor([ids])
         return whole, (whole == image).long()
+
+    def _planes(self, pictures: list[Picture]) -> list[Any]:
+        """DeepStack's features, each in a list of the pictures'; none of the older models."""
+        output = self.model.get_image_features(*self._pixels(pictures))
+        return list(getattr(output, "deepstack_features", None) or [])
+
+    def _generate_deep(
+        self, embeds: Tensor, positions: Tensor, visual: Tensor, planes: list[Tensor], steps: int
+    ) -> list[int]:
+        """Greedy by the language model itself: `generate` takes no features of images that it has not encoded."""
+        cache, tokens = DynamicCache(), []
+        language_model = self.model.model.language_model
+        given: dict[str, Any] = {"visual_pos_masks": visual, "deepstack_visual_embeds": planes}
+        while len(tokens) < steps:
+            hidden = language_model(
+                inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True, **given
+            ).last_hidden_state
+            tokens.append(int(self.model.lm_head(hidden[0, -1]).argmax()))
+            embeds = self.model.get_input_embeddings()(torch.tensor([tokens[-1:]]))
+            positions, given = positions[..., -1:] + 1, {}
+        return tokens
 
     def _generate(self, embeds: Tensor, positions: Tensor, steps: int) -> list[int]:
         # The first of four axes is for the mask and counts what is there.
