@@ -114,7 +114,7 @@ def _vision_component(model: Any, config: Any, side: int, dtype: torch.dtype) ->
 
     def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
         grid = Grid(merge * (2 + sizes["batch_size"]), merge * 5, merge)
-        arrays = [patch_positions(grid), *position_taps(grid, side)]
+        arrays: list[Any] = [patch_positions(grid), *position_taps(grid, side)]
         patches = torch.randn(grid.rows * grid.columns, pixels, generator=generator)
         return (patches, *(torch.from_numpy(array.copy()) for array in arrays))
 
