@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from resprune.exporter.checkpoint.checkpoint import Checkpoint
 from resprune.exporter.checkpoint.files import read_small, refuse_pointer
-from resprune.runtime.errors import ResPruneError, one_line
+from resprune.runtime.errors import ResPruneError, one_line, tokenizer_panics
 from resprune.runtime.families.table import FAMILIES
 from resprune.runtime.prompt.template import DEFAULT_TEMPLATE, TEMPLATE_FILE, find_template
 from resprune.runtime.sampling import SETTINGS_FILE, checkpoint_sampling, require_supported
@@ -90,16 +90,24 @@ def read_tokenizer(checkpoint: Checkpoint) -> Any:
     """
     path = checkpoint.root / "tokenizer.json"
     try:
-        Tokenizer.from_file(str(path))
+        with tokenizer_panics(f"{path} is not a tokenizer"):
+            Tokenizer.from_file(str(path))
+    except ResPruneError:
+        raise
     except Exception as error:  # the tokenizers package raises nothing more particular
         raise ResPruneError(f"{path} is not a tokenizer ({_reason(error)}); download it again") from None
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.root, local_files_only=True)
+        with tokenizer_panics(f"{path} is not a tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.root, local_files_only=True)
+            tokenizer("a")  # which reads settings that the constructor only keeps
+    except ResPruneError:
+        raise
     except Exception as error:  # any, of the class that the file names
         raise ResPruneError(
             f"{checkpoint.root / 'tokenizer_config.json'} makes no tokenizer of tokenizer.json ({_reason(error)}); "
             "download both again"
         ) from None
+    return tokenizer
 
 
 def _reason(error: Exception) -> str:

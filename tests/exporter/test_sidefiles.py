@@ -107,6 +107,11 @@ BROKEN = {name: (name, b"{", f"{name} is not valid JSON") for name in COPIED if 
         b'{"extra_special_tokens": 7}',
         r"tokenizer_config\.json makes no",
     ),
+    "tokenizer's length": (
+        "tokenizer_config.json",
+        b'{"model_max_length": "x"}',
+        r"tokenizer_config\.json makes no",
+    ),
     "chat template": ("chat_template.jinja", b"\xff", r"chat_template\.jinja is not text in UTF-8"),
 }
 
