@@ -11,8 +11,6 @@ from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.table import FAMILIES
 
 ADAPTER = "adapter_config.json"
-# Of the code that LLaVA was published with, whatever model_type its config has.
-RESEARCH_KEYS = ("mm_vision_tower", "mm_projector_type")
 
 
 def check_adapter(root: Path) -> None:
@@ -30,12 +28,13 @@ def check_adapter(root: Path) -> None:
 def check_layout(root: Path, config: Mapping[str, Any]) -> None:
     """`ResPruneError` for a config of research code, or of a model that transformers has no code for."""
     kind = str(config.get("model_type"))
-    if any(key in config for key in RESEARCH_KEYS):
-        raise ResPruneError(
-            f"{root} is in the layout of LLaVA's research code ({kind:.80}), which transformers does not read; take "
-            "the converted checkpoint, whose name often ends in -hf, or convert it with transformers' "
-            "convert_llava_weights_to_hf"
-        )
+    for family in FAMILIES.values():
+        if any(key in config for key in family.research_keys):
+            raise ResPruneError(
+                f"{root} is in the layout of {family.title}'s research code ({kind:.80}), which transformers does not "
+                "read; take the converted checkpoint, whose name often ends in -hf, or convert it with transformers' "
+                f"convert_{family.name}_weights_to_hf"
+            )
     if "auto_map" in config and kind not in FAMILIES:
         raise ResPruneError(
             f"{root} holds a model of type {kind:.80} with code of its own (auto_map), which is never run; take the "

@@ -40,6 +40,8 @@ class Family:
     """Strength of the text guidance, unless --alpha says another."""
     attention: str = "plain"
     """"plain" or "proportional", unless --attention says another."""
+    research_keys: tuple[str, ...] = ()
+    """Keys of a config.json of the code that the model was published with, which transformers does not read."""
     plain_prompt: bool = False
     """Whether it was trained with the prompt that stands in for a missing chat template (template.py)."""
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -62,6 +64,7 @@ FAMILIES = {
             FixedGrid.from_bundle,
             servers=("vllm", "trtllm", "trtllm-pytorch", "trtllm-engine"),
             plain_prompt=True,
+            research_keys=("mm_vision_tower", "mm_projector_type"),
             aliases={
                 "llava15": "llava-hf/llava-1.5-7b-hf",
                 "llava15-13b": "llava-hf/llava-1.5-13b-hf",

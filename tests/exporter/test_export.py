@@ -100,7 +100,7 @@ MISTAKES = {
     "mask": (
         language,
         "_Decoder",
-        lambda model, head, **proportional: Decoder(model, head),
+        lambda model, head, rows, **proportional: Decoder(model, head, rows),
         r"decoder_model_merged +logits .* <-",
     ),
 }
