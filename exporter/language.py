@@ -303,8 +303,7 @@ def decoder_component(
 def proportional(components: Components) -> Components:
     """The same components, whose decoder takes counts in its mask and whose selection is to give them."""
     decoder = components.decoder
-    plain = decoder.module
-    assert isinstance(plain, _Decoder)
+    plain: Any = decoder.module
     plain_samples = decoder.samples
 
     def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
