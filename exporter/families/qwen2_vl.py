@@ -42,6 +42,9 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
 }
 
+MAX_SIDE = 16
+"""Merged tokens a side of a window, of which Qwen2.5-VL's have 4: the comparison's pictures hold two and more."""
+
 
 class _Vision(nn.Module):
     """The patches of one picture [P, C·T·p·p] in merge order → image_features [1, N, D], N = P / merge_size².
@@ -183,6 +186,11 @@ def _vision_component(model: Any, config: Any, dtype: torch.dtype) -> Component:
     side = 1 if not windowed else vision.window_size // merge // vision.patch_size
     if side < 1:
         raise ResPruneError(f"the vision tower's window of {vision.window_size} pixels holds no merged token")
+    if side > MAX_SIDE:
+        raise ResPruneError(
+            f"the vision tower's windows of {vision.window_size} pixels hold {side} merged tokens a side, and the "
+            f"graph is compared in whole windows of at most {MAX_SIDE}; correct window_size in config.json"
+        )
     length = (side * merge) ** 2
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     inputs = [

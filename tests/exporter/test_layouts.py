@@ -60,7 +60,7 @@ def content(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], obj
 
 RESEARCH = {"mm_vision_tower": "openai/clip", "mm_projector_type": "mlp2x_gelu"}
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "llava": (config(model_type="llava", **RESEARCH), r"LLaVA's research code \(llava\).* -hf"),
+    "llava": (config(model_type="llava", **RESEARCH), r"LLaVA-1\.5's research code \(llava\).* -hf"),
     "llava_llama": (config(model_type="llava_llama", **RESEARCH), r"research code \(llava_llama\)"),
     "llava_qwen": (config(model_type="llava_qwen", **RESEARCH), r"research code \(llava_qwen\)"),
     "internvl_chat": (config(model_type="internvl_chat", auto_map={}), r"internvl_chat with code of its own.* -hf"),
@@ -106,6 +106,13 @@ def test_each_is_named(spoil, sentence, tiny_checkpoint, tmp_path):
         export(str(root), tmp_path / "out", Options(k=3))
     assert "\n" not in str(told.value)
     assert "corrupt" not in str(told.value)
+
+
+def test_a_window_of_a_million_pixels_is_refused_before_it_is_built(tiny_checkpoint, tmp_path):
+    root = shutil.copytree(tiny_checkpoint("qwen25"), tmp_path / "checkpoint")
+    both("vision_config", window_size=2**20)(root)
+    with pytest.raises(ResPruneError, match=r"windows of 1048576 pixels hold 74898 merged tokens a side"):
+        export(str(root), tmp_path / "out", Options(k=3))
 
 
 def test_an_unknown_model_with_research_keys_of_none(tiny_checkpoint, tmp_path):
