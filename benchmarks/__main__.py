@@ -22,6 +22,7 @@ from benchmarks import (
     qwen_vl,
     reconstruction,
     selection,
+    served,
     speed,
 )
 from benchmarks.measure import machine, plain
@@ -38,6 +39,7 @@ PARTS = {
     "speed": ("Time to the first token, beside Hugging Face in PyTorch", speed.run, speed.table),
     "peers": ("Beside OpenVINO GenAI and its pruner", peers.run, peers.table),
     "decode": ("Tokens per second, beside onnxruntime-genai", decode.run, decode.table),
+    "served": ("A vLLM that is asked by several at once", served.run, served.table),
     "accuracy": ("The demo model's answers with fewer tokens", accuracy.run, accuracy.table),
     "precision": ("Precisions, and the decoder for ONNX Runtime alone", precision.run, precision.table),
     "ablation": ("The method's open choices", ablation.run, ablation.table),

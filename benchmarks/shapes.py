@@ -102,6 +102,7 @@ REAL = (LLAVA, LLAVA_NEXT, QWEN25VL)
 def write_shape(shape: Shape, folder: Path) -> None:
     """The checkpoint of `shape` in bfloat16, as published ones are, with a tokenizer of the real size."""
     model_class, config = CONFIGS[shape.family](shape)
+    config.architectures = [model_class.__name__]  # without it vLLM makes an embedder of it
     write_weights(folder, model_class, config, dtype=torch.bfloat16)
     qwen = shape.family == "qwen2_5_vl"
     write_tokenizer(

@@ -22,7 +22,9 @@ SETTINGS = {
 }
 
 
-def vllm(checkpoint: Path, log: Path, *options: str, dtype: str = "float32") -> Running:
+def vllm(
+    checkpoint: Path, log: Path, *options: str, dtype: str = "float32", context: int = MAX_MODEL_LEN
+) -> Running:
     """A server that answers with the checkpoint, in the precision of the bundles of these tests."""
     port = free_port()
     command = [str(python_of("vllm")), "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
@@ -32,7 +34,7 @@ def vllm(checkpoint: Path, log: Path, *options: str, dtype: str = "float32") -> 
         "--dtype",
         dtype,
         "--max-model-len",
-        str(MAX_MODEL_LEN),
+        str(context),
         "--enforce-eager",
     ]
     return Running([*command, *options], SETTINGS, port, "/health", log)
@@ -54,6 +56,6 @@ def published(checkpoint: Path, out: Path) -> Path:
 
 
 def _published(name: str) -> str:
-    tower = "vision_tower."
-    known = name.startswith(f"{tower}vision_model.") or not name.startswith(tower)
-    return name if known else f"{tower}vision_model.{name.removeprefix(tower)}"
+    before, tower, after = name.partition("vision_tower.")
+    known = not tower or after.startswith("vision_model.")
+    return name if known else f"{before}{tower}vision_model.{after}"
