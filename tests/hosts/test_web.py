@@ -1,7 +1,5 @@
 """examples/web in Debian's Chromium: texts and picks are Python's, and nothing leaves this machine."""
 
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,18 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from resprune import Pipeline
-from tests.hosts.npm import EXAMPLES, install, install_copy
+from tests.hosts.conftest import Drive, Step
+from tests.hosts.npm import EXAMPLES, install
 from tests.hosts.test_node import PICTURES, QUESTIONS, copy_of
 
-Step = dict[str, str]
-Drive = Callable[..., dict[str, Any]]
 READY = "/WASM|WebGPU/.test(document.querySelector('#status').textContent)"
 FAULT = "!document.querySelector('#fault').hidden"
 ANSWERED = f"document.querySelector('#answer').dataset.ids || {FAULT}"
@@ -33,43 +29,6 @@ FOUND = """(() => {
     kept: parsed(at("stage").dataset.kept), picks: parsed(at("stage").dataset.picks),
   };
 })()"""
-
-
-@pytest.fixture(scope="session")
-def driver() -> Path:
-    """The script that drives Chromium, which is installed if it is missing."""
-    if not Path("/usr/bin/chromium").exists():
-        apt = [*([] if os.geteuid() == 0 else ["sudo"]), "apt-get"]
-        subprocess.run([*apt, "update"], check=True)
-        subprocess.run([*apt, "install", "-y", "--no-install-recommends", "chromium"], check=True)
-    return install_copy(Path(__file__).with_name("browser"), "browser") / "drive.mjs"
-
-
-@pytest.fixture(scope="session")
-def drive(driver: Path) -> Drive:
-    """Steps → what they read; every request must be to 127.0.0.1, and no other name is resolved."""
-
-    def run(steps: list[Step], arguments: tuple[str, ...] = (), **context: Any) -> dict[str, Any]:
-        alone = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-        plan = {"arguments": [alone, *arguments], "context": context, "steps": steps}
-        done = subprocess.run(
-            ["node", str(driver)],
-            input=json.dumps(plan),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=180,
-        )
-        assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
-        hosts = {
-            urlsplit(url).hostname for url in found["requests"] if not url.startswith(("data:", "blob:"))
-        }
-        assert hosts == {"127.0.0.1"}
-        assert found["errors"] == []
-        return found
-
-    return run
 
 
 @contextmanager

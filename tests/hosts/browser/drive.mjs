@@ -33,6 +33,7 @@ const steps = {
   press: ({ key }) => page.keyboard.press(key),
   focus: ({ at }) => page.focus(at),
   wait: ({ until }) => page.waitForFunction(until),
+  see: ({ at }) => page.waitForSelector(at), // where the page's policy forbids what "wait" evaluates
   read: async ({ of }) => found.read.push(await page.evaluate(of)),
   screenshot: ({ path: file }) => page.screenshot({ path: file, fullPage: true }),
 };
