@@ -23,6 +23,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resprune.exporter.components import Component
+from resprune.exporter.lineage import die_with_parent
 from resprune.exporter.trace.tracer import Traced, trace
 from resprune.runtime.errors import ResPruneError
 
@@ -43,7 +44,9 @@ def traced_ahead(
         return
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
-    process = fork.Process(target=_trace_all, args=(receiver, sender, components, whole, mode), daemon=True)
+    process = fork.Process(
+        target=_trace_all, args=(os.getpid(), receiver, sender, components, whole, mode), daemon=True
+    )
     process.start()
     sender.close()
     with receiver, ThreadPoolExecutor(1) as thread:  # which empties the pipe, so that tracing never waits
@@ -56,6 +59,7 @@ def traced_ahead(
 
 
 def _trace_all(
+    parent: int,
     receiver: Connection,
     sender: Connection,
     components: Sequence[Component],
@@ -64,6 +68,7 @@ def _trace_all(
 ) -> None:
     """The other process. It ends with its work, so it collects no garbage; the terminal's Ctrl-C is not for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(parent)
     # Of what it inherits it may hold nothing: the lock of the bundle that is being made, its own pipe's other end.
     receiver.close()
     os.closerange(3, sender.fileno())

@@ -6,6 +6,7 @@ nor transformers, and onnx only where graphs are widened, so that it starts at o
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from resprune.exporter.lineage import die_with_parent
 from resprune.runtime.backends.onnxruntime import OrtDecoder
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.prompt.splice import Spliced
@@ -36,6 +38,7 @@ class OrtWorker:
             sys.executable,
             "-m",
             "resprune.exporter.verify.ort_worker",
+            str(os.getpid()),
             *(["widened"] if widened else []),
         ]
         # In a process group of its own: the terminal's Ctrl-C is for the exporter, which ends this one.
@@ -102,7 +105,7 @@ def _session(path: str, *, once: bool = False) -> Any:
     if once:  # rearranging the weights for the kernels takes longer than it saves
         options.add_session_config_entry("session.disable_prepacking", "1")
     graph: str | bytes = path
-    if sys.argv[1:] == ["widened"]:
+    if sys.argv[2:] == ["widened"]:
         import onnx
 
         from resprune.graphs.widen import widen
@@ -161,5 +164,6 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
+    die_with_parent(int(sys.argv[1]))
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # an exporter that was killed waits for no answer
     _serve(sys.stdin.buffer, sys.stdout.buffer)

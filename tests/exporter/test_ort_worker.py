@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 from onnx import TensorProto, helper
 
@@ -97,6 +98,27 @@ def test_it_ends_without_a_word_when_the_exporter_is_killed(answer):
     killed = subprocess.Popen([sys.executable, "-c", KILLED, answer], stderr=subprocess.PIPE)
     _, said = killed.communicate(timeout=60)  # until no process has this end any more
     assert (killed.returncode, said) == (-signal.SIGKILL, b"")
+
+
+ORPHANED = """
+import os, signal, sys
+from resprune.exporter.verify.ort_worker import OrtWorker
+with OrtWorker() as worker:
+    try:
+        worker.run("missing.onnx", {})
+    except RuntimeError:
+        print(worker._process.pid, flush=True)  # it is up
+    os.kill(worker._process.pid, signal.SIGSTOP)  # so it reads and writes nothing any more
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child at once")
+def test_it_ends_at_once_when_the_exporter_is_killed():
+    killed = subprocess.run([sys.executable, "-c", ORPHANED], stdout=subprocess.PIPE, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    child = psutil.Process(int(killed.stdout)) if psutil.pid_exists(int(killed.stdout)) else None
+    assert child is None or child.wait(timeout=10) is None or not child.is_running()
 
 
 def test_it_is_light():
