@@ -13,9 +13,10 @@ K ?= 64
 DTYPE ?= fp32
 TASKS ?= resprune_scenes
 DEVICE ?= cpu
+COUNT ?= 5000
 OUT ?= build/$(notdir $(MODEL))-k$(K)$(if $(filter-out fp32,$(DTYPE)),-$(DTYPE))
 
-.PHONY: demo web export eval bench gpu-check test test-hosts lint wheel clean
+.PHONY: demo web export eval bench gpu-check test fuzz test-hosts lint wheel clean
 
 # .venv/with-EXTRA: the environment has this extra of pyproject.toml, beside those that were asked for before.
 $(VENV)/with-%: pyproject.toml constraints.txt
