@@ -1,7 +1,7 @@
-"""A tokenizer as large as a real model's: real special tokens at their real ids, and merges learnt from the README.
+"""A tokenizer as large as a real model's: real special tokens at their real ids, and merges learnt from the documents.
 
 A published tokenizer cannot be had without its hub. What timing needs of one is its size and the length of a prompt, so
-words are learnt from the README and every id that is left has a token that no text contains.
+words are learnt from them and every id that is left has a token that no text contains.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-README = Path(__file__).parent.parent / "README.md"
+DOCUMENTS = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
 LEARNT = 4096
 
 
@@ -83,7 +83,7 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, tokenizer_class: str) 
     learnt.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     learnt.train_from_iterator(
-        [README.read_text()],
+        [page.read_text() for page in DOCUMENTS],
         trainers.BpeTrainer(vocab_size=LEARNT, initial_alphabet=alphabet, show_progress=False),
     )
     model = json.loads(learnt.to_str())["model"]

@@ -132,7 +132,7 @@ def greedy_map(kernel: Doubles, k: int) -> Ints:
     """Greedy MAP inference of a determinantal point process: each pick makes the determinant grow the most.
 
     `kernel` [N, N] positive semidefinite → [k] picks, by an incremental Cholesky factorisation (arXiv 1709.05135).
-    Ties and an exhausted kernel as in the README, "The method".
+    Ties and an exhausted kernel as in docs/method.md.
     """
     initial = kernel.diagonal().copy()
     left = initial.copy()  # the diagonal given the picks
@@ -170,7 +170,7 @@ def gain(of: Candidates, relevance: Doubles) -> Doubles:
 
 
 def scaled(relevance: Doubles, scale: str) -> Doubles:
-    """Relevance [N] from −1 to 1 → 0 to 1, by one of the scales of the README, "The method"."""
+    """Relevance [N] from −1 to 1 → 0 to 1, by one of the scales of docs/method.md."""
     if scale == "clamp":
         return np.clip(relevance, 0, 1)
     if scale == "shifted":

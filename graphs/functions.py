@@ -1,6 +1,6 @@
 """The ops `resprune::TextGain`, `ResidualSelect` and `KeptCounts` as model-local functions of standard ONNX operators.
 
-The first two follow arXiv 2603.21105 and the rules in the README's section "The method". The selection is the
+The first two follow arXiv 2603.21105 and the rules in docs/method.md. The selection is the
 pivoted Cholesky factorisation of the Gram matrix G = V Vᵀ: with the columns so far in L,
 
     c = G[p] − L L[p]ᵀ,   l = c / √E_p,   E ← E − l²
@@ -101,7 +101,7 @@ def choose_form(k: int, num_tokens: int, hidden_size: int) -> str:
 
     G takes N² D multiplications that a processor does at its full rate, and the linear form N D a pick that wait for
     memory: which wins is a matter of k / N, and of whether V stays in the cache from pick to pick. The bounds are
-    measured (README, "Measured"); where N is large a linear form takes less memory.
+    measured (docs/benchmarks.md); where N is large a linear form takes less memory.
     """
     if 4 * num_tokens**2 > GRAM_BYTES:
         return "linear"

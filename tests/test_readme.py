@@ -1,4 +1,4 @@
-"""The README's commands and its Python do what it says, on a copy of the demo in an empty directory."""
+"""The commands and the Python of README and docs do what they say, on a copy of the demo in an empty directory."""
 
 import os
 import re
@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, *DOCS, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
+# The pages whose `sh` and `python` blocks run, in an order in which each finds what an earlier one made.
+RUN = [README, *(ROOT / "docs" / f"{name}.md" for name in ("ask", "tensorrt", "evaluate"))]
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A working directory in which the README's relative paths lead to the demo."""
+    """A working directory in which relative paths lead to the demo."""
     work = tmp_path_factory.mktemp("readme")
     (work / "demo").symlink_to(ROOT / "demo")
     return work
@@ -41,24 +45,25 @@ def make_demo():
 
 
 def test_commands_then_python(directory):
-    commands = make_demo() + [line for block in blocks("sh") for line in block.splitlines()]
-    assert commands
-    for command in commands:
-        done = run(["bash", "-c", command], directory)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
-    programs = blocks("python")
-    assert programs
-    for program in programs:
-        done = run([sys.executable, "-c", program], directory)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip()
+    first = make_demo()
+    assert first
+    for page in RUN:
+        commands = first + [line for block in blocks(page, "sh") for line in block.splitlines()]
+        first = []
+        assert commands, f"{page.name} shows no command"
+        for command in commands:
+            done = run(["bash", "-c", command], directory)
+            assert done.returncode == 0, f"{page.name}: {command}: {done.stderr}"
+        for program in blocks(page, "python"):
+            done = run([sys.executable, "-c", program], directory)
+            assert done.returncode == 0, f"{page.name}: {done.stderr}"
+            assert done.stdout.strip()
 
 
 def test_the_comparison_on_a_gpu_is_a_command_that_polygraphy_takes(directory):
     """It needs a GPU to run; here polygraphy reads it, and writes the script that it would run."""
-    (command,) = re.findall(
-        r"^(POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy run .*)$", README, flags=re.MULTILINE
-    )
+    text = (ROOT / "docs" / "tensorrt.md").read_text()
+    (command,) = re.findall(r"^(POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy run .*)$", text, flags=re.MULTILINE)
     done = run(["bash", "-c", f"{command} --gen-script comparison.py"], directory)
     assert done.returncode == 0, done.stderr
     script = (directory / "comparison.py").read_text()
@@ -68,13 +73,27 @@ def test_the_comparison_on_a_gpu_is_a_command_that_polygraphy_takes(directory):
         assert "sm_86" not in path or (directory / path).exists(), "resprune build above makes it"
 
 
-def test_make_targets_exist():
-    targets = set(re.findall(r"\bmake ([a-z-]+)", README))
-    made = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    assert targets <= made
-    assert {"demo", "test", "bench", "export"} <= targets
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 150
 
 
-def test_files_that_are_named_exist():
-    named = re.findall(r"`((?:demo|benchmarks|exporter|graphs|runtime|tests)/[\w./-]+)`", README)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_targets_and_files_exist(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        target, _, anchor = link.partition("#")
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{page.name} links {link}"
+        if anchor and path.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in slugs, f"{page.name} links {link}"
+    named = re.findall(r"`((?:demo|benchmarks|exporter|graphs|runtime|serving|tests)/[\w./-]+)`", text)
     assert [name for name in named if not (ROOT / name).exists()] == []
+    made = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z-]+)", text)) <= made
+
+
+def test_every_page_is_in_the_table_of_contents():
+    contents = (ROOT / "docs" / "README.md").read_text()
+    assert [page.name for page in DOCS if page.name != "README.md" and f"({page.name})" not in contents] == []

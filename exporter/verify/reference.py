@@ -2,7 +2,7 @@
 
 Source: arXiv 2603.21105. Relevance is its Eq. 13; the selection is its greedy subspace expansion by residual
 energy, written as pivoted Gram-Schmidt. The counts are for proportional attention (arXiv 2210.09461, section 3), which
-is no part of it. Rules that the paper leaves open (ties, exhaustion, masks) are stated in the README, section "The
+is no part of it. Rules that the paper leaves open (ties, exhaustion, masks) are stated in docs/method.md, section "The
 method".
 """
 

@@ -31,7 +31,7 @@ to the bit get entries that are, so duplicates cancel. Everything after G is IEE
 
 **The scratch** comes uninitialised, from PyTorch as from TensorRT: see `_meet`.
 
-Source: arXiv 2603.21105; the rules of ties, exhaustion and masks are the README's, section "The method".
+Source: arXiv 2603.21105; the rules of ties, exhaustion and masks are those of docs/method.md.
 """
 
 from __future__ import annotations

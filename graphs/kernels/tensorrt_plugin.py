@@ -8,7 +8,7 @@ TensorRT's parser takes a node for a plugin only if it has as many. `for_plugin`
     register(capability=90, processors=132)       # of the GPU the engine is for
     network = … parser.parse(for_plugin(model).SerializeToString())
 
-Kernel and launch were never run by TensorRT: the README says what was tested, and how far.
+Kernel and launch were never run by TensorRT: docs/kernel.md says what was tested, and how far.
 """
 
 # No `from __future__ import annotations` here: TensorRT reads the annotations of the functions, and wants the types.

@@ -1,4 +1,4 @@
-"""The bundle: the directory an export writes and the runtime reads (README, "The bundle").
+"""The bundle: the directory an export writes and the runtime reads (docs/bundle.md).
 
 Its files are what its manifest says of them, or one `ResPruneError` names the first that is not.
 """
