@@ -50,8 +50,9 @@ bench: $(VENV)/with-test
 gpu-check: $(VENV)/with-test
 	$(BIN)/python -m benchmarks.gpu_check
 
+# A file's tests share a process, and with it what its fixtures hold.
 test: $(VENV)/with-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # Real hosts of a bundle: each is installed in a place of its own, started, tested, stopped.
 test-hosts: $(VENV)/with-test
@@ -61,6 +62,7 @@ lint: $(VENV)/with-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p resprune
+	$(BIN)/basedpyright --pythonpath $(BIN)/python $$(find -L resprune -name '*.py')
 
 # From an empty folder: setuptools would put what an earlier build left there into the next one.
 wheel: $(VENV)/with-wheel

@@ -118,9 +118,9 @@ def _evaluate(names: list[str], budgets: list[Budget], arguments: argparse.Names
         found: dict[str, Any] = {}
         for model.budget in budgets:
             folder = arguments.out / f"k{model.budget}"
-            results: dict[str, Any] = simple_evaluate(
+            results: Any = simple_evaluate(
                 model=model,
-                tasks=tasks,
+                tasks=list(tasks),
                 task_manager=manager,
                 limit=arguments.limit,
                 batch_size=1,

@@ -241,7 +241,9 @@ class _Export:
         if split:
             encoder, selector = split
             self._compared(encoder, verifier.compare(worker, components.vision, encoder), "")
-            graphs = dict(zip(("vision_select", "vision_encoder", "token_select"), paths, strict=True))
+            graphs: dict[str, Path] = dict(
+                zip(("vision_select", "vision_encoder", "token_select"), paths, strict=True)
+            )
             differences, counted = verifier.compare_split(worker, graphs, selection)
             self._compared(selector, differences, self._count(counted))
 

@@ -320,7 +320,7 @@ def _function(name: str, body: Any, inputs: tuple[str, ...], output: str, opset:
 
     return onnxscript.build_function(
         named,
-        [ir.val(value, *KNOWN.get(value, ())) for value in inputs],
+        [ir.val(value, *known) if (known := KNOWN.get(value)) else ir.val(value) for value in inputs],
         domain=DOMAIN,
         name=name,
         opset_imports={"": opset},

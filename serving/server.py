@@ -76,7 +76,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def url_of(bound: socket.socket) -> str:
     """The address of a server at this socket, for a browser."""
-    host, port = bound.getsockname()[:2]
+    host, port = str(bound.getsockname()[0]), bound.getsockname()[1]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - what is shown, not bound
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -1,13 +1,15 @@
-"""Fixtures that several rooms share: tiny checkpoints and their bundles, made once a session."""
+"""Fixtures that several rooms share: tiny checkpoints and their bundles, made once for all processes of a session."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 # Before torch is imported. The models are tiny: threads that wait for each other cost more than they bring, and on a
 # busy machine a hundred times more.
@@ -16,45 +18,58 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TRITON_INTERPRET"] = "1"
 
 
+Make = Callable[[str, Callable[[Path], Any]], Path]
+
+
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Name and what writes a folder → the folder, written once by whichever of pytest-xdist's processes asks first."""
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+    place = place / "shared"
+    place.mkdir(exist_ok=True)
+
+    def made(name: str, write: Callable[[Path], Any]) -> Path:
+        folder = place / name
+        with FileLock(place / f"{name}.lock"):
+            done = place / f"{name}.done"  # a folder that a failed test left half written is none
+            if not done.exists():
+                write(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(made_once: Make) -> Callable[[str], Path]:
     """Name of a variant of the modules `tests.tiny*` → its checkpoint; to be copied before it is changed."""
     from tests import tiny, tiny_qwen, tiny_tiles
 
-    made: dict[str, Path] = {}
-
     def checkpoint(variant: str) -> Path:
-        if variant not in made:
-            root = tmp_path_factory.mktemp("checkpoints") / variant
-            module: Any = next(one for one in (tiny, tiny_qwen, tiny_tiles) if variant in one.VARIANTS)
-            made[variant] = module.write_checkpoint(root, module.VARIANTS[variant])
-        return made[variant]
+        module: Any = next(one for one in (tiny, tiny_qwen, tiny_tiles) if variant in one.VARIANTS)
+        return made_once(variant, lambda root: module.write_checkpoint(root, module.VARIANTS[variant]))
 
     return checkpoint
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(
-    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def tiny_bundle(tiny_checkpoint: Callable[[str], Path], made_once: Make) -> Callable[..., Path]:
     """Variant and the fields of `exporter.export.Options` → the bundle exported from it, once a session."""
     from resprune.exporter.export import Options, export
 
-    made: dict[tuple[str, Options], Path] = {}
-
     def bundle(variant: str, **options: Any) -> Path:
-        key = (variant, Options(**options))
-        if key not in made:
-            out = tmp_path_factory.mktemp("bundles") / variant
-            made[key] = export(str(tiny_checkpoint(variant)), out, key[1])
-        return made[key]
+        asked = Options(**options)
+        key = hashlib.sha256(repr(asked).encode()).hexdigest()[:12]
+        return made_once(f"{variant}-{key}", lambda out: export(str(tiny_checkpoint(variant)), out, asked))
 
     return bundle
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_bundle(made_once: Make) -> Path:
     """The trained demo model, exported with a ninth of its visual tokens as the README exports it."""
     from resprune.exporter.export import Options, export
 
-    return export("demo", tmp_path_factory.mktemp("demo") / "demo-k16", Options(k=16, split=True))
+    return made_once("demo-k16", lambda out: export("demo", out, Options(k=16, split=True)))

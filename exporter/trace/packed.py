@@ -48,9 +48,9 @@ def pack(traced: Traced) -> Traced:
         nodes |= _packed(products, users, weight.name, split)
     written = [new for node in graph.node for new in nodes.get(node.output[0], [node])]
     stored = [new for tensor in graph.initializer for new in tensors.get(tensor.name, [tensor])]
-    for field, values in ((graph.node, written), (graph.initializer, [*stored, *splits.values()])):
-        del field[:]
-        field.extend(values)
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(written)
+    graph.initializer.extend([*stored, *splits.values()])
     return Traced(model, weights)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import NodeProto, TensorProto, helper
-from onnxruntime.capi._pybind_state import quantize_matmul_4bits
+from onnxruntime.capi._pybind_state import quantize_matmul_4bits  # pyright: ignore[reportAttributeAccessIssue] - a binary module
 from torch import Tensor
 
 from resprune.exporter.trace.tracer import Traced, Weight, unwritten
@@ -55,9 +55,9 @@ def quantize(traced: Traced, form: str) -> Traced:
             nodes.append(helper.make_node("Add", [product, node.input[2]], [node.output[0]]))
     used = {name for node in nodes for name in node.input} | set(added)
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    for field, values in ((graph.node, nodes), (graph.initializer, [*kept, *added.values()])):
-        del field[:]
-        field.extend(values)
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend([*kept, *added.values()])
     if form == "q4":
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return Traced(model, {name: weight for name, weight in weights.items() if name in used})

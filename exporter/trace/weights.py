@@ -242,8 +242,9 @@ class _HashedFile:
     def write(self, content: bytes | memoryview) -> None:
         """Take over `content`, which must not change any more; an `OSError` may be that of an earlier write."""
         self.size += len(content)
-        tasks = zip(self._threads, (self._write, self._digest.update), strict=True)
-        self._pending.append((self.size, [thread.submit(task, content) for thread, task in tasks]))
+        writing, hashing = self._threads
+        tasks = [writing.submit(self._write, content), hashing.submit(self._digest.update, content)]
+        self._pending.append((self.size, tasks))
         while len(self._pending) > PENDING:
             self._finish()
 

@@ -92,7 +92,7 @@ def residual_select(
         scratch,
         **constants(D, k, dtype),
         **OPTIONS,
-        launch_cooperative_grid=programs > 1,
+        launch_cooperative_grid=programs > 1,  # pyright: ignore[reportCallIssue] - Triton's launcher takes it
     )
     return picks
 

@@ -35,8 +35,8 @@ def register(*, capability: int, processors: int) -> None:
 
     """
     try:
-        import tensorrt as trt
-        import tensorrt.plugin as trtp
+        import tensorrt as trt  # pyright: ignore[reportMissingImports]
+        import tensorrt.plugin as trtp  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             "the plugin needs TensorRT with tensorrt.plugin, 10.7 or later: install it from NVIDIA's package index"

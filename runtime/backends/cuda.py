@@ -95,7 +95,7 @@ def download(address: int, array: npt.NDArray[Any], stream: Stream) -> None:
 
 def _runtime() -> Any:
     try:
-        from cuda.bindings import runtime
+        from cuda.bindings import runtime  # pyright: ignore[reportAttributeAccessIssue] - a binary module
     except ImportError:
         raise ResPruneError(
             'engines need cuda-bindings; install with: pip install "resprune[tensorrt-rtx]" or "resprune[tensorrt]"'

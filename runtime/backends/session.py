@@ -128,8 +128,10 @@ class OrtGraphs:
         """The named outputs of one run (see `GraphRunner`)."""
         self.open(graph)
         with graph_faults(graph):
-            arrays: list[Array] = self._sessions[graph].run(list(outputs), dict(feeds))
-        return arrays
+            arrays: Any = self._sessions[graph].run(
+                list(outputs), dict(feeds)
+            )  # tensors are all that graphs give
+        return list(arrays)
 
     def close(self) -> None:
         """Give back the sessions."""

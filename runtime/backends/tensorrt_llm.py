@@ -289,8 +289,8 @@ def _require_contiguous(bundle: Bundle) -> None:
 def _package() -> Any:
     try:
         import tensorrt_llm
-        import tensorrt_llm.layers
-        import tensorrt_llm.runtime
+        import tensorrt_llm.layers  # pyright: ignore[reportMissingImports]
+        import tensorrt_llm.runtime  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ResPruneError(
             f"TensorRT-LLM is not installed here ({error}); see "

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from resprune.runtime.errors import ResPruneError, shown
 
@@ -425,7 +425,7 @@ def _field(table: dict[str, Any], key: str, kind: type[T], where: str = "") -> T
 def _expect(what: str, value: object, kind: type[T]) -> T:
     """`value` if it is of `kind`; a whole number serves as a float, a bool never serves as a number."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63:
-        value = float(value)
+        return cast("T", float(value))
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         words = {dict: "an object", list: "a list", str: "a string", int: "a whole number", float: "a number"}
         raise _fault(what, words[kind], value)

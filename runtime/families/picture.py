@@ -71,18 +71,23 @@ class Preprocessor(Protocol):
     @property
     def pictures_a_run(self) -> int | None:
         """How many pictures one run of the vision graph takes; None: any number."""
+        ...
 
     def __call__(self, image: Image.Image) -> Picture:
         """Prepare an RGB picture; `ResPruneError` for one that the family cannot see."""
+        ...
 
     def batch(self, pictures: Sequence[Picture]) -> Arrays:
         """Inputs of the vision graph, by name, for pictures that go through it together."""
+        ...
 
     def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
         """How long the named axes of the vision graphs' inputs get, `batch` pictures of `tokens` tokens at once."""
+        ...
 
     def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
         """Where each of the N tokens lies in a picture of `image_size` (width, height); None for nowhere."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class FixedGrid:
 
     def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
         """Any batch; the pictures differ in nothing."""
-        return {"batch_size": batch, "num_tokens": (self.num_tokens,) * 3}
+        return {"batch_size": batch, "num_tokens": (self.num_tokens, self.num_tokens, self.num_tokens)}
 
     def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
         """Patch by patch; a class token, which some checkpoints keep in front, lies nowhere."""

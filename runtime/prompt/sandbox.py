@@ -217,7 +217,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         values = [value for value in (*arguments, *options.values()) if not isinstance(value, _OF_JINJA)]
         if getattr(__obj, "__name__", "") in ("format", "format_map"):
             _checked_format(owner)
-        if __obj is not __self.globals.get("range"):  # it has a limit, and its turns are counted
+        limited = __self.globals.get("range")  # pyright: ignore[reportAttributeAccessIssue] - it loses __self
+        if __obj is not limited:  # it has a limit, and its turns are counted
             _checked(owner if isinstance(owner, str | list | tuple | dict) else "", values)
         result = super().call(__context, __obj, *arguments, **options)
         _size(result)

@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import ImageFile
 
-from resprune.exporter.export import Options, export
 from tests.runtime.wire import Model
-from tests.tiny_qwen import VARIANTS, write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +22,6 @@ def tiny_model(tiny_checkpoint: Callable[[str], Path]) -> Model:
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
+def tiny_qwen(tiny_checkpoint: Callable[[str], Path], tiny_bundle: Callable[..., Path]) -> tuple[Path, Model]:
     """A tiny Qwen2.5-VL's bundle, and the checkpoint in PyTorch."""
-    root = write_checkpoint(tmp_path_factory.mktemp("qwen25"), VARIANTS["qwen25"])
-    out = tmp_path_factory.mktemp("bundles") / "qwen25"
-    return export(str(root), out, Options(share=0.4)), Model(root)
+    return tiny_bundle("qwen25", share=0.4), Model(tiny_checkpoint("qwen25"))
