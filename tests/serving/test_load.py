@@ -12,6 +12,7 @@ import httpx2 as httpx
 import openai
 import pytest
 
+from resprune.runtime.errors import UnavailableError
 from resprune.serving.completions import Limits
 from resprune.serving.errors import ApiError
 from resprune.serving.workers import Abandoned, Running, Workers
@@ -233,3 +234,21 @@ def test_metrics(serving: Serving) -> None:
     assert value["resprune_requests_running"] == value["resprune_requests_waiting"] == 0
     assert value["resprune_image_cache_misses"] == value["resprune_image_cache_hits"] == 1
     assert value["resprune_image_cache_bytes"] == serving.service.cache.nbytes > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(UnavailableError("http://host:8000 cannot be reached"), 502), (KeyError("x"), 500)]
+)
+def test_what_fails_behind_the_server(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int
+) -> None:
+    def start(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(serving.pipeline._backend, "start", start)
+        with pytest.raises(openai.InternalServerError) as raised:
+            serving.client().chat.completions.create(**asked())
+        assert raised.value.status_code == status
+        assert ("cannot be reached" in str(raised.value)) == (status == 502)
+    assert serving.client().chat.completions.create(**asked()).choices, "the server goes on"
