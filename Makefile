@@ -54,6 +54,10 @@ gpu-check: $(VENV)/with-test
 test: $(VENV)/with-test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# Hostile images, bundles, checkpoints, options and servers; SEED=N repeats a run.
+fuzz: $(VENV)/with-test
+	$(BIN)/python -m tests.hostile.fuzz --count $(COUNT)$(if $(SEED), --seed $(SEED))
+
 # Real hosts of a bundle: each is installed in a place of its own, started, tested, stopped.
 test-hosts: $(VENV)/with-test
 	$(BIN)/python -m pytest tests/hosts
