@@ -16,7 +16,7 @@ from resprune.runtime.backends.backend import Embedding
 from resprune.runtime.backends.session import GraphRunner
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Manifest
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.picture import Picture, Preprocessor
 from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.prompter import Prompt
@@ -135,7 +135,7 @@ class Walk:
             if not 1 <= budget <= selection.k:
                 raise ResPruneError(
                     f"this bundle keeps {selection.k} tokens of a picture, so tokens should be 1 to {selection.k}, "
-                    f"not {budget}; export with a larger -k for more"
+                    f"not {shown(budget)}; export with a larger -k for more"
                 )
         kept: list[KeptTokens] = []
         for start, stop in self._batches(len(encoded.pictures)):

@@ -111,7 +111,12 @@ class DynamicResolution:
         ):
             raise _fault("merge_size", numbers["merge_size"])
         # Of the processors that resize to a given height and width; the size is set anew for each picture.
-        fixed = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 1, "width": 1}}
+        fixed = {
+            "image_processor_type": "SiglipImageProcessor",
+            "size": {"height": 1, "width": 1},
+            "do_center_crop": False,
+            "do_pad": False,
+        }
         values = ImageProcessor.from_config(OPENAI_CLIP | dict(config) | fixed)
         return DynamicResolution(values, **numbers, window_patches=window_patches)
 

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
+from typing import Any
 
 import psutil
 
@@ -133,24 +134,25 @@ def _lines(worker: "subprocess.Popen[str]", said: "Queue[str]") -> Iterator[str]
 
 
 def make_world(folder: Path) -> World:
-    """Bundles and checkpoints of tiny models with random weights."""
-
+    """Bundles and checkpoints of tiny models with random weights, one for each way to prepare images."""
     from resprune.exporter.export import Options, export
-    from tests import tiny, tiny_qwen
+    from tests import tiny, tiny_qwen, tiny_tiles
 
-    checkpoints = {
-        name: tiny.write_checkpoint(folder / "checkpoints" / name, tiny.VARIANTS[name])
-        for name in ("clip-llama", "next-llama")
+    options = {
+        "clip-llama": Options(k=7, split=True),
+        "next-llama": Options(k=7),
+        "qwen25": Options(share=0.4),
+        "qwen3": Options(k=7),
+        "internvl-qwen2": Options(k=7),
+        "smolvlm": Options(k=7),
     }
-    checkpoints["qwen25"] = tiny_qwen.write_checkpoint(
-        folder / "checkpoints" / "qwen25", tiny_qwen.VARIANTS["qwen25"]
-    )
-    options = {"qwen25": Options(share=0.4)}
+    checkpoints: dict[str, Path] = {}
+    for name in options:
+        module: Any = next(one for one in (tiny, tiny_qwen, tiny_tiles) if name in one.VARIANTS)
+        checkpoints[name] = module.write_checkpoint(folder / "checkpoints" / name, module.VARIANTS[name])
     bundles = {
-        name: export(
-            str(path), folder / "bundles" / name, options.get(name, Options(k=7, split=name == "clip-llama"))
-        )
-        for name, path in checkpoints.items()
+        name: export(str(checkpoints[name]), folder / "bundles" / name, chosen)
+        for name, chosen in options.items()
     }
     return World(bundles, checkpoints, write_photo(folder / "photo.png"))
 
