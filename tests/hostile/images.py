@@ -96,7 +96,7 @@ def _odd(random: Random, folder: Path, world: World) -> Case:
         )
     form = "PNG" if mode in ("1", "L", "LA", "P", "RGBA", "I;16") else "TIFF"
     exif = Image.Exif()
-    exif[0x0112] = random.randrange(-1, 12)
+    exif[0x0112] = random.randrange(12)
     extra = {"exif": exif.tobytes()} if random.random() < 0.5 else {}
     if form == "PNG" and random.random() < 0.5:
         text = PngImagePlugin.PngInfo()

@@ -34,7 +34,7 @@ def make(random: Random, folder: Path, world: World) -> Case:
     port = _free_port()
     bundle = world.bundles["clip-llama"]
     words = ["ask", str(bundle), str(world.photo), QUESTION, *SHORT, "--server", f"http://127.0.0.1:{port}"]
-    words += ["--server-format", form, "--server-timeout", "2"]
+    words += ["--server-format", form, "--server-timeout", "2", "--server-deadline", "15"]
     what = f"{form} on {port}" + (", slow" if slow else "")
     return Case(
         "server", what, words, reason="it is the server's", around=lambda: _served(port, answers, slow)
