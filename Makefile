@@ -16,7 +16,7 @@ DEVICE ?= cpu
 COUNT ?= 5000
 OUT ?= build/$(notdir $(MODEL))-k$(K)$(if $(filter-out fp32,$(DTYPE)),-$(DTYPE))
 
-.PHONY: demo web export eval bench gpu-check test fuzz test-hosts lint wheel clean
+.PHONY: demo web export eval bench gpu-check test fuzz test-hosts test-extras lint wheel clean
 
 # .venv/with-EXTRA: the environment has this extra of pyproject.toml, beside those that were asked for before.
 $(VENV)/with-%: pyproject.toml constraints.txt
@@ -61,6 +61,10 @@ fuzz: $(VENV)/with-test
 # Real hosts of a bundle: each is installed in a place of its own, started, tested, stopped.
 test-hosts: $(VENV)/with-test
 	$(BIN)/python -m pytest tests/hosts
+
+# Every extra alone in an environment of its own.
+test-extras: $(VENV)/with-test
+	$(BIN)/python -m pytest tests/extras
 
 lint: $(VENV)/with-test
 	$(BIN)/ruff check .

@@ -58,12 +58,12 @@ def megabytes(site_packages: Path) -> int:
 
 @pytest.mark.parametrize("version", INTERPRETERS)
 def test_base_install_answers_without_torch(version, tmp_path, demo_bundle):
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment = tmp_path / "environment"
     subprocess.run([INTERPRETERS[version], "-m", "venv", environment], check=True)
     python = environment / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", ROOT]
-    subprocess.run(install, check=True)
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(install, check=True, env=clean)
 
     def resprune(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         command = [environment / "bin" / "resprune", *arguments]
