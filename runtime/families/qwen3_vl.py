@@ -1,5 +1,6 @@
 """Images for Qwen3-VL: as Qwen2-VL's, for a tower whose learned positions are interpolated to any grid."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,9 @@ import numpy as np
 from PIL import Image
 
 from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.image import Box
 from resprune.runtime.families.picture import Arrays, Picture, image_processor_config
 from resprune.runtime.families.qwen2_vl import (
     DynamicResolution,
@@ -43,11 +46,26 @@ class InterpolatedResolution:
         arrays["position_taps"], arrays["position_weights"] = position_taps(grid, self.side)
         return Picture.one_span(arrays, token_positions(grid), max(grid.merged))
 
-    def __getattr__(self, name: str) -> Any:
-        """Everything else is as of the resolution."""
-        if name in ("batch", "axes", "boxes", "grid", "max_tokens"):
-            return getattr(self.resolution, name)
-        raise AttributeError(name)
+    @property
+    def max_tokens(self) -> int:
+        """As of the resolution, like all that follows."""
+        return self.resolution.max_tokens
+
+    def grid(self, image_size: tuple[int, int]) -> Grid:
+        """The grid of an image of `image_size` (width, height)."""
+        return self.resolution.grid(image_size)
+
+    def batch(self, pictures: Sequence[Picture]) -> Arrays:
+        """Inputs of the vision graph, by name."""
+        return self.resolution.batch(pictures)
+
+    def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
+        """How long the named axes of the vision graphs' inputs get."""
+        return self.resolution.axes(batch, tokens)
+
+    def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
+        """Where each of the N tokens lies in an image of `image_size` (width, height)."""
+        return self.resolution.boxes(image_size)
 
 
 def table_side(config: dict[str, Any]) -> int:
