@@ -46,6 +46,7 @@ class Batch:
     """One or more answers that a backend writes together; it goes on only as far as one of them is read.
 
     What ends it before its end is kept: every answer of it raises that from then on, so none reads as a whole one.
+    Of Ctrl-C, which whoever reads then gets, later readers are told by a `ResPruneError`.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Batch:
         self.timings["decode"] = 0.0
         self.finished = False
         self._require_open = require_open
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
         self._lock = Lock()  # several threads may read one answer, or the answers of one batch
 
     def advance(self) -> None:
@@ -75,8 +76,11 @@ class Batch:
             try:
                 self._require_open()
                 self._take(next(self._steps, None))
-            except BaseException as error:
+            except Exception as error:
                 self._end(error)
+                raise
+            except BaseException:
+                self._end(ResPruneError("this answer was stopped before its end; ask again"))
                 raise
             self.timings["decode"] += (perf_counter() - start) * 1e3
 
@@ -100,7 +104,7 @@ class Batch:
             if not self.finished and self._error is None:
                 self._end(ResPruneError("this answer was closed before its end; ask again"))
 
-    def _end(self, error: BaseException) -> None:
+    def _end(self, error: Exception) -> None:
         self._error = error
         steps, self._steps = self._steps, iter(())
         if (close := getattr(steps, "close", None)) is not None:

@@ -7,17 +7,18 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points, version
 from io import TextIOWrapper
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import NoReturn
 
 from resprune.runtime.console import complain, noted_interrupts, quiet_libraries
 from resprune.runtime.errors import ResPruneError, one_line, printable
-from resprune.runtime.options import add_load_options, listed, load_options, max_pixels
-
-if TYPE_CHECKING:
-    from resprune.runtime.answer import Answer
-    from resprune.runtime.pipeline import Pipeline
-    from resprune.runtime.sampling import SamplingOptions
+from resprune.runtime.options import (
+    add_load_options,
+    add_sampling_options,
+    listed,
+    load_options,
+    max_pixels,
+    sampling_options,
+)
 
 COMMANDS = "resprune.commands"
 # What a shell reports of a program ended by these signals: 128 + their number.
@@ -113,7 +114,7 @@ def register_ask(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         "--plain-text", action="store_true", help="take special tokens such as </s> in the question as text"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
-    _add_sampling(parser)
+    add_sampling_options(parser)
     add_load_options(parser)
     parser.set_defaults(run=_ask)
 
@@ -129,7 +130,7 @@ def register_inspect(subparsers: "argparse._SubParsersAction[argparse.ArgumentPa
 
 def _ask(arguments: argparse.Namespace) -> int:
     from resprune.runtime.pipeline import Pipeline
-    from resprune.runtime.show import drawing_paths
+    from resprune.runtime.show import draw_answer, drawing_paths
 
     paths = [] if arguments.show is None else drawing_paths(arguments.show, arguments.images)
     with (
@@ -142,7 +143,7 @@ def _ask(arguments: argparse.Namespace) -> int:
             about=None if arguments.about is None else listed(arguments.about),
             tokens=arguments.tokens,
             plain_text=arguments.plain_text,
-            **_sampling(arguments),
+            **sampling_options(arguments),
         )
         if arguments.json:
             report = answer.describe() | {"positions": pipeline.manifest.positions}
@@ -153,57 +154,8 @@ def _ask(arguments: argparse.Namespace) -> int:
                 print(printable(piece), end="", flush=True)
             print()
         if paths:
-            _draw(pipeline, arguments.images, answer, paths, max_pixels(arguments))
+            draw_answer(pipeline, arguments.images, answer, paths, max_pixels(arguments))
     return 0
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    """The settings of `Sampling`; what is left out is what the bundle's checkpoint says."""
-    group = parser.add_argument_group(
-        "how tokens are chosen; defaults: the checkpoint's generation_config.json"
-    )
-    for name, kind, value, text in (
-        ("--max-new-tokens", int, "N", "longest answer; 64 where the checkpoint says nothing"),
-        ("--temperature", float, "T", "0 is greedy; above it tokens are drawn"),
-        ("--top-k", int, "N", "draw from the N most likely; 0: from all"),
-        ("--top-p", float, "P", "draw from the fewest that are together as likely as P"),
-        ("--min-p", float, "P", "draw from what is at least P times as likely as the most likely"),
-        ("--repetition-penalty", float, "X", "above 1: what was there before comes less often"),
-        ("--no-repeat-ngram-size", int, "N", "no N tokens follow each other twice; 0: they may"),
-        ("--min-new-tokens", int, "N", "shortest answer"),
-        ("--suppress-tokens", _ids, "IDS", "token ids that never come: 5,17"),
-        ("--begin-suppress-tokens", _ids, "IDS", "token ids that do not come first"),
-        ("--forced-eos-token-id", _ids, "IDS", "the last token of an answer that reaches its longest"),
-        ("--seed", int, "N", "repeat a draw"),
-    ):
-        group.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar=value, help=text)
-
-
-def _sampling(arguments: argparse.Namespace) -> "SamplingOptions":
-    """What the command line says of `Sampling`."""
-    from resprune.runtime.sampling import SamplingOptions
-
-    given = {
-        name: value for name, value in vars(arguments).items() if name in SamplingOptions.__annotations__
-    }
-    return cast(SamplingOptions, given)
-
-
-def _ids(text: str) -> tuple[int, ...]:
-    """Numbers between commas; none for an empty text."""
-    return tuple(int(word) for word in listed(text))
-
-
-def _draw(
-    pipeline: "Pipeline", sources: Sequence[str], answer: "Answer", paths: Sequence[Path], max_pixels: int
-) -> None:
-    """Write each picture with its kept tokens."""
-    from resprune.runtime.families.image import load_image
-    from resprune.runtime.show import draw_kept, save_drawing
-
-    for source, path, picks in zip(sources, paths, answer.images, strict=True):
-        image = load_image(source, max_pixels=max_pixels)
-        save_drawing(draw_kept(image, pipeline.boxes(image.size), picks.pick_order.tolist()), path)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

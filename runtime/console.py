@@ -80,3 +80,21 @@ def noted_interrupts() -> Iterator[list[int]]:
         yield seen
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def own_interrupts() -> Iterator[None]:
+    """Within the block Ctrl-C raises `KeyboardInterrupt`, and a `noted_interrupts` around it hears nothing of it."""
+    try:
+        outer = signal.getsignal(signal.SIGINT)
+        if outer is signal.SIG_IGN:  # as a shell sets it for what it runs in the background
+            yield
+            return
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, outer)

@@ -1,13 +1,14 @@
-"""The command-line options of everything that opens a bundle: where its graphs run, and what writes the answers."""
+"""The options that commands share: where the graphs of a bundle run, what writes the answers, and how."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from resprune.runtime.bundle.manifest import FLAVOURS
 from resprune.runtime.errors import ResPruneError
 
 if TYPE_CHECKING:
     from resprune.runtime.backends.backend import BackendFactory
+    from resprune.runtime.sampling import SamplingOptions
 
 SERVER_FORMATS = ("vllm", "trtllm", "sglang")
 
@@ -64,9 +65,46 @@ def max_pixels(arguments: argparse.Namespace) -> int:
     return MAX_PIXELS if arguments.max_pixels is None else int(arguments.max_pixels)
 
 
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Add the settings of `Sampling`, which `sampling_options` reads; one left out is as the checkpoint says."""
+    group = parser.add_argument_group(
+        "how tokens are chosen; defaults: the checkpoint's generation_config.json"
+    )
+    for name, kind, value, text in (
+        ("--max-new-tokens", int, "N", "longest answer; 64 where the checkpoint says nothing"),
+        ("--temperature", float, "T", "0 is greedy; above it tokens are drawn"),
+        ("--top-k", int, "N", "draw from the N most likely; 0: from all"),
+        ("--top-p", float, "P", "draw from the fewest that are together as likely as P"),
+        ("--min-p", float, "P", "draw from what is at least P times as likely as the most likely"),
+        ("--repetition-penalty", float, "X", "above 1: what was there before comes less often"),
+        ("--no-repeat-ngram-size", int, "N", "no N tokens follow each other twice; 0: they may"),
+        ("--min-new-tokens", int, "N", "shortest answer"),
+        ("--suppress-tokens", _ids, "IDS", "token ids that never come: 5,17"),
+        ("--begin-suppress-tokens", _ids, "IDS", "token ids that do not come first"),
+        ("--forced-eos-token-id", _ids, "IDS", "the last token of an answer that reaches its longest"),
+        ("--seed", int, "N", "repeat a draw"),
+    ):
+        group.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar=value, help=text)
+
+
+def sampling_options(arguments: argparse.Namespace) -> "SamplingOptions":
+    """What the command line says of `Sampling`."""
+    from resprune.runtime.sampling import SamplingOptions
+
+    given = {
+        name: value for name, value in vars(arguments).items() if name in SamplingOptions.__annotations__
+    }
+    return cast(SamplingOptions, given)
+
+
 def listed(text: str) -> list[str]:
     """Words between commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    """Numbers between commas; none for an empty text."""
+    return tuple(int(word) for word in listed(text))
 
 
 def _backend(arguments: argparse.Namespace) -> "BackendFactory | None":

@@ -118,10 +118,10 @@ class Pipeline:
 
         An image is a path, the bytes of a file, a Pillow image or a uint8 array [H, W, 3]. `about` names the keywords
         that steer the selection in place of the question's nouns; `tokens` is how many visual tokens of each image to
-        keep, at most the bundle's K, which is the default. Special tokens that the question types are control tokens,
-        as in Hugging Face; with `plain_text` they are text. The answer comes as it is read; with `stream=False` it is
-        complete on return. Further keywords are those of `Sampling`, in place of what the bundle says. Raises
-        `ResPruneError` for what the user can put right.
+        keep: at most the bundle's K, which is the default, or "all" where the bundle has the encoder apart. Special
+        tokens that the question types are control tokens, as in Hugging Face; with `plain_text` they are text. The
+        answer comes as it is read; with `stream=False` it is complete on return. Further keywords are those of
+        `Sampling`, in place of what the bundle says. Raises `ResPruneError` for what the user can put right.
         """
         timings: dict[str, float] = {}
         with _stage(timings, "pixels"):
@@ -253,7 +253,7 @@ class Pipeline:
                 for keywords in [self._walk.keywords(prompt, row)] * count
             ]
             together = Encoded.joined(encoded)
-            kept = iter(self._walk.select(together, text, _budgets(tokens, together.pictures)))
+            kept = iter(self._walk.select(together, text, _wanted(tokens, together.pictures)))
             kept_rows = [[next(kept) for _ in range(count)] for count in counts]
         with _stage(timings, "prefill"):
             spliced = self._walk.splice(embeds, prompts, kept_rows)
@@ -287,6 +287,11 @@ class View:
     def num_tokens(self) -> list[int]:
         """How many visual tokens each image has unpruned."""
         return [picture.num_tokens for picture in self._encoded.pictures]
+
+    def budgets(self, tokens: Tokens = None) -> list[int]:
+        """How many visual tokens of each image `tokens` keeps; `ResPruneError` where `ask` raises one for it."""
+        pictures = self._encoded.pictures
+        return self._pipeline._walk.budgets(pictures, _wanted(tokens, pictures))
 
     @property
     def nbytes(self) -> int:
@@ -396,7 +401,7 @@ def _run_by(engines: str | None) -> tuple[GraphsFactory, BackendFactory]:
     return partial(Engines, engines), tensorrt_backend
 
 
-def _budgets(tokens: Tokens, pictures: Sequence[Picture]) -> list[int | None]:
+def _wanted(tokens: Tokens, pictures: Sequence[Picture]) -> list[int | None]:
     """How many tokens are kept of each image; a share is of its own tokens."""
     if tokens is None:
         return [None] * len(pictures)

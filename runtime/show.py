@@ -1,17 +1,24 @@
 """Draws which patches of a picture were kept, and in which order they were picked."""
 
+from __future__ import annotations
+
 import io
 import math
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
 from resprune.runtime.bundle.whole import write_whole
 from resprune.runtime.errors import ResPruneError, one_line, shown
-from resprune.runtime.families.image import Box
+from resprune.runtime.families.image import Box, load_image
+
+if TYPE_CHECKING:
+    from resprune.runtime.answer import Answer
+    from resprune.runtime.pipeline import Pipeline
 
 # Pixels of the long side: a smaller picture is enlarged, a larger one shrunk, unless the numbers need more room.
 LONG_SIDE = (768, 1280)
@@ -31,7 +38,7 @@ def drawing_paths(path: str, sources: Sequence[object]) -> list[Path]:
     Raises `ResPruneError` if one of them could not be written, or would replace one of the images asked about.
     """
     if "\0" in path:
-        raise ResPruneError("--show cannot write a path with a NUL; give a path such as kept.png")
+        raise ResPruneError("a drawing has no path with a NUL; give one such as kept.png")
     try:
         first = Path(path)
         paths = [
@@ -41,19 +48,28 @@ def drawing_paths(path: str, sources: Sequence[object]) -> list[Path]:
         _format(first)
         for target in paths:
             if not target.parent.is_dir():
-                raise ResPruneError(f"there is no directory {target.parent}; make it, or give --show another")
+                raise ResPruneError(f"there is no directory {target.parent}; make it, or draw to another")
             if (target.exists() or target.is_symlink()) and not target.is_file():
-                raise ResPruneError(f"{target} is not a plain file; give --show another path")
+                raise ResPruneError(f"{target} is not a plain file; draw to another path")
             if not os.access(target if target.exists() else target.parent, os.W_OK):
-                raise ResPruneError(f"{target} cannot be written; give --show another path")
+                raise ResPruneError(f"{target} cannot be written; draw to another path")
             if any(_same_file(target, source) for source in sources):
-                raise ResPruneError(f"--show would replace the picture {target}; give it another path")
+                raise ResPruneError(f"the drawing would replace the picture {target}; draw to another path")
     except (OSError, ValueError) as error:  # ValueError: an empty path
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise ResPruneError(
-            f"--show cannot write {shown(path)} ({reason}); give a path such as kept.png"
+            f"no drawing can be written to {shown(path)} ({reason}); give a path such as kept.png"
         ) from None
     return paths
+
+
+def draw_answer(
+    pipeline: Pipeline, sources: Sequence[str], answer: Answer, paths: Sequence[Path], max_pixels: int
+) -> None:
+    """Write each image with its kept tokens; `paths` are those that `drawing_paths` gave for `sources`."""
+    for source, path, picks in zip(sources, paths, answer.images, strict=True):
+        image = load_image(source, max_pixels=max_pixels)
+        save_drawing(draw_kept(image, pipeline.boxes(image.size), picks.pick_order.tolist()), path)
 
 
 def save_drawing(drawing: Image.Image, path: Path) -> None:
@@ -64,7 +80,7 @@ def save_drawing(drawing: Image.Image, path: Path) -> None:
         write_whole(path, content.getvalue())
     except (OSError, ValueError) as error:
         raise ResPruneError(
-            f"{path} cannot be written ({one_line(error)}); give --show a path such as kept.png"
+            f"{path} cannot be written ({one_line(error)}); give a path such as kept.png"
         ) from None
 
 
@@ -75,7 +91,7 @@ def _format(path: Path) -> str:
     known = suffixes.get(path.suffix.lower())
     if known not in FORMATS or known not in Image.SAVE:
         raise ResPruneError(
-            f"--show writes {', '.join(FORMATS)}, and {path} ends as none of them; give a path such as kept.png"
+            f"a drawing is {', '.join(FORMATS)}, and {path} ends as none of them; give a path such as kept.png"
         )
     return known
 

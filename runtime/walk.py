@@ -20,7 +20,7 @@ from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.picture import Picture, Preprocessor
 from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.prompter import Prompt
-from resprune.runtime.prompt.splice import Floats, KeptTokens, Spliced, cut_picks, splice
+from resprune.runtime.prompt.splice import Floats, KeptTokens, Spliced, cut_picks, keep_all, splice
 
 PLANE_FEATURES = "plane_features.{}"
 """Output of the vision graphs and input of `token_select`: plane i of the tokens that `image_features` has."""
@@ -54,6 +54,11 @@ class Encoded:
         if any(part.features is None for part in parts):
             return Encoded(pictures, None)
         return Encoded(pictures, [features for part in parts for features in part.features or ()])
+
+    def apart(self) -> "list[Encoded]":
+        """Each image alone, in order."""
+        features = [None] * len(self.pictures) if self.features is None else [[one] for one in self.features]
+        return [Encoded([picture], one) for picture, one in zip(self.pictures, features, strict=True)]
 
     @property
     def nbytes(self) -> int:
@@ -123,21 +128,17 @@ class Walk:
         """The tokens of each image that its question keeps.
 
         `text[i]` [M_i, D] float32 are the embeddings of the keywords asked about image i, M_i may be 0; `tokens[i]` is
-        how many are kept of it, None for what the bundle was exported to keep. `ResPruneError` for a number below 1 or
-        above K.
+        how many are kept of it (see `budgets`).
         """
-        selection = self.manifest.selection
-        budgets = [
-            selection.budget(picture.num_tokens) if wanted is None else wanted
-            for picture, wanted in zip(encoded.pictures, tokens, strict=True)
-        ]
-        for budget in budgets:
-            if not 1 <= budget <= selection.k:
-                raise ResPruneError(
-                    f"this bundle keeps {selection.k} tokens of a picture, so tokens should be 1 to {selection.k}, "
-                    f"not {shown(budget)}; export with a larger -k for more"
-                )
+        budgets = self.budgets(encoded.pictures, tokens)
+        whole = [budget > self.manifest.selection.k for budget in budgets]
+        if all(whole):
+            return self._keep_whole(encoded)
         kept: list[KeptTokens] = []
+        if any(whole):  # only some go through the selector
+            for image, words, wanted in zip(encoded.apart(), text, budgets, strict=True):
+                kept += self.select(image, [words], [wanted])
+            return kept
         for start, stop in self._batches(len(encoded.pictures)):
             of_batch = slice(start, stop)
             kept += self._select_batch(
@@ -147,6 +148,32 @@ class Walk:
                 budgets[of_batch],
             )
         return kept
+
+    def budgets(self, pictures: Sequence[Picture], tokens: Sequence[int | None]) -> list[int]:
+        """How many tokens are kept of each image; None is what the bundle was exported to keep.
+
+        1 to K, and all of an image whose encoder the bundle has apart; `ResPruneError` for another number.
+        """
+        selection = self.manifest.selection
+        budgets = []
+        for picture, wanted in zip(pictures, tokens, strict=True):
+            budget = selection.budget(picture.num_tokens) if wanted is None else wanted
+            whole = self.splits and budget == picture.num_tokens
+            if not (1 <= budget <= selection.k or whole):
+                raise ResPruneError(
+                    f"this bundle keeps {selection.k} tokens of a picture, so tokens should be 1 to {selection.k}, "
+                    f"not {shown(budget)}; export with a larger -k for more"
+                )
+            budgets.append(budget)
+        return budgets
+
+    def _keep_whole(self, encoded: Encoded) -> list[KeptTokens]:
+        """Every token of each image: the unpruned prompt, of a bundle that has the encoder apart."""
+        features = encoded.features or self.encode(encoded.pictures).features or ()
+        return [
+            keep_all(picture, image.rows, image.planes)
+            for picture, image in zip(encoded.pictures, features, strict=True)
+        ]
 
     def _select_batch(
         self,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -233,16 +234,19 @@ def failing(vlm: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Ba
     return fail
 
 
-@pytest.mark.parametrize("kind", [ResPruneError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("kind", "later"), [(ResPruneError, "out of memory"), (KeyboardInterrupt, "stopped before its end")]
+)
 def test_an_answer_that_failed_never_reads_as_a_whole_one(
-    vlm: Pipeline, failing: Callable[[type[BaseException]], None], kind: type[BaseException]
+    vlm: Pipeline, failing: Callable[[type[BaseException]], None], kind: type[BaseException], later: str
 ) -> None:
     failing(kind)
     answer = vlm.ask(picture(1), QUESTION, max_new_tokens=STEPS)
-    for _ in range(2):
-        with pytest.raises(kind, match="out of memory"):
-            _ = answer.text
-    with pytest.raises(kind):
+    with pytest.raises(kind, match="out of memory"):
+        _ = answer.text
+    with pytest.raises(ResPruneError, match=later):
+        _ = answer.text
+    with pytest.raises(ResPruneError, match=later):
         list(answer)
 
 
@@ -260,18 +264,21 @@ def test_a_fault_is_its_own_answers_alone(
         answer.finish()
 
 
+@pytest.mark.parametrize("kind", [ResPruneError, KeyboardInterrupt])
 def test_an_answer_that_failed_is_no_part_of_the_chat(
-    vlm: Pipeline, failing: Callable[[type[BaseException]], None]
+    vlm: Pipeline, failing: Callable[[type[BaseException]], None], kind: type[BaseException]
 ) -> None:
     chat = vlm.look(picture(1)).chat()
     first = chat.ask(QUESTION, max_new_tokens=3)
     assert len(chat.history) == 1
-    failing(ResPruneError)
+    failing(kind)
     failed = chat.ask("is there a cat?", max_new_tokens=STEPS)
+    with pytest.raises(kind, match="out of memory"):
+        _ = failed.text
     third = chat.ask("how many?", max_new_tokens=3)
     assert "cat" not in third.prompt.text
     assert chat.history == [Turn(QUESTION, first.text.strip()), Turn("how many?", third.text.strip())]
-    with pytest.raises(ResPruneError, match="out of memory"):
+    with pytest.raises(ResPruneError, match=r"out of memory|stopped"):
         _ = failed.text
 
 
@@ -421,3 +428,24 @@ def test_a_conversation_of_any_form(vlm: Pipeline) -> None:
         vlm.look(picture(0)).answer(messages)
     with pytest.raises(ResPruneError, match="question is empty"):
         view.answer([*messages[:-1], {"role": "user", "content": [{"type": "image"}]}])
+
+
+def test_a_split_bundle_keeps_all_tokens_too(vlm: Pipeline, tiny_bundle: Callable[..., Path]) -> None:
+    every = Pipeline.load(tiny_bundle("clip-llama", share=1.0, split=True))
+    options: dict[str, Any] = {"tokens": "all", "max_new_tokens": STEPS, "stream": False}
+    images: list[Any] = [picture(1), picture(2)]
+    expected = every.ask(images, QUESTION, **options)
+    for answer in (vlm.ask(images, QUESTION, **options), vlm.look(images).ask(QUESTION, **options)):
+        assert answer.token_ids == expected.token_ids
+        assert answer.prompt_tokens == expected.prompt_tokens
+        assert [picks.kept_indices.tolist() for picks in answer.images] == [list(range(16))] * 2
+    view = vlm.look(images)
+    assert (view.budgets(), view.budgets("all"), view.budgets(3)) == ([7, 7], [16, 16], [3, 3])
+    features = view._encoded.features
+    assert features is not None
+    words = [features[0].rows[:1]] * 2
+    mixed = vlm._walk.select(view._encoded, words, [16, 3])
+    assert [len(image.picks.kept_indices) for image in mixed] == [16, 3]
+    fused = Pipeline.load(tiny_bundle("clip-llama", k=7))
+    with pytest.raises(ResPruneError, match="1 to 7, not 16"):
+        fused.ask(images, QUESTION, **options)
