@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from resprune.exporter.cli import POSIX
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.manifest import ATTENTION, POSITIONS
-from resprune.runtime.errors import ResPruneError, require_packages
+from resprune.runtime.errors import ResPruneError, require_packages, require_python
 
 if TYPE_CHECKING:
     from resprune.evaluation.model import Model
@@ -67,6 +67,7 @@ def register_eval(subparsers: Any) -> None:
 
 def run_eval(arguments: argparse.Namespace) -> int:
     """Evaluate and write the report; raises `ResPruneError` for what the user can put right."""
+    require_python("eval", (3, 11))
     require_packages("eval", NEEDED, 'install with: pip install "resprune[eval]"')
     require_packages("eval", *POSIX)
     for name, least in LEAST.items():

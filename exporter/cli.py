@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from resprune.runtime.bundle.manifest import ATTENTION, BODIES, FORMS, OPTIMIZE, POSITIONS, SCALES
-from resprune.runtime.errors import require_packages
+from resprune.runtime.errors import require_packages, require_python
 
 NEEDED = ("torch", "transformers", "onnx", "onnxscript", "huggingface_hub", "filelock", "tqdm")
 POSIX = (("fcntl",), "it is part of Python on Linux and macOS, so on Windows take WSL")
@@ -101,6 +101,7 @@ def register_export(subparsers: Any) -> None:
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Export; returns 0, or 1 with a table on stderr if a graph misses parity. Raises `ResPruneError`."""
+    require_python("export", (3, 11))
     require_packages("export", NEEDED, 'install with: pip install "resprune[export]"')
     require_packages("export", *POSIX)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from io import TextIOWrapper
 from typing import NoReturn
 
+from resprune.runtime.budget import Budget
 from resprune.runtime.console import complain, noted_interrupts, quiet_libraries
 from resprune.runtime.errors import ResPruneError, one_line, printable
 from resprune.runtime.options import (
@@ -105,7 +106,9 @@ def register_ask(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         "images", metavar="IMAGE", nargs="+", help="picture file; several stand in one prompt"
     )
     parser.add_argument("question", metavar="QUESTION")
-    parser.add_argument("--tokens", type=int, metavar="K", help="visual tokens to keep of each picture")
+    parser.add_argument(
+        "--tokens", type=_tokens, metavar="K", help="visual tokens to keep of each picture: 16, 11%%"
+    )
     parser.add_argument("--about", metavar="WORDS", help='words that steer the selection: "square,table"')
     parser.add_argument(
         "--show", metavar="PNG", help="draw the kept tokens; of several pictures PNG-2.png is the second"
@@ -126,6 +129,20 @@ def register_inspect(subparsers: "argparse._SubParsersAction[argparse.ArgumentPa
     parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
     parser.add_argument("--skip-hashes", action="store_true", help="do not check the SHA-256 of the files")
     parser.set_defaults(run=_inspect)
+
+
+def _tokens(text: str) -> int | str:
+    """A number as one, and a share as it is, which the pipeline reads."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return str(Budget.parse(text))
+    except ResPruneError:
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither a number of tokens nor a share like 11%"
+        ) from None
 
 
 def _ask(arguments: argparse.Namespace) -> int:

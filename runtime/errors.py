@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -65,6 +66,12 @@ def permission_faults() -> Iterator[None]:
         raise ResPruneError(
             f"{error.filename} cannot be used ({error.strerror}); give this user the right to"
         ) from error
+
+
+def require_python(what: str, least: tuple[int, int]) -> None:
+    """`ResPruneError` for an older Python than `what`, a command for workstations, is written for."""
+    if sys.version_info < least:
+        raise ResPruneError(f"{what} needs Python {least[0]}.{least[1]} or newer; answering needs 3.10")
 
 
 def require_packages(what: str, packages: Iterable[str], way: str) -> None:

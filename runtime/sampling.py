@@ -33,6 +33,10 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | None
 
 
+PENALTY = (1e-3, 1e3)
+"""Of repetition: beyond these, logits leave the range of float32."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen; the defaults leave the logits as they are and take the largest.
@@ -66,9 +70,10 @@ class Sampling:
             whole(self.seed, "seed", 0)
         if number(self.temperature, "temperature") < 0:
             raise ResPruneError(f"temperature should be 0 (greedy) or more, not {self.temperature}")
-        if number(self.repetition_penalty, "repetition_penalty") <= 0:
+        if not PENALTY[0] <= number(self.repetition_penalty, "repetition_penalty") <= PENALTY[1]:
             raise ResPruneError(
-                f"repetition_penalty should be above 0 (1 is none), not {self.repetition_penalty}"
+                f"repetition_penalty should be {PENALTY[0]:g} to {PENALTY[1]:g} (1 is none), "
+                f"not {self.repetition_penalty}"
             )
         for name in ("top_p", "min_p"):
             if not 0 <= number(value := getattr(self, name), name) <= 1:

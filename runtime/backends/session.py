@@ -117,25 +117,31 @@ class OrtGraphs:
         self._options = options
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._opening = Lock()
+        self._closed = False
 
     def open(self, graph: str) -> None:
         """Open the session of a graph."""
-        with self._opening:
-            if graph not in self._sessions:
-                self._sessions[graph] = open_session(self._bundle, graph, self._options)
+        self._session(graph)
 
     def run(self, graph: str, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """The named outputs of one run (see `GraphRunner`)."""
-        self.open(graph)
+        session: Any = self._session(graph)
         with graph_faults(graph):
-            arrays: Any = self._sessions[graph].run(
-                list(outputs), dict(feeds)
-            )  # tensors are all that graphs give
-        return list(arrays)
+            return list(session.run(list(outputs), dict(feeds)))
+
+    def _session(self, graph: str) -> "onnxruntime.InferenceSession":
+        with self._opening:
+            if self._closed:
+                raise ResPruneError("the pipeline is closed; load it again")
+            if graph not in self._sessions:
+                self._sessions[graph] = open_session(self._bundle, graph, self._options)
+            return self._sessions[graph]
 
     def close(self) -> None:
-        """Give back the sessions."""
-        self._sessions.clear()
+        """Give back the sessions; what is running ends first."""
+        with self._opening:
+            self._closed = True
+            self._sessions.clear()
 
 
 @contextmanager

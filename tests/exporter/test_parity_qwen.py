@@ -128,14 +128,15 @@ def test_the_split_graphs_answer_as_the_fused_one(bundle, hugging_face):
 def test_a_share_is_of_each_picture(bundle, hugging_face):
     """Other windows, one full block, tied embeddings, bfloat16 on disk; the graph's K is the share of the largest."""
     path = bundle("qwen25-wide", share=0.11)
-    assert read_bundle(path).manifest.selection.k == share_of(0.11, 60) == 7
+    selection = read_bundle(path).manifest.selection
+    assert selection.k == share_of(0.11, selection.max_tokens)
     pictures = [picture(5, 7), picture(2, 17), picture(3, 3)]
     with Pipeline.load(path) as vlm:
         answer = vlm.ask(pictures, QUESTION, max_new_tokens=STEPS, stream=False)
     model = hugging_face("qwen25-wide")
     counts = model.num_tokens(pictures)
     assert len(set(counts)) == 3
-    check(answer, model, pictures, [min(7, share_of(0.11, count)) for count in counts])
+    check(answer, model, pictures, [share_of(0.11, count) for count in counts])
 
 
 def test_proportional_attention(bundle, hugging_face):
@@ -268,7 +269,7 @@ def test_contiguous_positions_are_refused(checkpoint, tmp_path):
         ("0%", "-k 0% is no share"),
         ("-5%", "-k -5% is no share"),
         ("101%", "-k 101% is no share"),
-        ("61", "-k 61 is more than the at most 60 visual tokens"),
+        ("110", "-k 110 is more than the at most 109 visual tokens"),
         ("0", "-k 0 keeps no visual token"),
     ],
 )
@@ -286,12 +287,13 @@ def test_max_pixels_is_refused_where_it_means_nothing(checkpoint, tiny_checkpoin
         export(str(checkpoint("qwen25")), tmp_path / "out", Options(k=4, max_pixels=0))
 
 
-def test_a_grid_past_the_exported_limit_is_refused(bundle):
-    with (
-        Pipeline.load(whole(bundle)) as vlm,
-        pytest.raises(ResPruneError, match="past the exported limit of 60"),
-    ):
-        vlm.ask(np.zeros((10, 1900, 3), np.uint8), QUESTION)
+def test_the_thinnest_picture_there_may_be_is_answered(bundle):
+    """The limit is what the processor can really give, so no picture is past it."""
+    with Pipeline.load(whole(bundle)) as vlm:
+        answer = vlm.ask(np.zeros((10, 2000, 3), np.uint8), QUESTION, max_new_tokens=1)
+        assert len(answer.images[0].kept_indices) <= vlm.manifest.selection.max_tokens
+        with pytest.raises(ResPruneError, match="too long and thin"):
+            vlm.ask(np.zeros((10, 2001, 3), np.uint8), QUESTION)
 
 
 def test_a_processor_of_another_model_is_refused(checkpoint, tmp_path):
