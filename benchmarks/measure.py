@@ -20,24 +20,11 @@ from time import perf_counter
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
+
+from resprune.runtime.bench.measure import Timing, cpu_flags, peak_megabytes, processor, timing
 
 THREADS = os.cpu_count() or 1
 RESPRUNE = [str(Path(sys.executable).with_name("resprune"))]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one call: the median, and the first and third quartile of `repeats` calls."""
-
-    median: float
-    low: float
-    high: float
-    repeats: int
-
-    def __str__(self) -> str:
-        """Median (quartiles)."""
-        return f"{self.median:.4g} ({self.low:.4g}–{self.high:.4g})"
 
 
 def take_turns(
@@ -52,12 +39,6 @@ def take_turns(
             if turn >= warm_up:
                 seconds[name].append(perf_counter() - start)
     return {name: timing(1e3 * np.array(values)) for name, values in seconds.items()}
-
-
-def timing(milliseconds: Sequence[float] | npt.NDArray[np.float64]) -> Timing:
-    """What was sampled, as a median with its quartiles."""
-    low, median, high = np.percentile(milliseconds, [25, 50, 75])
-    return Timing(float(median), float(low), float(high), len(milliseconds))
 
 
 @dataclass
@@ -109,7 +90,7 @@ def sample_stages(model: Staged, spec: Mapping[str, Any], budgets: Iterable[int]
     """
     samples = Samples()
     tokens: dict[str, int] = {}
-    memory: dict[str, float] = {}
+    memory: dict[str, float | None] = {}
     smallest_first = sorted(budgets)
     for turn in range(spec["repeats"] + 1):
         warm_up = turn == 0
@@ -169,40 +150,20 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_megabytes() -> float:
-    """The largest resident memory of this process since it began, or since `reset_peak`."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) / 1024
-
-
 def machine() -> dict[str, Any]:
     """What the figures depend on: processor, threads, versions."""
     packages = ("onnxruntime", "torch", "transformers", "onnx", "numpy")
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "threads": THREADS,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
     }
 
 
-def _processor() -> str:
-    """The model name, and which matrix extensions it has: they decide what half precision costs."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    flags = _flags()
-    known = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile") if flag in flags]
-    return f"{name or platform.processor()} ({' '.join(known)})"
-
-
 def bfloat16_in_hardware() -> bool:
     """Whether this processor multiplies bfloat16."""
-    return bool({"avx512_bf16", "amx_bf16"} & set(_flags()))
-
-
-def _flags() -> list[str]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    return bool({"avx512_bf16", "amx_bf16"} & set(cpu_flags()))
 
 
 def run(command: Sequence[str]) -> tuple[str, float, float]:

@@ -1,0 +1,1 @@
+"""`resprune bench`: what a bundle takes on this device, at several budgets."""

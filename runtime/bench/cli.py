@@ -1,0 +1,139 @@
+"""`resprune bench`: the options, the image, and the budgets that are compared."""
+
+import argparse
+import io
+import json
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from resprune.runtime.console import quiet_libraries
+from resprune.runtime.errors import ResPruneError, printable
+from resprune.runtime.options import add_load_options, listed, load_options
+
+if TYPE_CHECKING:
+    from resprune.runtime.bench.measure import Timing
+    from resprune.runtime.pipeline import Pipeline, View
+
+LOADS, LOAD_SECONDS = 3, 3.0
+"""How often a bundle is opened, unless that takes longer than these seconds."""
+
+
+def register_bench(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `resprune bench`."""
+    parser = subparsers.add_parser("bench", help="measure a bundle on this device")
+    parser.add_argument("bundle", metavar="BUNDLE", help="directory that resprune export wrote")
+    parser.add_argument(
+        "-k", metavar="K,…", help="budgets: 16,11%%,all; default: a quarter of K, K, and all where it can"
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        metavar="N",
+        help="about so many tokens of text; default: a short question",
+    )
+    parser.add_argument("--image", metavar="FILE", help="default: a made image of 640 × 480")
+    parser.add_argument("--repeats", type=int, metavar="N", help="default: 5 or more, for 10 seconds")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    parser.add_argument("--out", metavar="PLOT", help="also draw a plot: bench.png; needs resprune[eval]")
+    add_load_options(parser)
+    parser.set_defaults(run=_bench)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from resprune.runtime.bench.measure import measure, processor, question_of
+    from resprune.runtime.bench.report import Report, check_plot, plot
+
+    if arguments.repeats is not None and arguments.repeats < 1:
+        raise ResPruneError(f"--repeats should be 1 or more, not {arguments.repeats}")
+    out = None if arguments.out is None else Path(arguments.out)
+    if out is not None:
+        check_plot(out)
+    with quiet_libraries():
+        pipeline, start_up = _load(arguments.bundle, load_options(arguments))
+        with pipeline:
+            image = arguments.image or made_image()
+            budgets = chosen_budgets(pipeline.look(image), arguments.k)
+            question = question_of(pipeline, image, arguments.prompt_tokens)
+            try:
+                cases = measure(pipeline, image, question, budgets, arguments.repeats, _say)
+            finally:
+                _say("")  # before an error's line as well
+            manifest = pipeline.manifest
+    where = arguments.server or arguments.engines or ",".join(arguments.provider)
+    report = Report(
+        {
+            "bundle": f"{Path(arguments.bundle).resolve().name}, {manifest.family}",
+            "device": f"{processor()}, {_threads(arguments.threads)}",
+            "runs on": where,
+            "image": arguments.image or "made, 640 x 480",
+            "samples": f"{cases[0].first_token.repeats} of each K, in turns, warm: median (quartiles)",
+        },
+        start_up,
+        cases,
+    )
+    text = json.dumps(report.values(), ensure_ascii=False) + "\n" if arguments.json else report.table()
+    print(printable(text), end="")
+    if out is not None:
+        plot(report, out)
+    return 0
+
+
+def chosen_budgets(view: "View", text: str | None) -> list[int]:
+    """The budgets that `-k` names, each once; `ResPruneError` for what the bundle cannot keep."""
+    found: set[int] = set()
+    if text is None:
+        (usual,) = view.budgets()
+        found |= {max(1, usual // 4), usual}
+        with suppress(ResPruneError):
+            found |= set(view.budgets("all"))
+        return sorted(found)
+    for word in listed(text):
+        found |= set(view.budgets(word))
+    if not found:
+        raise ResPruneError("-k names no budget; give numbers, shares, or all")
+    return sorted(found)
+
+
+def made_image() -> bytes:
+    """A JPEG of 640 × 480 with large and small shapes, always the same."""
+    from PIL import Image, ImageDraw
+
+    image = Image.linear_gradient("L").resize((640, 480)).convert("RGB")
+    draw = ImageDraw.Draw(image)
+    for number in range(40):
+        left, top, side = 97 * number % 600, 61 * number % 440, 12 + 17 * number % 60
+        colour = (53 * number % 256, 101 * number % 256, 211 * number % 256)
+        (draw.ellipse if number % 2 else draw.rectangle)((left, top, left + side, top + side), fill=colour)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def _load(bundle: str, options: dict[str, Any]) -> "tuple[Pipeline, Timing]":
+    """The bundle, opened, and how long that takes."""
+    from resprune.runtime.bench.measure import timing
+    from resprune.runtime.pipeline import Pipeline
+
+    _say("opening")
+    start = perf_counter()
+    pipeline = Pipeline.load(bundle, **options)
+    samples = [pipeline.load_ms]
+    while len(samples) < LOADS and perf_counter() - start < LOAD_SECONDS:
+        pipeline.close()
+        pipeline = Pipeline.load(bundle, **options)
+        samples.append(pipeline.load_ms)
+    return pipeline, timing(samples)
+
+
+def _threads(threads: int) -> str:
+    return f"{threads} threads" if threads else f"{os.cpu_count()} logical cores"
+
+
+def _say(text: str) -> None:
+    """How far it has come, in one line of a terminal."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

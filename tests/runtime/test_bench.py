@@ -1,0 +1,146 @@
+"""`resprune bench`: what it compares, what it prints, and that only a plot needs matplotlib."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from resprune import Pipeline
+from resprune.runtime.bench.measure import STAGES, Case, Timing, question_of
+from resprune.runtime.bench.report import Report
+from resprune.runtime.cli import main
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Callable[..., Path]) -> str:
+    return str(tiny_bundle("clip-llama", k=7, split=True))
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> str:
+    path = tmp_path / "photo.png"
+    Image.linear_gradient("L").resize((60, 50)).convert("RGB").save(path)
+    return str(path)
+
+
+def test_the_json_is_one_case_a_budget(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", bundle, "--json", "--repeats", "3"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    cases = report["cases"]
+    assert [case["tokens"] for case in cases] == [1, 7, 16]
+    assert report["start_up"]["repeats"] >= 1
+    with Pipeline.load(bundle) as vlm:
+        question = question_of(vlm, Image.new("RGB", (60, 50)), None)
+        lengths = [
+            vlm.ask(Image.new("RGB", (60, 50)), question, tokens=k).prompt_tokens for k in (1, 7, "all")
+        ]
+    assert [case["prompt_tokens"] for case in cases] == lengths
+    for case in cases:
+        assert list(case["stages"]) == list(STAGES)
+        for timing in (*case["stages"].values(), case["first_token"], case["tokens_per_second"]):
+            assert 0 < timing["low"] <= timing["median"] <= timing["high"]
+            assert timing["repeats"] == 3
+        assert case["first_token"]["high"] >= case["stages"]["vision"]["low"]
+        assert 0 < case["vision_share"] < 1
+        assert case["gains"]["prefill_ideal"] == lengths[-1] / case["prompt_tokens"]
+    peaks = [case["peak_megabytes"] for case in cases]
+    assert peaks == sorted(peaks)
+    assert peaks[0] > 20
+
+
+def test_a_prompt_of_a_given_length(bundle: str, photo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", bundle, "-k", "3", "--json", "--repeats", "1", "--image", photo]
+    assert main([*words, "--prompt-tokens", "200"]) == 0
+    (case,) = json.loads(capsys.readouterr().out)["cases"]
+    assert abs(case["prompt_tokens"] - 203) <= 2
+    assert main([*words, "--prompt-tokens", "1"]) == 2
+    assert "--prompt-tokens should be" in capsys.readouterr().err
+
+
+def flat(milliseconds: float) -> Timing:
+    return Timing(milliseconds, milliseconds * 0.9, milliseconds * 1.1, 5)
+
+
+def case(tokens: int, prompt: int, prefill: float) -> Case:
+    stages = {"pixels": flat(50), "prompt": flat(10), "vision": flat(940), "prefill": flat(prefill)}
+    first = flat(1000 + prefill)
+    return Case(tokens, 576, prompt, stages, first, flat(12.5), 2048.4)
+
+
+def test_gains_and_what_more_pruning_can_bring() -> None:
+    report = Report({"bundle": "made"}, flat(3210), [case(64, 100, 500), case(576, 600, 4000)])
+    least = report.cases[0]
+    gains = {"prefill": 8, "prefill_ideal": 6, "first_token": 5000 / 1500, "first_token_limit": 5}
+    assert least.gains(report.base) == pytest.approx(gains)
+    assert least.vision_share == pytest.approx(940 / 1500)
+    table = report.table()
+    for cells in (
+        ["K", "64", "all"],
+        ["ideal", "6.00", "x", "1.00", "x"],
+        ["vision's", "share", "63", "%", "19", "%"],
+    ):
+        assert cells in [line.split() for line in table.splitlines()]
+    assert "3.33 x as fast" in " ".join(table.split())
+    assert "5.00 x as fast at most" in " ".join(table.split())
+
+
+def test_the_table_fits_80_columns() -> None:
+    cases = [case(tokens, tokens + 40, 90_000.0 * tokens) for tokens in (1, 16, 64, 128, 576)]
+    report = Report({"bundle": "x" * 30, "device": "very long " * 20}, flat(123_456), cases)
+    lines = report.table().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("first token, ") for line in lines) == 2
+
+
+def test_a_plot_is_drawn(bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.png"
+    assert main(["bench", bundle, "-k", "2,40%", "--repeats", "1", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("bundle")
+    with Image.open(out) as drawn:
+        assert drawn.width > 400
+
+
+def test_wrong_input_is_one_sentence(
+    bundle: str,
+    tiny_bundle: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fused = str(tiny_bundle("clip-llama", k=7))
+    capsys.readouterr()  # what the export said
+    for words, sentence in (
+        ([bundle, "--repeats", "0"], "--repeats should be 1 or more"),
+        ([bundle, "-k", "x"], "no budget"),
+        ([bundle, "-k", ","], "-k names no budget"),
+        ([bundle, "-k", "8"], "1 to 7, not 8"),
+        ([fused, "-k", "3,all"], "1 to 7, not 16"),
+        ([bundle, "--image", "none.png"], "no file none.png"),
+        ([bundle, "--out", "bench.txt"], "ends as none of them"),
+        ([bundle, "--out", str(tmp_path / "no" / "bench.png")], "--out cannot write"),
+        ([str(tmp_path)], "resprune.json"),
+    ):
+        assert main(["bench", *words]) == 2, words
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n"), sentence in err) == ("", 1, True), err
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    assert main(["bench", bundle, "--out", "bench.png"]) == 2
+    assert 'pip install "resprune[eval]"' in capsys.readouterr().err
+
+
+def test_without_a_plot_the_device_needs_no_more_than_for_an_answer(bundle: str) -> None:
+    program = (
+        "import sys\nfrom resprune.runtime.cli import main\n"
+        f"assert main(['bench', {bundle!r}, '-k', '2', '--repeats', '1']) == 0\n"
+        "assert not {'matplotlib', 'torch', 'transformers', 'onnx', 'scipy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
