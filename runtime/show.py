@@ -58,7 +58,7 @@ def drawing_paths(path: str, sources: Sequence[object]) -> list[Path]:
     except (OSError, ValueError) as error:  # ValueError: an empty path
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise ResPruneError(
-            f"no drawing can be written to {shown(path)} ({reason}); give a path such as kept.png"
+            f"the drawing cannot be written to {shown(path)} ({reason}); give a path such as kept.png"
         ) from None
     return paths
 
