@@ -60,7 +60,8 @@ class Components:
     protected: Callable[[tuple[Tensor, ...]], Tensor] | None = None
     """For families whose rows may be protected: the vision graph's inputs → which rows are, [B, N] bool."""
     padding: str | None = None
-    """The vision graph's int64 input [batch_size, N] that is below 0 where a picture of the batch has no token."""
+    """The vision graph's int64 input [batch_size, N], or [batch_size, N, T], that is below 0 where a picture of the
+    batch has no token."""
     proportional: bool = False
     """Whether the decoder's mask takes counts, and the selection is to give them (`language.proportional`)."""
 

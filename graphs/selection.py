@@ -121,8 +121,8 @@ def attach_selection(
     `token_select_model`; its inputs `text_embeds`, `text_mask` and, with `counts`, `num_kept`, with `protected`,
     `protected_mask` are added.
     Tensors in external files stay there: only their references are copied. `padding` names an int64 input
-    [batch_size, N] of the encoder that is below 0 where a picture with fewer tokens than the others has none; without
-    it every token is a candidate.
+    [batch_size, N] of the encoder, or [batch_size, N, T], that is below 0 where a picture with fewer tokens than the
+    others has none; without it every token is a candidate.
 
     Raises:
         ValueError: no output `image_features`, no input `padding`, k outside 1 … N, or an unknown scale, body or form.
@@ -148,7 +148,8 @@ def attach_selection(
         source = next((value for value in graph.inputs if value.name == padding), None)
         if source is None:
             raise ValueError(f"the encoder has no input {padding}")
-        candidates = op.GreaterOrEqual(source, 0)
+        of_token = source if len(source.shape or ()) == 2 else op.Gather(source, 0, axis=2)
+        candidates = op.GreaterOrEqual(of_token, 0)
     functions = _select(
         op,
         every,

@@ -19,6 +19,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -75,6 +77,8 @@ class Tiny:
     old_names: bool = False
     """Weight names of transformers 4."""
     projector_bias: bool = True
+    tile_limit: int = 9
+    """Of LLaVA-OneVision."""
     language_options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
@@ -154,6 +158,40 @@ VARIANTS |= {
     ),
 }
 
+# LLaVA-OneVision's: as many tiles each way as there are, of which more than the limit's are interpolated.
+ONEVISION_GRIDS = tuple((rows, columns) for rows in (1, 2, 3) for columns in (1, 2, 3, 4))
+VARIANTS |= {
+    # 4 x 4 patches a tile of 30 pixels, of which two are left over, as in 27 of 14 in 384.
+    "onevision": Tiny(
+        family="llava_onevision",
+        tower="siglip",
+        language="qwen2",
+        image_size=30,
+        patch_size=7,
+        feature_layer=-1,
+        strategy="full",
+        tile_limit=4,
+        seed=31,
+    ),
+    "onevision-tied": Tiny(
+        family="llava_onevision",
+        tower="siglip",
+        language="qwen2",
+        image_size=30,
+        patch_size=10,
+        hidden=64,
+        kv_heads=1,
+        feature_layer=-1,
+        strategy="full",
+        tied=True,
+        dtype=torch.bfloat16,
+        old_names=True,
+        processor_in="processor",
+        tile_limit=3,
+        seed=32,
+    ),
+}
+
 # Heads of 16, for ONNX Runtime's attention takes multiples of 8 only.
 VARIANTS |= {
     f"{name}-wide": replace(VARIANTS[name], hidden=64)
@@ -179,7 +217,9 @@ def write_checkpoint(root: Path, tiny: Tiny) -> Path:
 
 def make_model(
     tiny: Tiny, vocab_size: int
-) -> LlavaForConditionalGeneration | LlavaNextForConditionalGeneration:
+) -> (
+    LlavaForConditionalGeneration | LlavaNextForConditionalGeneration | LlavaOnevisionForConditionalGeneration
+):
     """The model in float32, seeded; weights are large enough that greedy decoding does not repeat one token."""
     torch.manual_seed(tiny.seed)
     config_class, model_class = MODELS[tiny.family]
@@ -193,7 +233,7 @@ def make_model(
         vision_feature_select_strategy=tiny.strategy,
         multimodal_projector_bias=tiny.projector_bias,
         tie_word_embeddings=tiny.tied,
-        **({"image_grid_pinpoints": _resolutions(tiny)} if tiny.family == "llava_next" else {}),
+        **_any_resolution(tiny),
     )
     model = model_class(config).eval()
     randomize(model, tiny.seed, SPECIAL.index("</s>"))
@@ -258,6 +298,12 @@ TOWERS: dict[str, Callable[[Tiny], Any]] = {"clip": _clip, "siglip": _siglip, "d
 MODELS: dict[str, tuple[Any, Any]] = {
     "llava": (LlavaConfig, LlavaForConditionalGeneration),
     "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration),
+    "llava_onevision": (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration),
+}
+PROCESSORS = {
+    "llava": "LlavaProcessor",
+    "llava_next": "LlavaNextProcessor",
+    "llava_onevision": "LlavaOnevisionProcessor",
 }
 LANGUAGES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 
@@ -329,8 +375,14 @@ def _write_processor(root: Path, tiny: Tiny) -> None:
             "crop_size": {"height": side, "width": side},  # the side of a tile, also where nothing is cropped
             "image_grid_pinpoints": _resolutions(tiny),
         }
+    elif tiny.family == "llava_onevision":
+        image_processor |= {
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "do_pad": True,
+            "image_grid_pinpoints": _resolutions(tiny),
+        }
     processor: dict[str, Any] = {
-        "processor_class": {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}[tiny.family],
+        "processor_class": PROCESSORS[tiny.family],
         "image_token": IMAGE_TOKEN,
         "patch_size": tiny.patch_size,
         "num_additional_image_tokens": 0 if tiny.tower == "siglip" else 1,
@@ -343,8 +395,19 @@ def _write_processor(root: Path, tiny: Tiny) -> None:
     (root / "processor_config.json").write_text(json.dumps(processor, indent=2))
 
 
+def _any_resolution(tiny: Tiny) -> dict[str, Any]:
+    """Fields of the config."""
+    if tiny.family == "llava":
+        return {}
+    limit = (
+        {"vision_aspect_ratio": f"anyres_max_{tiny.tile_limit}"} if tiny.family == "llava_onevision" else {}
+    )
+    return {"image_grid_pinpoints": _resolutions(tiny), **limit}
+
+
 def _resolutions(tiny: Tiny) -> list[list[int]]:
-    return [[rows * tiny.image_size, columns * tiny.image_size] for rows, columns in TILE_GRIDS]
+    grids = TILE_GRIDS if tiny.family == "llava_next" else ONEVISION_GRIDS
+    return [[rows * tiny.image_size, columns * tiny.image_size] for rows, columns in grids]
 
 
 def _rename_weights(root: Path) -> None:

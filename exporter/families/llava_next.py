@@ -7,6 +7,7 @@ has no branch, no loop and no shape that depends on the data.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,30 +32,52 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
     check_tower(config.vision_config)
     anyres = _any_resolution(checkpoint, config)
     model = weightless_model(checkpoint, LlavaNextForConditionalGeneration, config, dtype, mode)
-    vision = _vision_component(model, config, anyres, mode)
+    packing = (TensorSpec("pack_indices", "int64", ("batch_size", "num_tokens")),)
+    vision = any_resolution_component(model, config, anyres, packing, sample_sizes(anyres), mode)
     return assemble(checkpoint, model, vision, dtype, max_tokens=anyres.max_tokens, padding="pack_indices")
 
 
 def _any_resolution(checkpoint: Checkpoint, config: Any) -> AnyResolution:
     """What the runtime will do with pictures; `ResPruneError` where the processor's resolutions are not the model's."""
-    tower = config.vision_config
+    anyres = AnyResolution.from_config(
+        image_processor_config(checkpoint), **square_tower(config.vision_config)
+    )
+    check_resolutions(config, anyres)
+    return anyres
+
+
+def square_tower(tower: Any) -> dict[str, int]:
+    """`image_size` and `patch_size` of the tower's config, in pixels; `ResPruneError` unless tiles are square."""
     if not all(isinstance(size, int) and size > 0 for size in (tower.image_size, tower.patch_size)):
         raise ResPruneError(
             "the vision tower's image_size or patch_size is not one number from 1; tiles are square"
         )
-    anyres = AnyResolution.from_config(
-        image_processor_config(checkpoint), image_size=tower.image_size, patch_size=tower.patch_size
-    )
+    return {"image_size": tower.image_size, "patch_size": tower.patch_size}
+
+
+def check_resolutions(config: Any, anyres: AnyResolution) -> None:
+    """`ResPruneError` where the processor's resolutions are not the model's."""
     resolutions = [list(pair) for pair in anyres.resolutions]
     if config.image_grid_pinpoints != resolutions:
         raise ResPruneError(
             "image_grid_pinpoints differ between config.json and preprocessor_config.json "
             f"({config.image_grid_pinpoints} and {resolutions}); make them the same"
         )
-    return anyres
 
 
-def _vision_component(model: Any, config: Any, anyres: AnyResolution, mode: FakeTensorMode) -> Component:
+def any_resolution_component(
+    model: Any,
+    config: Any,
+    anyres: Any,
+    packing: tuple[TensorSpec, ...],
+    sizes_compared: Sequence[tuple[int, int]],
+    mode: FakeTensorMode,
+) -> Component:
+    """The vision component of pictures that `anyres`, the runtime's preprocessor, cuts and packs.
+
+    `packing` are the graph's inputs beside `pixel_values`; `sizes_compared` the (width, height) of the pictures that it
+    is compared with, in turn. `ResPruneError` where the tower's rows are not as many as the runtime packs.
+    """
     tiles = Vision(
         model.model.vision_tower,
         model.model.multi_modal_projector,
@@ -63,18 +86,21 @@ def _vision_component(model: Any, config: Any, anyres: AnyResolution, mode: Fake
     )
     size = anyres.tile_size
 
+    def chosen(count: int) -> list[tuple[int, int]]:
+        return [sizes_compared[index % len(sizes_compared)] for index in range(count)]
+
     def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
         pictures = []
-        for width, height in _sample_sizes(anyres, sizes["batch_size"]):
+        for width, height in chosen(sizes["batch_size"]):
             rows, columns = anyres.tile_grid((width, height))
             pixels = torch.randn((1 + rows * columns, 3, *size), generator=generator).numpy()
             pictures.append(anyres.picture((width, height), pixels))
         batch = anyres.batch(pictures)
-        return torch.from_numpy(batch["pixel_values"]), torch.from_numpy(batch["pack_indices"])
+        return tuple(torch.from_numpy(batch[spec.name]) for spec in inputs)
 
     def reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        pixel_values, pack_indices = inputs
-        sizes = [[height, width] for width, height in _sample_sizes(anyres, len(pack_indices))]
+        pixel_values, pack_indices, *_ = inputs
+        sizes = [[height, width] for width, height in chosen(len(pack_indices))]
         packed = model.get_image_features(pixel_values, torch.tensor(sizes)).pooler_output
         return (nn.utils.rnn.pad_sequence(list(packed), batch_first=True),)
 
@@ -84,17 +110,13 @@ def _vision_component(model: Any, config: Any, anyres: AnyResolution, mode: Fake
             f"the vision tower gives {patches} rows a tile where {anyres.side} x {anyres.side} patches are packed; "
             "correct vision_feature_select_strategy in config.json (default drops a class token, full keeps all)"
         )
-    inputs = (
-        TensorSpec("pixel_values", "float32", ("num_tiles", 3, *size)),
-        TensorSpec("pack_indices", "int64", ("batch_size", "num_tokens")),
-    )
+    inputs = (TensorSpec("pixel_values", "float32", ("num_tiles", 3, *size)), *packing)
     features = TensorSpec("image_features", "float32", ("batch_size", "num_tokens", hidden_size))
     module = PackedTiles(tiles, model.model.image_newline)
     return Component("vision_encoder", module, inputs, (features,), samples, reference, tiles.blocks)
 
 
-def _sample_sizes(anyres: AnyResolution, count: int) -> list[tuple[int, int]]:
-    """(width, height) of as many pictures to compare with: wide, tall, and within one tile, unpadded differently."""
+def sample_sizes(anyres: AnyResolution) -> list[tuple[int, int]]:
+    """(width, height) of pictures to compare with: wide, tall, and within one tile, unpadded differently."""
     tile = anyres.tile
-    sizes = [(2 * tile, tile), (tile, 2 * tile + tile // 3), (tile // 2 + 1, tile // 2)]
-    return [sizes[index % len(sizes)] for index in range(count)]
+    return [(2 * tile, tile), (tile, 2 * tile + tile // 3), (tile // 2 + 1, tile // 2)]

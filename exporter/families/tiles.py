@@ -21,7 +21,8 @@ class PackedTiles(nn.Module):
     """pixel_values [tiles, 3, H, W], pack_indices [B, N] → image_features [B, N, D].
 
     `tiles` makes P rows of a tile, [tiles, P, D]. Indices count the rows of all tiles, then the `further` row [D] if
-    there is one; below 0 is padding and gives a row of zeros.
+    there is one; below 0 is padding and gives a row of zeros. With pack_weights [B, N, T] a token is the sum of T
+    rows, each times its weight, and pack_indices are [B, N, T].
     """
 
     def __init__(self, tiles: nn.Module, further: nn.Parameter | None = None) -> None:
@@ -29,14 +30,23 @@ class PackedTiles(nn.Module):
         self.tiles = tiles
         self.further = further
 
-    def forward(self, pixel_values: Tensor, pack_indices: Tensor) -> tuple[Tensor]:
+    def forward(
+        self, pixel_values: Tensor, pack_indices: Tensor, pack_weights: Tensor | None = None
+    ) -> tuple[Tensor]:
         rows = self.tiles(pixel_values)[0].flatten(0, 1)  # [tiles · P, D]
         zero = torch.zeros_like(rows[:1])
         behind = [zero] if self.further is None else [self.further[None], zero]
         table = torch.cat([rows, *behind])
         # Not left to the meaning of a negative index, on which runtimes differ.
         indices = torch.where(pack_indices < 0, table.shape[0] - 1, pack_indices)
-        return (nn.functional.embedding(indices, table),)
+        if pack_weights is None:
+            return (nn.functional.embedding(indices, table),)
+        # One after the other: all T at once would be T times as large as what they sum to.
+        taken = zip(indices.unbind(2), pack_weights.unbind(2), strict=True)
+        first, *others = (
+            nn.functional.embedding(index, table) * weight[:, :, None] for index, weight in taken
+        )
+        return (sum(others, first),)
 
 
 def tiles_component(

@@ -379,7 +379,8 @@ class Verifier:
         if self._components.padding is None:
             return None
         names = [spec.name for spec in self._components.vision.inputs]
-        return images[names.index(self._components.padding)] >= 0
+        has = images[names.index(self._components.padding)] >= 0
+        return has if has.dim() == 2 else has[:, :, 0]
 
     def _protected(self, images: Sequence[Tensor]) -> Tensor | None:
         """Which of the N tokens are always kept, [B, N] bool; None: the family protects none."""

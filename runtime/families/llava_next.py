@@ -67,7 +67,7 @@ class AnyResolution:
         edge = sizes.shortest_edge
         height, width = (edge, edge) if edge is not None else sizes.resize_to or (0, 0)
         tile = height if sizes.crop is None else sizes.crop[0]
-        resolutions = _resolutions(config.get("image_grid_pinpoints", PINPOINTS), tile)
+        resolutions = grid_resolutions(config.get("image_grid_pinpoints", PINPOINTS), tile)
         if tile != image_size:
             raise ResPruneError(
                 f"the image processor makes tiles of {tile} pixels and the vision tower takes {image_size}; "
@@ -126,13 +126,16 @@ class AnyResolution:
 
     def packed_rows(self, image_size: Size) -> npt.NDArray[np.int64]:
         """[N] int64: which row of the tower's a token is, counted from the picture's first; NEWLINE for a newline."""
+        lines = np.pad(self.grid_rows(image_size), ((0, 0), (0, 1)), constant_values=NEWLINE)
+        return np.concatenate([np.arange(self.side**2), lines.reshape(-1)])
+
+    def grid_rows(self, image_size: Size) -> npt.NDArray[np.int64]:
+        """[height, width] int64: the same of the tiles as one grid, which padding alone has no part in."""
         patches = self.side**2
         rows, columns = self.tile_grid(image_size)
         numbers = np.arange(patches, (1 + rows * columns) * patches, dtype=np.int64)
         grid = numbers.reshape(rows, columns, self.side, self.side).transpose(0, 2, 1, 3)
-        grid = self._unpadded(grid.reshape(rows * self.side, columns * self.side), image_size)
-        lines = np.pad(grid, ((0, 0), (0, 1)), constant_values=NEWLINE)
-        return np.concatenate([np.arange(patches), lines.reshape(-1)])
+        return self._unpadded(grid.reshape(rows * self.side, columns * self.side), image_size)
 
     def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
         """As many tiles as the smallest and the largest of the resolutions have, whatever the tokens."""
@@ -143,6 +146,11 @@ class AnyResolution:
 
     def boxes(self, image_size: Size) -> list[Box | None]:
         """Patches of the whole view, which are large, then those of the tiles; a newline lies nowhere."""
+        boxes = self.row_boxes(image_size)
+        return [None if row == NEWLINE else boxes[row] for row in self.packed_rows(image_size)]
+
+    def row_boxes(self, image_size: Size) -> list[Box]:
+        """Where each row of the tower's lies, whether a token or not."""
         in_whole = self.processor.patch_boxes(self.whole, self.patch_size)
         in_tile = self.processor.patch_boxes((self.tile, self.tile), self.patch_size)
         width, height = self.best_resolution(image_size)
@@ -152,7 +160,7 @@ class AnyResolution:
         for y in range(0, height, self.tile):
             for x in range(0, width, self.tile):
                 boxes += [_scaled(box, (x - left, y - top), fitted, image_size) for box in in_tile]
-        return [None if row == NEWLINE else boxes[row] for row in self.packed_rows(image_size)]
+        return boxes
 
     def best_resolution(self, image_size: Size) -> Size:
         """The resolution that keeps most of the picture's pixels, and among those wastes fewest."""
@@ -191,7 +199,8 @@ class AnyResolution:
         return grid[:, padding : columns - padding]
 
 
-def _resolutions(value: object, tile: int) -> tuple[tuple[int, int], ...]:
+def grid_resolutions(value: object, tile: int) -> tuple[tuple[int, int], ...]:
+    """The (height, width) of image_grid_pinpoints; `ResPruneError` for what are no multiples of a tile."""
     if not isinstance(value, list | tuple) or not value:
         raise _fault(value, "a list of heights and widths")
     for pair in value:

@@ -11,6 +11,7 @@ from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.internvl import Thumbnailed
 from resprune.runtime.families.llava_next import AnyResolution
+from resprune.runtime.families.llava_onevision import LimitedResolution
 from resprune.runtime.families.picture import FixedGrid, Preprocessor
 from resprune.runtime.families.qwen2_vl import DynamicResolution
 from resprune.runtime.families.qwen3_vl import InterpolatedResolution
@@ -79,6 +80,16 @@ FAMILIES = {
             aliases={
                 "llava-next": "llava-hf/llava-v1.6-mistral-7b-hf",
                 "llava-next-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
+            },
+        ),
+        Family(
+            "llava_onevision",
+            "LLaVA-OneVision",
+            "llava_onevision",
+            LimitedResolution.from_bundle,
+            aliases={
+                "llava-onevision-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+                "llava-onevision-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
             },
         ),
         Family(

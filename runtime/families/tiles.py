@@ -28,13 +28,16 @@ MAX_TILES = 144
 def pack(pictures: Sequence[Picture], tile_tokens: int) -> Arrays:
     """Images with the arrays `pixel_values` [tiles, 3, H, W] and `rows` [N] → the inputs of a vision graph of tiles.
 
+    Where a token is made of several rows, `rows` are [N, T] and `pack_indices` [B, N, T].
+
     `pixel_values` [num_tiles, 3, H, W]: the tiles of all images, one after another. `pack_indices` [B, N] int64: of
     each token the row that it is, of all `tile_tokens` rows of all tiles with a further row behind them; an image with
     fewer tokens than another is filled up with PADDING.
     """
     pixels = [picture.arrays["pixel_values"] for picture in pictures]
     further = tile_tokens * sum(map(len, pixels))
-    packed = np.full((len(pictures), max(picture.num_tokens for picture in pictures)), PADDING, np.int64)
+    most = max(picture.num_tokens for picture in pictures)
+    packed = np.full((len(pictures), most, *pictures[0].arrays["rows"].shape[1:]), PADDING, np.int64)
     first = 0
     for row, picture in zip(packed, pictures, strict=True):
         own = picture.arrays["rows"]

@@ -100,7 +100,7 @@ def test_the_unrolled_selection(tiny: Path) -> None:
 
 @pytest.mark.parametrize(
     ("variant", "options"),
-    [("next-llama", {"k": 88}), ("qwen25", {"share": 1.0})],
+    [("next-llama", {"k": 88}), ("qwen25", {"share": 1.0}), ("onevision", {"share": 1.0})],
     ids=lambda value: str(value),
 )
 def test_the_other_families(

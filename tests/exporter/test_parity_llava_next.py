@@ -243,7 +243,7 @@ def changed(checkpoint: Path, copy: Path, **files: dict) -> str:
         ({"config": {"vision_feature_select_strategy": "full"}}, 4, "17 rows a tile"),
         ({"config": {"vision_feature_layer": 9}}, 4, "does not fit its vision tower"),
         ({"config": {"text_config.model_type": "gemma"}}, 4, "supported are llama, mistral, qwen2"),
-        ({"config": {"model_type": "llava_onevision"}}, 4, "LLaVA-NeXT"),
+        ({"config": {"model_type": "llava_next_video"}}, 4, "LLaVA-NeXT"),
     ],
 )
 def test_wrong_checkpoints_are_refused(files, k, said, tiny_checkpoint, tmp_path):
