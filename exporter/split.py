@@ -15,7 +15,10 @@ from resprune.exporter.checkpoint.weightless import build
 from resprune.exporter.components import Component, Components, Reference
 from resprune.exporter.language import Rows, check_language, decoder_component, embed_component
 from resprune.exporter.trace.attention import register_attention
-from resprune.exporter.trace.precision import lower
+from resprune.exporter.trace.precision import lower, scale_outliers
+
+MLP_ENDS = ("mlp.down_proj", "mlp.fc2", "mlp.linear_fc2")
+"""The last layer of an MLP, as the models of transformers call it."""
 
 
 def read_config(checkpoint: Checkpoint, config_class: Any) -> Any:
@@ -33,6 +36,9 @@ def weightless_model(
     with config_faults(checkpoint):
         model = build(model_class, config, mode)
     lower(model, dtype, mode)
+    # The product of an MLP's two halves passes 65504 in some language models (transformers #33294, #33312) and in
+    # towers (TensorRT-LLM #3223, vLLM #13968). ONNX Runtime's CPU, which computes halves in float32, does not show it.
+    scale_outliers(layer for name, layer in model.named_modules() if name.endswith(MLP_ENDS))
     return model
 
 

@@ -26,7 +26,6 @@ from resprune.exporter.checkpoint.side_files import image_processor_config
 from resprune.exporter.components import Component, Components, Sizes
 from resprune.exporter.split import assemble, read_config, weightless_model
 from resprune.exporter.trace.attention import grouped_attention
-from resprune.exporter.trace.precision import scale_outliers
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.qwen2_vl import (
@@ -144,11 +143,6 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
     processor = DynamicResolution.from_config(image_processor_config(checkpoint))
     check_processor(processor, config.vision_config)
     model = weightless_model(checkpoint, model_class, config, dtype, mode)
-    # The last layer of these models' MLPs gives values past 65504, in the tower (TensorRT-LLM #3223, vLLM #13968) and
-    # in the language model (transformers #33312).
-    scale_outliers(
-        layer for name, layer in model.named_modules() if name.endswith(("mlp.down_proj", "mlp.fc2"))
-    )
     with config_faults(checkpoint):
         vision = _vision_component(model, config, dtype)
     return assemble(

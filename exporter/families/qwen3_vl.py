@@ -19,7 +19,6 @@ from resprune.exporter.components import Component, Components, Sizes
 from resprune.exporter.families.qwen2_vl import Block, check_processor, grid_of, places_of
 from resprune.exporter.language import position_bias, present
 from resprune.exporter.split import assemble, read_config, weightless_model
-from resprune.exporter.trace.precision import scale_outliers
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.qwen2_vl import DynamicResolution, Grid, patch_positions
@@ -78,9 +77,6 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
             f"{config.text_config.num_hidden_layers} layers; correct config.json"
         )
     model = weightless_model(checkpoint, Qwen3VLForConditionalGeneration, config, dtype, mode)
-    scale_outliers(
-        layer for name, layer in model.named_modules() if name.endswith(("mlp.down_proj", "mlp.linear_fc2"))
-    )
     with config_faults(checkpoint):
         component = _vision_component(model, config, table_side(checkpoint.config), dtype)
     return assemble(
