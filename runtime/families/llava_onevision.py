@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.image import OPENAI_CLIP, Box
 from resprune.runtime.families.llava_next import NEWLINE, AnyResolution, Size, grid_resolutions
@@ -161,9 +162,13 @@ class LimitedResolution:
             np.concatenate([_alone(len(whole)), line_weights.reshape(-1, 4)]),
         )
 
+    def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
+        """As of the tiles."""
+        return self.anyres.axes(batch, tokens)
+
     def __getattr__(self, name: str) -> Any:
         """Everything else is as of `anyres`."""
-        if name in ("axes", "resolutions", "side", "tile", "tile_grid", "tile_size"):
+        if name in ("resolutions", "side", "tile", "tile_grid", "tile_size"):
             return getattr(self.anyres, name)
         raise AttributeError(name)
 
