@@ -14,9 +14,10 @@ DTYPE ?= fp32
 TASKS ?= resprune_scenes
 DEVICE ?= cpu
 COUNT ?= 5000
+DOCS ?= build/docs
 OUT ?= build/$(notdir $(MODEL))-k$(K)$(if $(filter-out fp32,$(DTYPE)),-$(DTYPE))
 
-.PHONY: demo web export eval bench gpu-check test fuzz test-hosts test-extras lint wheel clean
+.PHONY: demo web export eval bench gpu-check test fuzz test-hosts test-extras lint docs wheel clean
 
 # .venv/with-EXTRA: the environment has this extra of pyproject.toml, beside those that were asked for before.
 $(VENV)/with-%: pyproject.toml constraints.txt
@@ -71,6 +72,11 @@ lint: $(VENV)/with-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p resprune
 	$(BIN)/basedpyright --pythonpath $(BIN)/python $$(find -L resprune -name '*.py')
+
+# The Python reference, from the docstrings: build/docs/index.html.
+docs: $(VENV)/with-docs
+	rm -rf $(DOCS)
+	$(BIN)/python docs/reference.py $(DOCS)
 
 # From an empty folder: setuptools would put what an earlier build left there into the next one.
 wheel: $(VENV)/with-wheel

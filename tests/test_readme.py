@@ -13,7 +13,10 @@ README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, *DOCS, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
 # The pages whose `sh` and `python` blocks run, in an order in which each finds what an earlier one made.
-RUN = [README, *(ROOT / "docs" / f"{name}.md" for name in ("ask", "chat", "bench", "tensorrt", "evaluate"))]
+RUN = [
+    README,
+    *(ROOT / "docs" / f"{name}.md" for name in ("ask", "python", "chat", "bench", "tensorrt", "evaluate")),
+]
 
 
 def blocks(page, language):
