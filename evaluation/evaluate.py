@@ -140,18 +140,18 @@ def _ask(
 
 def pick(model: Model, run: Run, budget: Budget, encoded: Encoded, asked: Asked, number: int) -> Ints:
     """The tokens that a run keeps of one picture for one question, in pick order."""
-    count = len(encoded.features)
+    every = encoded.candidates
     if budget.everything:
-        return np.arange(count)
-    k = budget.of(count)
+        return every
+    k = min(budget.of(len(encoded.features)), len(every))
     if run.selector == OWN:
         return model.select(encoded, asked, k)
     selection = model.manifest.selection
     candidates = Candidates(
-        encoded.features.astype(np.float64),
+        encoded.features[every].astype(np.float64),
         asked.text.astype(np.float64),
         selection.alpha,
         selection.scale,
         (run.seed, number),
     )
-    return CONTROLS[run.selector](candidates, k)
+    return every[CONTROLS[run.selector](candidates, k)]

@@ -29,7 +29,7 @@ from resprune.runtime.families.picture import Expansion, Picture
 from resprune.runtime.families.table import FAMILIES, family_of
 from resprune.runtime.generate import TextStream, generate
 from resprune.runtime.prompt.prompter import Prompt, Prompter
-from resprune.runtime.prompt.splice import Floats, Ints, KeptTokens, keep, splice
+from resprune.runtime.prompt.splice import Bools, Floats, Ints, KeptTokens, keep, splice
 from resprune.runtime.sampling import bundle_sampling, eos_token_ids
 from resprune.runtime.walk import Encoded as EncodedImages
 from resprune.runtime.walk import Features, Walk
@@ -49,11 +49,20 @@ def code(root: Path = Path(__file__).parents[1]) -> str:
 
 @dataclass(frozen=True)
 class Encoded:
-    """An image after the vision tower: all its tokens [N, D] float32, and their further planes [N, D]."""
+    """An image after the vision tower: all its tokens [N, D] float32, and their further planes [N, D].
+
+    `left` [N] bool as in `Features`: what a selection inside the tower left; None: everything.
+    """
 
     picture: Picture
     features: Floats
     planes: tuple[Floats, ...] = ()
+    left: Bools | None = None
+
+    @property
+    def candidates(self) -> Ints:
+        """The tokens that a selection chooses from, ascending."""
+        return np.arange(len(self.features)) if self.left is None else np.flatnonzero(self.left)
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,7 @@ class Model:
         pictures = [self._preprocessor(image) for image in images]
         features = self._stages.encode(images, pictures)
         return [
-            Encoded(picture, image.rows, image.planes)
+            Encoded(picture, image.rows, image.planes, image.left)
             for picture, image in zip(pictures, features, strict=True)
         ]
 
@@ -202,8 +211,10 @@ class Model:
         counts = None
         if self.manifest.attention == "proportional":
             kept = np.sort(order)
-            counts = np.bincount(stands_for(encoded.features, kept), minlength=len(kept))
-        return keep(encoded.picture, encoded.features, order, counts, encoded.planes)
+            every = encoded.candidates
+            places = stands_for(encoded.features[every], np.searchsorted(every, kept))
+            counts = np.bincount(places, minlength=len(kept))
+        return keep(encoded.picture, encoded.features, order, counts, encoded.planes, encoded.left)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated ids, as an answer has it."""
@@ -271,7 +282,8 @@ def open_bundle(
         return list(features)
 
     def select(encoded: Encoded, text: Floats, k: int) -> Ints:
-        image = EncodedImages([encoded.picture], [Features(encoded.features, encoded.planes)])
+        features = Features(encoded.features, encoded.planes, encoded.left)
+        image = EncodedImages([encoded.picture], [features])
         (kept,) = walk.select(image, [text], [k])
         return kept.picks.pick_order
 

@@ -64,6 +64,12 @@ def register_export(subparsers: Any) -> None:
         choices=ATTENTION,
         help="proportional: a kept token counts for those it stands for as well (default: the family's, mostly plain)",
     )
+    parser.add_argument(
+        "--early",
+        metavar="LAYER:TOKENS",
+        help="a first selection inside the vision tower: after LAYER blocks only TOKENS of an image or tile go on, as "
+        "in 8:288 or 33%%:50%% (default: none)",
+    )
     parser.add_argument("--body", choices=BODIES, default="loop", help="selection in Loops, or unrolled")
     parser.add_argument(
         "--form",
@@ -117,6 +123,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         scale=arguments.scale,
         positions=arguments.positions,
         attention=arguments.attention,
+        early=arguments.early,
         max_pixels=arguments.max_pixels,
         chat_template=arguments.chat_template,
         body=arguments.body,

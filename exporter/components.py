@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +14,28 @@ from resprune.runtime.bundle.manifest import TensorSpec
 
 Sizes = Mapping[str, int]
 Samples = Callable[[Sizes, torch.Generator], tuple[Tensor, ...]]
-Reference = Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]]
+Reference = Callable[..., tuple[Tensor, ...]]
+"""(model, inputs) → outputs; see `Component`."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What a selection inside the vision tower must know of it (`early.py`); `Component.layers` are its blocks.
+
+    Each block takes the hidden states and what is added to the scores of its keys. `tower(model)` and
+    `projector(model)` find the modules in the whole Hugging Face model.
+    """
+
+    tower: Callable[[Any], nn.Module]
+    projector: Callable[[Any], nn.Module]
+    tokens: int
+    """P, the visual tokens of one image or tile, without those in `leading`."""
+    leading: int
+    """Rows before those of the patches: 1 for a class token."""
+    hidden_size: int
+    """Numbers of a hidden state's row."""
+    layers: tuple[int, ...]
+    """The hidden states that the projector takes, from 0 for the embeddings to the number of blocks."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +55,13 @@ class Component:
     reference: Reference
     layers: tuple[nn.Module, ...] = ()
     """Submodules that run one after the other, as repeat.py wants them: like ones are traced once."""
+    functions: tuple[ir.Function, ...] = ()
+    """Bodies of the ops of domain `resprune` that tracing the module leaves as nodes."""
+    tower: Tower | None = None
+    """For vision components that can select inside the tower."""
+    early: bool = False
+    """Whether there is such a selection: `reference(model, inputs, kept)` then takes the tokens that a graph kept,
+    None to select them itself, and the outputs are those of `early.with_early`."""
 
 
 @dataclass(frozen=True)

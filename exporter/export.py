@@ -20,6 +20,7 @@ from resprune.exporter.checkpoint.shards import passed_over, read_soon
 from resprune.exporter.checkpoint.side_files import check_side_files, read_template
 from resprune.exporter.checkpoint.weightless import fake_mode
 from resprune.exporter.components import Component, Components
+from resprune.exporter.early import Request, with_early
 from resprune.exporter.families import split_model
 from resprune.exporter.language import proportional
 from resprune.exporter.language_models import LANGUAGE_MODELS
@@ -40,6 +41,8 @@ from resprune.graphs import attach_selection, choose_form, token_select_model
 from resprune.runtime.bundle.files import describe_files, write_manifest
 from resprune.runtime.bundle.manifest import (
     ATTENTION,
+    EARLY,
+    Early,
     Manifest,
     Selection,
     share_of,
@@ -54,6 +57,7 @@ PACKAGES = ("resprune", "torch", "transformers", "onnx", "onnxscript")
 class Options:
     """What the user may choose: `k` tokens a picture, or a `share` of its tokens, above 0 and at most 1.
 
+    `early` is a first selection inside the vision tower, as `early.Request.parse` reads it.
     `alpha`, `positions` and `attention` None mean the family's default, `max_pixels` None the checkpoint's own limit,
     `form` None what `choose_form` says; `chat_template` is a file that takes the place of the checkpoint's template;
     `language_checkpoint` writes the language model once more as a plain Hugging Face checkpoint.
@@ -69,6 +73,7 @@ class Options:
     scale: str = "minmax"
     positions: str | None = None
     attention: str | None = None
+    early: str | None = None
     body: str = "loop"
     form: str | None = None
     language_checkpoint: bool = False
@@ -122,6 +127,7 @@ class _Export:
     report: Report
     work: Path
     attention: str = "plain"
+    early: Early | None = None
     differences: list[Difference] = field(default_factory=list)
     counts: dict[str, Counted] = field(default_factory=dict)
     layers: list[int] = field(default_factory=list)
@@ -141,6 +147,9 @@ class _Export:
         mode = fake_mode()
         dtype = precision.DTYPES[self.options.dtype]
         components = split_model(checkpoint, dtype, mode)
+        if self.options.early is not None:
+            self.early = Request.parse(self.options.early).of(components.vision, family.title)
+            components = replace(components, vision=with_early(components.vision, self.early, mode))
         write_draft(checkpoint, components, self.work)
         if self.attention == "proportional":
             components = proportional(components)
@@ -324,6 +333,12 @@ class _Export:
         if k > n:
             most = "the" if components.num_tokens else "the at most"
             raise ResPruneError(f"-k {k} is more than {most} {n} visual tokens of a picture; give 1 to {n}")
+        if self.early is not None and components.num_tokens:
+            left = n - self.early.of + self.early.tokens
+            if k > left:
+                raise ResPruneError(
+                    f"-k {k} is more than the {left} visual tokens that --early leaves of a picture; give 1 to {left}"
+                )
         return Selection(
             k,
             components.num_tokens,
@@ -356,7 +371,7 @@ class _Export:
         write_manifest(
             self.work,
             Manifest(
-                format_version=ATTENTION[self.attention],
+                format_version=ATTENTION[self.attention] if self.early is None else EARLY,
                 family=family.name,
                 model=checkpoint.name,
                 revision=checkpoint.revision,
@@ -376,6 +391,7 @@ class _Export:
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 optimize=self.options.optimize,
                 attention=self.attention,
+                early=self.early,
             ),
         )
 

@@ -24,6 +24,8 @@ VERSION = 1
 TEXT_GAIN = "TextGain"
 RESIDUAL_SELECT = "ResidualSelect"
 KEPT_COUNTS = "KeptCounts"
+EARLY_SELECT = "EarlySelect"
+"""`ResidualSelect` of another k, inside the vision tower: a function has one body, so it needs a name of its own."""
 SCALES = ("minmax", "clamp", "shifted")
 BODIES = ("loop", "unrolled")
 FORMS = ("quadratic", "linear")
@@ -109,7 +111,9 @@ def choose_form(k: int, num_tokens: int, hidden_size: int) -> str:
     return "linear" if k <= num_tokens * (CACHED_SHARE if cached else STREAMED_SHARE) else "quadratic"
 
 
-def residual_select_function(k: int, *, body: str, form: str, opset: int) -> ir.Function:
+def residual_select_function(
+    k: int, *, body: str, form: str, opset: int, name: str = RESIDUAL_SELECT
+) -> ir.Function:
     """`ResidualSelect`: visual [B,N,D], gain [B,N], token_mask [B,N] → pick_order [B,k] int64.
 
     `body` is "loop" (Loops of up to SEGMENT steps) or "unrolled" (the same k steps in a row, for runtimes that
@@ -157,7 +161,7 @@ def residual_select_function(k: int, *, body: str, form: str, opset: int) -> ir.
         order = op.Slice(op.Concat(*picks, missing, axis=1), [0], [k], [1])
         return op.Where(op.Less(list(range(k)), valid), order, -1)
 
-    return _function(RESIDUAL_SELECT, trace, ("visual", "gain", "token_mask"), "pick_order", opset)
+    return _function(name, trace, ("visual", "gain", "token_mask"), "pick_order", opset)
 
 
 def kept_counts_function(*, opset: int) -> ir.Function:

@@ -122,7 +122,8 @@ def attach_selection(
     `protected_mask` are added.
     Tensors in external files stay there: only their references are copied. `padding` names an int64 input
     [batch_size, N] of the encoder, or [batch_size, N, T], that is below 0 where a picture with fewer tokens than the
-    others has none; without it every token is a candidate.
+    others has none; without it every token is a candidate. If the encoder has an output `token_mask` [batch_size, N]
+    bool, that says which tokens are, and stays an output.
 
     Raises:
         ValueError: no output `image_features`, no input `padding`, k outside 1 … N, or an unknown scale, body or form.
@@ -142,7 +143,10 @@ def attach_selection(
         graph.outputs.remove(value)
         value.name = f"all_{value.name}"
     op = onnxscript.GraphBuilder(graph).op
-    if padding is None:
+    own_mask = next((value for value in graph.outputs if value.name == "token_mask"), None)
+    if own_mask is not None:
+        candidates = own_mask
+    elif padding is None:
         candidates = op.Expand(True, op.Shape(output, start=0, end=2))  # [B, N]
     else:
         source = next((value for value in graph.inputs if value.name == padding), None)

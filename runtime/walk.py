@@ -20,20 +20,27 @@ from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.picture import Picture, Preprocessor
 from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.prompter import Prompt
-from resprune.runtime.prompt.splice import Floats, KeptTokens, Spliced, cut_picks, keep_all, splice
+from resprune.runtime.prompt.splice import Bools, Floats, KeptTokens, Spliced, cut_picks, keep_all, splice
 
 PLANE_FEATURES = "plane_features.{}"
 """Output of the vision graphs and input of `token_select`: plane i of the tokens that `image_features` has."""
 KEPT_PLANES = "kept_planes.{}"
 """Output of `token_select`: plane i of `kept_features`."""
+CANDIDATES = "token_mask"
+"""Input of `token_select`: the tokens that can be picked, [B, N]; output of a vision tower that selects itself."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """All tokens of one image: the main plane `rows` [N, D] float32, and its further `planes`, each [N, D]."""
+    """All tokens of one image: the main plane `rows` [N, D] float32, and its further `planes`, each [N, D].
+
+    `left` [N] bool are the tokens that a selection inside the vision tower left, the others' rows being zeros; None if
+    there was none.
+    """
 
     rows: Floats
     planes: tuple[Floats, ...] = ()
+    left: Bools | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,8 @@ class Encoded:
         """Bytes of its arrays."""
         pixels = sum(array.nbytes for picture in self.pictures for array in picture.arrays.values())
         features = self.features or ()
-        return pixels + sum(plane.nbytes for one in features for plane in (one.rows, *one.planes))
+        arrays = (array for one in features for array in (one.rows, *one.planes, one.left))
+        return pixels + sum(array.nbytes for array in arrays if array is not None)
 
 
 class Walk:
@@ -77,6 +85,7 @@ class Walk:
         self._graphs = graphs
         encoder = self.manifest.graphs.get("vision_encoder") or self.manifest.graphs.get("vision_select")
         names = {tensor.name for tensor in encoder.outputs} if encoder else set()
+        self._early = self.manifest.early is not None
         self._planes = sum(name.startswith(PLANE_FEATURES.format("")) for name in names)
         self.embed_tokens = Embedding(graphs)
 
@@ -90,13 +99,16 @@ class Walk:
         if not self.splits:
             return Encoded(pictures, None)
         outputs = ["image_features", *map(PLANE_FEATURES.format, range(self._planes))]
+        outputs += [CANDIDATES] * self._early
         features: list[Features] = []
         for start, stop in self._batches(len(pictures)):
             batch = pictures[start:stop]
             arrays = self._graphs.run("vision_encoder", self.preprocessor.batch(batch), outputs)
-            for picture, rows, *planes in zip(batch, *arrays, strict=True):
-                cut = [plane[: picture.num_tokens] for plane in (rows, *planes)]
-                features.append(Features(cut[0], tuple(cut[1:])))
+            masks = arrays.pop() if self._early else [None] * len(batch)
+            for picture, mask, *planes in zip(batch, masks, *arrays, strict=True):
+                rows, *further = (plane[: picture.num_tokens] for plane in planes)
+                left = None if mask is None else mask[: picture.num_tokens]
+                features.append(Features(rows, tuple(further), left))
         return Encoded(pictures, features)
 
     def embed(self, prompts: Sequence[Prompt]) -> list[Floats]:
@@ -171,7 +183,7 @@ class Walk:
         """Every token of each image: the unpruned prompt, of a bundle that has the encoder apart."""
         features = encoded.features or self.encode(encoded.pictures).features or ()
         return [
-            keep_all(picture, image.rows, image.planes)
+            keep_all(picture, image.rows, image.planes, image.left)
             for picture, image in zip(encoded.pictures, features, strict=True)
         ]
 
@@ -189,7 +201,11 @@ class Walk:
             feeds |= self.preprocessor.batch(pictures)
         else:
             graph, rows, planes = "token_select", "kept_features", KEPT_PLANES
-            feeds["image_features"], feeds["token_mask"] = pad_rows([image.rows for image in features])
+            feeds["image_features"], mask = pad_rows([image.rows for image in features])
+            for row, image in zip(mask, features, strict=True):
+                if image.left is not None:
+                    row[: len(image.left)] &= image.left
+            feeds[CANDIDATES] = mask
             for plane in range(self._planes):
                 feeds[PLANE_FEATURES.format(plane)], _ = pad_rows([image.planes[plane] for image in features])
         inputs = {tensor.name: tensor for tensor in self.manifest.graphs[graph].inputs}
@@ -200,12 +216,19 @@ class Walk:
         if proportional:
             feeds["num_kept"] = np.array(budgets, np.int64)
             outputs.append("kept_counts")
+        if self._early and features is None:
+            outputs.append(CANDIDATES)
         arrays = self._graphs.run(graph, feeds, outputs)
+        left: Sequence[Bools | None] = [None] * len(pictures)
+        if features is not None:
+            left = [image.left for image in features]
+        elif self._early:
+            left = [mask[: one.num_tokens] for mask, one in zip(arrays.pop(), pictures, strict=True)]
         counts = arrays.pop() if proportional else [None] * len(pictures)
         return [
-            cut_picks(picture, rows_of, indices, order, budget, counts_of, planes_of)
-            for picture, budget, counts_of, rows_of, indices, order, *planes_of in zip(
-                pictures, budgets, counts, *arrays, strict=True
+            cut_picks(picture, rows_of, indices, order, budget, counts_of, planes_of, left_of)
+            for picture, budget, counts_of, left_of, rows_of, indices, order, *planes_of in zip(
+                pictures, budgets, counts, left, *arrays, strict=True
             )
         ]
 
@@ -227,7 +250,7 @@ class Walk:
         return [(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def pad_rows(rows: Sequence[Floats]) -> tuple[Floats, npt.NDArray[np.bool_]]:
+def pad_rows(rows: Sequence[Floats]) -> tuple[Floats, Bools]:
     """Lists of rows [M_i, D] → [B, M, D], M at least 1, and the mask [B, M] that leaves the filling out."""
     longest = max(1, *(len(row) for row in rows))
     padded = np.zeros((len(rows), longest, rows[0].shape[1]), np.float32)
@@ -238,7 +261,7 @@ def pad_rows(rows: Sequence[Floats]) -> tuple[Floats, npt.NDArray[np.bool_]]:
     return padded, mask
 
 
-def _protected(pictures: Sequence[Picture]) -> npt.NDArray[np.bool_]:
+def _protected(pictures: Sequence[Picture]) -> Bools:
     """`protected_mask` [B, N] for images of up to N tokens."""
     mask = np.zeros((len(pictures), max(picture.num_tokens for picture in pictures)), dtype=bool)
     for index, picture in enumerate(pictures):

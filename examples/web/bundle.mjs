@@ -3,7 +3,7 @@
 /** A fault that the user can mend; its message is one line. */
 export class UserError extends Error {}
 
-const FORMAT_VERSION = 2; // 2 is proportional attention
+const FORMAT_VERSION = 3; // 2 is proportional attention, 3 a first selection inside the vision tower
 const FAMILY = "llava"; // one image size and a fixed number of tokens: what image.mjs can prepare
 
 /**

@@ -12,13 +12,14 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from resprune.exporter.checkpoint.checkpoint import Checkpoint
 from resprune.exporter.checkpoint.side_files import image_processor_config
-from resprune.exporter.components import Component, Components, Sizes
+from resprune.exporter.components import Component, Components, Sizes, Tower
 from resprune.exporter.split import assemble, read_config, weightless_model
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.families.image import ImageProcessor
 
-TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2")
+TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}
+"""The vision towers that there are, and the rows that each has before those of the patches: a class token."""
 
 
 class Vision(nn.Module):
@@ -103,7 +104,29 @@ def _vision_component(model: Any, config: Any, size: tuple[int, int], mode: Fake
     num_tokens, hidden_size = tower_output(module, size, mode)
     pixels = TensorSpec("pixel_values", "float32", ("batch_size", 3, *size))
     features = TensorSpec("image_features", "float32", ("batch_size", num_tokens, hidden_size))
-    return Component("vision_encoder", module, (pixels,), (features,), samples, _reference, module.blocks)
+    return Component(
+        "vision_encoder",
+        module,
+        (pixels,),
+        (features,),
+        samples,
+        _reference,
+        module.blocks,
+        tower=tower_facts(module, config.vision_config, num_tokens),
+    )
+
+
+def tower_facts(module: Vision, config: Any, num_rows: int) -> Tower:
+    """What a selection inside the tower of a LLaVA or its kin must know; `num_rows` go to the projector."""
+    blocks, leading = len(module.blocks), TOWERS[config.model_type]
+    return Tower(
+        tower=lambda model: model.model.vision_tower,
+        projector=lambda model: model.model.multi_modal_projector,
+        tokens=num_rows if module.crop else num_rows - leading,
+        leading=leading,
+        hidden_size=config.hidden_size,
+        layers=tuple(layer % (blocks + 1) for layer in module.layers),
+    )
 
 
 def _reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from resprune.exporter.checkpoint.checkpoint import Checkpoint
 from resprune.exporter.checkpoint.side_files import image_processor_config
 from resprune.exporter.components import Component, Components, Sizes
-from resprune.exporter.families.llava import Vision, check_tower, tower_output
+from resprune.exporter.families.llava import Vision, check_tower, tower_facts, tower_output
 from resprune.exporter.families.tiles import PackedTiles
 from resprune.exporter.split import assemble, read_config, weightless_model
 from resprune.runtime.bundle.manifest import TensorSpec
@@ -113,7 +113,16 @@ def any_resolution_component(
     inputs = (TensorSpec("pixel_values", "float32", ("num_tiles", 3, *size)), *packing)
     features = TensorSpec("image_features", "float32", ("batch_size", "num_tokens", hidden_size))
     module = PackedTiles(tiles, model.model.image_newline)
-    return Component("vision_encoder", module, inputs, (features,), samples, reference, tiles.blocks)
+    return Component(
+        "vision_encoder",
+        module,
+        inputs,
+        (features,),
+        samples,
+        reference,
+        tiles.blocks,
+        tower=tower_facts(tiles, config.vision_config, patches),
+    )
 
 
 def sample_sizes(anyres: AnyResolution) -> list[tuple[int, int]]:

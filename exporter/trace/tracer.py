@@ -126,6 +126,8 @@ def trace(component: Component, whole: nn.Module, mode: FakeTensorMode, *, repea
     _declare(model.graph, component)
     ClearMetadataAndDocStringPass()(model)  # stack traces of the tracer, with paths of this machine
     model.producer_name, model.producer_version = "resprune", None
+    for function in component.functions:
+        model.functions[function.identifier()] = function
     return Traced(ir.to_proto(model), weights)
 
 

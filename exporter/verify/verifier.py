@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ SEEDS = (20, 21, 22)
 picture is tried. A graph that is wrong misses with all."""
 PROMPT_TOKENS = 8
 GREEDY_TOKENS = 32
-SELECTED = ("picks", "kept counts", "split picks", "split counts")
+SELECTED = ("early picks", "picks", "kept counts", "split picks", "split counts")
 COUNTED = (*SELECTED, "greedy tokens")
 ATOL = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 1e-1, "int8": 0.5, "q4": 0.75}
 """Largest difference allowed, relative to the largest magnitude of the output where that is above 1."""
@@ -58,8 +58,19 @@ Counted = tuple[int, int]
 """How many are equal, and how many there are."""
 _Question = tuple[tuple[Tensor, ...], Tensor, Tensor]
 """Pictures, nouns and their mask."""
-_Selected = tuple[list[Tensor], Tensor, Tensor]
-"""Planes of the candidates, the main one first, their gain, and the order of picks."""
+
+
+class _Selected(NamedTuple):
+    """Planes of the candidates, the main one first, their gain, and the order of picks.
+
+    Of a tower that selects, `left` [B, N] bool are the tokens that its selection left, and `early` [T, C] its picks.
+    """
+
+    planes: list[Tensor]
+    gain: Tensor
+    picks: Tensor
+    left: Tensor | None = None
+    early: Tensor | None = None
 
 
 class ParityError(Exception):
@@ -139,13 +150,16 @@ class Verifier:
         """One graph against PyTorch on seeded inputs."""
         sizes = {**SIZES, "batch_size": self._pictures} if component is self._components.vision else SIZES
         inputs = component.samples(sizes, torch.Generator().manual_seed(SEEDS[0]))
-        with torch.no_grad():
-            wanted = component.reference(self._holding(component), inputs)
-        self._make_room()
         names = [spec.name for spec in component.inputs]
-        got = worker.run(graph, dict(zip(names, map(_numpy, inputs), strict=True)))
+        feeds = dict(zip(names, map(_numpy, inputs), strict=True))
+        # A tower that selects is compared by its own picks, which are judged in `compare_selection`.
+        first = worker.run(graph, feeds) if component.early else {}
+        with torch.no_grad():
+            wanted = component.reference(self._holding(component), inputs, *_kept_early(first))
+        self._make_room()
+        got = first or worker.run(graph, feeds)
         return [
-            self._difference(graph.stem, spec.name, got[spec.name], want)
+            self._difference(graph.stem, spec.name, got[spec.name], want.float())
             for spec, want in zip(component.outputs, wanted, strict=True)
         ]
 
@@ -190,19 +204,28 @@ class Verifier:
         """
         differences: list[Difference] = []
         for seed in SEEDS:
-            (images, text, mask), (planes, gain, picks) = self._wanted_selection(seed, selection)
-            features = planes[0]
-            candidates, num_kept = self._candidates(images), _shares(selection.k, len(features))
+            (images, text, mask), selected = self._wanted_selection(seed, selection)
+            num_kept = _shares(selection.k, len(text))
             got = worker.run(graph, self._select_inputs(images, text, mask, num_kept))
+            counted: dict[str, Counted] = {}
+            for early in _kept_early(got):
+                assert selected.early is not None
+                same = (early[:, :, None] == selected.early[:, None]).any(dim=2)
+                counted["early picks"] = _count(same)
+                if not same.all():
+                    selected = self._select(images, text, mask, selection, early)
+                    self._make_room()
+            planes, picks = selected.planes, selected.picks
+            features, candidates = planes[0], self._candidates(images, selected.left)
             # Against the reference's rows of the graph's own picks, so that one pick that differs hides nothing.
             order = torch.from_numpy(got["pick_order"])
             differences += self._kept_differences(graph, got, planes, order)
             same = order == picks
             if not same.all():
-                same |= self._within_rounding(features, gain, order, images)
+                same |= self._within_rounding(selected, order, images)
             _, indices = keep(features, order)
             same &= torch.from_numpy(got["kept_indices"]) == indices
-            counted = {"picks": _count(same[(order >= 0) | (picks >= 0)])}
+            counted["picks"] = _count(same[(order >= 0) | (picks >= 0)])
             if self._components.proportional:
                 counted["kept counts"] = _equal_counts(got, num_kept, features, candidates)
             if all(equal == total or what not in self.exact for what, (equal, total) in counted.items()):
@@ -216,10 +239,9 @@ class Verifier:
         self, graph: Path, got: Mapping[str, NDArray[Any]], planes: list[Tensor], order: Tensor
     ) -> list[Difference]:
         """Each plane's kept rows against the rows that the graph's own picks have."""
-        first = [spec.name for spec in self._components.vision.outputs]
         names = (
-            first
-            if first[0] in got
+            self._features
+            if self._features[0] in got
             else ["kept_features", *(f"kept_planes.{i}" for i in range(len(planes) - 1))]
         )
         return [
@@ -227,15 +249,14 @@ class Verifier:
             for name, plane in zip(names, planes, strict=True)
         ]
 
-    def _within_rounding(
-        self, features: Tensor, gain: Tensor, order: Tensor, images: Sequence[Tensor]
-    ) -> Tensor:
+    def _within_rounding(self, selected: _Selected, order: Tensor, images: Sequence[Tensor]) -> Tensor:
         """Which of the picks that are not the reference's float32 cannot tell from them; protected rows it can."""
-        protected = self._protected(images)
+        features, gain, left = selected.planes[0], selected.gain, selected.left
+        protected = self._protected(images, left)
         if protected is None:
-            return picks_within_rounding(features, gain, order, self._candidates(images))
+            return picks_within_rounding(features, gain, order, self._candidates(images, left))
         greedy, counts = picks_after_protected(order, protected)
-        within = picks_within_rounding(features, gain, greedy, self._open(images))
+        within = picks_within_rounding(features, gain, greedy, self._open(images, left))
         places = torch.arange(order.shape[1]) - counts[:, None]
         return within.gather(1, places.clamp(min=0)) & (places >= 0)
 
@@ -257,11 +278,14 @@ class Verifier:
         fused = worker.run(graphs["vision_select"], inputs)
         pixels = {spec.name: inputs.pop(spec.name) for spec in self._components.vision.inputs}
         encoded = worker.run(graphs["vision_encoder"], pixels)
-        planes = [torch.from_numpy(encoded[spec.name]) for spec in self._components.vision.outputs]
+        rows = {name: encoded[name] for name in self._features}
+        planes = [torch.from_numpy(plane) for plane in rows.values()]
         features = encoded["image_features"]
         candidates = self._candidates(images)
+        if "token_mask" in encoded:
+            candidates = torch.from_numpy(encoded["token_mask"])
         token_mask = np.ones(features.shape[:2], bool) if candidates is None else _numpy(candidates)
-        inputs |= {**encoded, "token_mask": token_mask}
+        inputs |= {**rows, "token_mask": token_mask}
         split = worker.run(graphs["token_select"], inputs)
         every, order = planes[0], torch.from_numpy(split["pick_order"])
         wanted = torch.from_numpy(fused["pick_order"])
@@ -301,7 +325,7 @@ class Verifier:
         # The graph's own picks and counts on both sides: they are judged in `compare_selection`.
         picks = torch.from_numpy(selected["pick_order"])
         counts = torch.from_numpy(selected.get("kept_counts", np.ones_like(selected["pick_order"])))
-        planes, _, _ = self._select(images, text, mask, selection)
+        planes = self._select(images, text, mask, selection, *_kept_early(selected)).planes
         kept = [keep(plane, picks)[0] for plane in planes]
         count = planes[0].shape[1]
         places = (torch.arange(count), count)
@@ -311,9 +335,8 @@ class Verifier:
         with torch.no_grad():
             wanted = self._generate(*self._splice(self._embeds(prompt), kept, *where))
         embeds = worker.run(graphs["embed_tokens"], {"input_ids": _numpy(prompt)})["inputs_embeds"]
-        names = [spec.name for spec in self._components.vision.outputs]
         spliced = self._splice(
-            torch.from_numpy(embeds), [torch.from_numpy(selected[name]) for name in names], *where
+            torch.from_numpy(embeds), [torch.from_numpy(selected[name]) for name in self._features], *where
         )
         whole, prompt_mask, position_ids, *rows = map(_numpy, spliced)
         row_inputs = [spec.name for spec in self._components.decoder.inputs][3 : 3 + len(rows)]
@@ -327,6 +350,12 @@ class Verifier:
             dict(zip(row_inputs, rows, strict=True)),
         )
         return int((got == wanted).sum())
+
+    @property
+    def _features(self) -> list[str]:
+        """The vision graph's outputs that are planes of the candidates, the main one first."""
+        outputs = self._components.vision.outputs
+        return [spec.name for spec in outputs[: 1 + self._components.planes]]
 
     @property
     def _vocab_size(self) -> int:
@@ -362,37 +391,48 @@ class Verifier:
         return inputs | ({"num_kept": _numpy(num_kept)} if self._components.proportional else {})
 
     def _select(
-        self, images: tuple[Tensor, ...], text: Tensor, mask: Tensor, selection: Selection
+        self,
+        images: tuple[Tensor, ...],
+        text: Tensor,
+        mask: Tensor,
+        selection: Selection,
+        early: Tensor | None = None,
     ) -> _Selected:
-        """The reference's planes [B, N, D] each, the gain [B, N] of the main one, and the pick order [B, K]."""
+        """What the reference selects; `early` [T, C] takes the place of its picks inside the tower."""
+        vision = self._components.vision
+        forced = () if early is None else (early,)
         with torch.no_grad():
-            planes = self._components.vision.reference(self._holding(self._components.vision), images)
-        features, candidates = planes[0], self._open(images)
+            outputs = vision.reference(self._holding(vision), images, *forced)
+        planes, further = outputs[: len(self._features)], outputs[len(self._features) :]
+        left, early = further if vision.early else (None, None)
+        features, candidates = planes[0], self._open(images, left)
         gain = text_gain(features, text, mask, candidates, alpha=selection.alpha, scale=selection.scale)
         picks = residual_select(features, gain, selection.k, candidates)
-        if (protected := self._protected(images)) is not None:
+        if (protected := self._protected(images, left)) is not None:
             picks = protected_first(protected, picks)
-        return list(planes), gain, picks
+        return _Selected(list(planes), gain, picks, left, early)
 
-    def _candidates(self, images: Sequence[Tensor]) -> Tensor | None:
-        """Which of the N tokens each picture has, [B, N] bool; None: all of them."""
+    def _candidates(self, images: Sequence[Tensor], left: Tensor | None = None) -> Tensor | None:
+        """Which of the N tokens each picture has, [B, N] bool; None: all of them. `left`: those that its tower left."""
+        if left is not None:
+            return left
         if self._components.padding is None:
             return None
         names = [spec.name for spec in self._components.vision.inputs]
         has = images[names.index(self._components.padding)] >= 0
         return has if has.dim() == 2 else has[:, :, 0]
 
-    def _protected(self, images: Sequence[Tensor]) -> Tensor | None:
+    def _protected(self, images: Sequence[Tensor], left: Tensor | None = None) -> Tensor | None:
         """Which of the N tokens are always kept, [B, N] bool; None: the family protects none."""
         if self._components.protected is None:
             return None
         protected = self._components.protected(tuple(images))
-        candidates = self._candidates(images)
+        candidates = self._candidates(images, left)
         return protected if candidates is None else protected & candidates
 
-    def _open(self, images: Sequence[Tensor]) -> Tensor | None:
+    def _open(self, images: Sequence[Tensor], left: Tensor | None = None) -> Tensor | None:
         """Which of the N tokens the choice is between, [B, N] bool; None: all of them."""
-        candidates, protected = self._candidates(images), self._protected(images)
+        candidates, protected = self._candidates(images, left), self._protected(images, left)
         if protected is None:
             return candidates
         return ~protected if candidates is None else candidates & ~protected
@@ -472,6 +512,11 @@ def require(
             table.append(f"  {row.graph:24} {row.output:24} {row.max_diff:10.1e} {allowed:10.1e}{mark}")
         table += [f"  {what:49} {equal} of {total} equal" for what, (equal, total) in counts.items()]
         raise ParityError("the graphs differ from PyTorch, so no bundle was written\n" + "\n".join(table))
+
+
+def _kept_early(got: Mapping[str, NDArray[Any]]) -> tuple[Tensor, ...]:
+    """The tokens [T, C] that a graph's tower kept, alone; nothing of one that does not select."""
+    return (torch.from_numpy(got["early_indices"]),) if "early_indices" in got else ()
 
 
 def _shares(k: int, batch_size: int) -> Tensor:

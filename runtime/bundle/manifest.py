@@ -16,8 +16,8 @@ from typing import Any, TypeVar, cast
 
 from resprune.runtime.errors import ResPruneError, shown
 
-FORMAT_VERSION = 2
-"""The newest that is read. A bundle has the oldest that says all of it, see ATTENTION."""
+FORMAT_VERSION = 3
+"""The newest that is read. A bundle has the oldest that says all of it, see ATTENTION and EARLY."""
 MANIFEST_NAME = "resprune.json"
 ENGINES_FOLDER = "engines"
 """Where `resprune build` writes, and no export does."""
@@ -38,6 +38,8 @@ FORMS = ("quadratic", "linear")
 POSITIONS = ("contiguous", "original")
 ATTENTION = {"plain": 1, "proportional": 2}
 """How the language model attends to kept tokens, and the format version that came with it."""
+EARLY = 3
+"""The format version that came with a first selection inside the vision tower."""
 OPTIMIZE = ("ort",)
 FLAVOURS = ("tensorrt", "tensorrt-rtx")
 
@@ -98,6 +100,15 @@ class Selection:
         return self.k if self.share is None else min(self.k, share_of(self.share, num_tokens))
 
 
+@dataclass(frozen=True)
+class Early:
+    """A first selection inside the vision tower: after `layer` blocks `tokens` of `of` go on, of an image or tile."""
+
+    layer: int
+    tokens: int
+    of: int
+
+
 Range = tuple[int, int, int]
 """Least, usual, most."""
 Profile = dict[str, Range]
@@ -131,7 +142,8 @@ class Manifest:
     """The contents of `resprune.json`; `files` has every file of the bundle but the manifest itself.
 
     `optimize` "ort" means a decoder for ONNX Runtime alone; `attention` "proportional" a selection that counts the
-    tokens each kept one stands for, and a decoder that takes the counts in its mask.
+    tokens each kept one stands for, and a decoder that takes the counts in its mask. `early` None: the vision tower
+    sees every token to its end.
     """
 
     format_version: int
@@ -150,6 +162,7 @@ class Manifest:
     created: str
     optimize: str | None = None
     attention: str = "plain"
+    early: Early | None = None
     engines: dict[str, EngineSet] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -205,6 +218,7 @@ class Manifest:
             created=_field(top, "created", str),
             optimize=None if top.get("optimize") is None else _choice(top, "optimize", OPTIMIZE),
             attention=_choice(top, "attention", ATTENTION) if "attention" in top else "plain",
+            early=None if top.get("early") is None else _early(_field(top, "early", dict)),
             engines=engines,
         )
 
@@ -307,6 +321,12 @@ def _selection(table: dict[str, Any]) -> Selection:
         share=share,
         form=_choice(table, "form", FORMS, where) if "form" in table else "quadratic",
     )
+
+
+def _early(table: dict[str, Any]) -> Early:
+    of = _whole(table, "of", "early.", least=2, most=MAX_TOKENS)
+    tokens = _whole(table, "tokens", "early.", least=1, most=of - 1)
+    return Early(_whole(table, "layer", "early.", least=1, most=MAX_TOKENS), tokens, of)
 
 
 def _graph_spec(name: str, value: object) -> GraphSpec:

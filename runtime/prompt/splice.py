@@ -12,6 +12,7 @@ from resprune.runtime.families.picture import Picture
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 Array = npt.NDArray[Any]
 PLANE_EMBEDS = "plane_embeds.{}"
 """The decoder's input for plane i, float32 [B, S, D]: zero where there is text."""
@@ -24,12 +25,13 @@ class Picks:
     """Which of an image's visual tokens are kept: ascending, and in the order they were picked.
 
     `kept_counts`, in the order of `kept_indices`: how many of the image's tokens each of them counts for; 1 with
-    plain attention.
+    plain attention. `candidates` ascending are the tokens that a selection inside the vision tower left; None: all.
     """
 
     kept_indices: Ints
     pick_order: Ints
     kept_counts: Ints
+    candidates: Ints | None = None
 
 
 @dataclass(frozen=True)
@@ -79,24 +81,29 @@ def keep(
     pick_order: Ints,
     kept_counts: Ints | None = None,
     planes: Sequence[Floats] = (),
+    left: Bools | None = None,
 ) -> KeptTokens:
     """The tokens `pick_order` [K] of an image, out of all of its rows.
 
-    `image_features` [N, D] and each of `planes` [N, D]; `kept_counts` [K] by ascending index, None for 1 each.
+    `image_features` [N, D] and each of `planes` [N, D]; `kept_counts` [K] by ascending index, None for 1 each; `left`
+    [N] as in `Features`.
     """
     kept = np.sort(pick_order)
     counts = np.ones_like(kept) if kept_counts is None else kept_counts
     return _kept(
         picture,
         image_features[kept],
-        Picks(kept, pick_order, counts),
+        Picks(kept, pick_order, counts, _indices(left)),
         tuple(plane[kept] for plane in planes),
     )
 
 
-def keep_all(picture: Picture, image_features: Floats, planes: Sequence[Floats] = ()) -> KeptTokens:
-    """Every token of an image at its own place: the unpruned prompt."""
-    return keep(picture, image_features, np.arange(picture.num_tokens), None, planes)
+def keep_all(
+    picture: Picture, image_features: Floats, planes: Sequence[Floats] = (), left: Bools | None = None
+) -> KeptTokens:
+    """Every token of an image at its own place, of those that its vision tower left: the unpruned prompt."""
+    every = np.arange(picture.num_tokens) if left is None else np.flatnonzero(left)
+    return keep(picture, image_features, every, None, planes, left)
 
 
 def cut_picks(
@@ -107,11 +114,12 @@ def cut_picks(
     tokens: int | None,
     kept_counts: Ints | None = None,
     planes: Sequence[Floats] = (),
+    left: Bools | None = None,
 ) -> KeptTokens:
     """The first `tokens` picks of one image, all of them if None: a selection of `tokens` would pick the same.
 
     `image_features` [K, D] and `planes` [K, D], rows of `kept_indices` [K], which ascend with −1 last; `pick_order` [K]
-    with −1 last; `kept_counts` [K] in the order of `kept_indices`, None for 1 each.
+    with −1 last; `kept_counts` [K] in the order of `kept_indices`, None for 1 each; `left` [N] as in `Features`.
     """
     order = pick_order[:tokens]
     order = order[order >= 0]
@@ -122,9 +130,13 @@ def cut_picks(
     return _kept(
         picture,
         image_features[valid][places],
-        Picks(kept, order, counts),
+        Picks(kept, order, counts, _indices(left)),
         tuple(plane[valid][places] for plane in planes),
     )
+
+
+def _indices(left: Bools | None) -> Ints | None:
+    return None if left is None else np.flatnonzero(left)
 
 
 def _kept(picture: Picture, rows: Floats, picks: Picks, planes: tuple[Floats, ...]) -> KeptTokens:

@@ -18,19 +18,25 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from resprune.exporter.verify.early import selected_early
 from resprune.exporter.verify.reference import kept_counts, residual_select, text_gain
 from resprune.runtime.bundle.files import read_bundle, write_manifest
+from resprune.runtime.bundle.manifest import Early
 
 Picture = NDArray[np.uint8]
 
 
 @dataclass
 class Expected:
-    """One answer: the generated ids, each picture's picks in order, and what each kept token counts for, ascending."""
+    """One answer: the generated ids, each picture's picks in order, and what each kept token counts for, ascending.
+
+    `candidates` are what a selection inside the vision tower left of each picture.
+    """
 
     token_ids: list[int]
     pick_orders: list[list[int]]
     kept_counts: list[list[int]]
+    candidates: list[list[int]]
 
 
 class HuggingFace:
@@ -54,19 +60,28 @@ class HuggingFace:
         scale: str = "minmax",
         may_end: bool = False,
         proportional: bool = False,
+        early: Early | None = None,
     ) -> Expected:
         """Greedy generation from a prompt with one image token for each span of each picture, of `steps` tokens.
 
-        `may_end` lets it end before, as the trained model does; `proportional` is proportional attention.
+        `may_end` lets it end before, as the trained model does; `proportional` is proportional attention;
+        `early` is a first selection inside the vision tower.
         """
-        features = self._features(pictures)  # each [N, D]
+        left: list[Tensor | None] = [None] * len(pictures)
+        if early is None:
+            features = self._features(pictures)  # each [N, D]
+        else:
+            with selected_early(*tower_of(self.model), early):
+                features = self._features(pictures)
+            # Where a picture is packed, newlines stand between the tokens that are left.
+            left = [of_one.abs().sum(dim=1)[None] > 0 for of_one in features]
         table = self.model.get_input_embeddings()
         text = table(torch.tensor([text_token_ids]))
         picks = [
-            residual_select(of_one[None], text_gain(of_one[None], text, alpha=alpha, scale=scale), k)[
-                0
-            ].tolist()
-            for of_one in features
+            residual_select(
+                of_one[None], text_gain(of_one[None], text, None, mask, alpha=alpha, scale=scale), k, mask
+            )[0].tolist()
+            for of_one, mask in zip(features, left, strict=True)
         ]
         kept = [sorted(index for index in order if index >= 0) for order in picks]
         counts = [counted(*pair, proportional) for pair in zip(features, kept, strict=True)]
@@ -105,7 +120,8 @@ class HuggingFace:
                 **_greedy(steps, may_end=may_end),
             )
         orders = [[index for index in order if index >= 0] for order in picks]
-        return Expected(ids[0].tolist(), orders, counts)
+        candidates = [[] if mask is None else mask[0].nonzero()[:, 0].tolist() for mask in left]
+        return Expected(ids[0].tolist(), orders, counts, candidates)
 
     @torch.no_grad()
     def unpruned(self, pictures: list[Picture], prompt_ids: list[int], *, steps: int) -> list[int]:
@@ -133,6 +149,12 @@ class HuggingFace:
     def _features(self, pictures: list[Picture]) -> list[Tensor]:
         """All rows [N, D] of each picture."""
         return list(self.model.get_image_features(**self._inputs(pictures)).pooler_output)
+
+
+def tower_of(model: Any) -> tuple[Any, Any, int]:
+    """The vision tower of a LLaVA or its kin, its projector, and how many rows stand before those of the patches."""
+    tower = model.model.vision_tower
+    return tower, model.model.multi_modal_projector, int(tower.config.model_type != "siglip_vision_model")
 
 
 class HuggingFaceTiles(HuggingFace):

@@ -123,7 +123,7 @@ def test_a_missing_key_is_named(key: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        (("format_version",), 3, "upgrade resprune"),
+        (("format_version",), 4, "upgrade resprune"),
         (("format_version",), 0, "format_version"),
         (("selection", "k"), 0, "selection.k"),
         (("selection", "k"), 145, "at most num_tokens = 144"),

@@ -1,0 +1,116 @@
+"""The first selection as Hugging Face's own modules compute it, with hooks: the reference of `exporter.early`.
+
+The tower hands on as many rows as ever, those of dropped tokens being zeros, so that the model packs them by its own
+code; what the projector makes of a zero row is set to zero. Only what is left is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resprune.exporter.components import Component, Reference, Tower
+from resprune.exporter.verify.reference import kept_counts, residual_select
+from resprune.runtime.bundle.manifest import Early
+
+
+def early_picks(patches: Tensor, count: int) -> Tensor:
+    """The `count` tokens of [T, P, H] that go on, ascending: [T, C]."""
+    gain = torch.ones(patches.shape[:2])
+    return residual_select(patches, gain, count).sort(dim=1).values
+
+
+def early_reference(component: Component, tower: Tower, early: Early) -> Reference:
+    """Inputs → the outputs of `with_early(component)`; with `kept` [T, C], of those tokens and not of its own picks."""
+
+    def reference(
+        model: Any, inputs: tuple[Tensor, ...], kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with selected_early(tower.tower(model), tower.projector(model), tower.leading, early, kept) as picks:
+            (features,) = component.reference(model, inputs)
+        (indices,) = picks
+        left = torch.zeros(len(indices), early.of, dtype=torch.bool).scatter(1, indices, True)
+        if len(inputs) == 1:
+            mask = nn.functional.pad(left, (features.shape[1] - early.of, 0), value=True)
+            return features * mask[:, :, None], mask, indices
+        return (*_packed(features, left, *inputs[1:]), indices)
+
+    return reference
+
+
+def _packed(
+    features: Tensor, left: Tensor, pack_indices: Tensor, pack_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Packed rows [B, N, D], or weighted sums of rows, dropped ones being zeros → their means, and what is left."""
+    # Behind the tiles' tokens are the further row and padding.
+    table = torch.cat([left.flatten(), torch.tensor([True, False])])
+    present = table[torch.where(pack_indices < 0, len(table) - 1, pack_indices)]
+    if pack_weights is None:
+        return features * present[:, :, None], present
+    weight = (pack_weights * present).sum(dim=2)  # [B, N]
+    mean = features / torch.where(weight > 0, weight, 1.0)[:, :, None]
+    return mean * (weight > 0)[:, :, None], weight > 0
+
+
+@contextmanager
+def selected_early(
+    tower: Any,
+    projector: nn.Module,
+    leading: int,
+    early: Early,
+    kept: Tensor | None = None,
+) -> Iterator[list[Tensor]]:
+    """While it lasts, a tower of transformers selects after `early.layer` blocks: yields a list that gets the picks.
+
+    Its attention has to add a mask to the scores, as sdpa does. `kept` [T, C] takes the place of the picks. The tower's
+    outputs have all of their rows, zeros where a token was dropped, and so have the projector's.
+    """
+    encoder = tower.encoder
+    blocks: Any = encoder.layer if hasattr(encoder, "layer") else encoder.layers
+    picks: list[Tensor] = []
+    bias: list[Tensor] = []
+
+    def select(block: object, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        patches = hidden[:, leading:]
+        indices = early_picks(patches, early.tokens) if kept is None else kept
+        counts = kept_counts(patches, indices)
+        picks.append(indices)
+        bias.append(nn.functional.pad(counts.float().log(), (leading, 0))[:, None, None])
+        rows = torch.take_along_dim(patches, indices[:, :, None], dim=1)
+        return torch.cat([hidden[:, :leading], rows], dim=1), bias[0]
+
+    def weigh(block: object, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args[0], bias[0]
+
+    def spread(hidden: Tensor | None) -> Tensor | None:
+        if hidden is None or hidden.shape[1] != leading + early.tokens:
+            return hidden
+        whole = hidden.new_zeros(len(hidden), leading + early.of, hidden.shape[2])
+        whole[:, :leading] = hidden[:, :leading]
+        return whole.scatter(
+            1, (leading + picks[0])[:, :, None].expand(-1, -1, hidden.shape[2]), hidden[:, leading:]
+        )
+
+    def whole(module: object, args: object, output: Any) -> Any:
+        output.last_hidden_state = spread(output.last_hidden_state)
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(map(spread, output.hidden_states))
+        return output
+
+    def clear(module: object, args: object, output: Tensor) -> Tensor:
+        left = torch.zeros(len(output), early.of, dtype=torch.bool).scatter(1, picks[0], True)
+        left = nn.functional.pad(left, (output.shape[1] - early.of, 0), value=True)
+        return output * left[:, :, None]
+
+    with ExitStack() as stack:
+        for index, block in enumerate(blocks[early.layer :]):
+            handle = block.register_forward_pre_hook(weigh if index else select)
+            stack.callback(handle.remove)
+        for handle in (tower.register_forward_hook(whole), projector.register_forward_hook(clear)):
+            stack.callback(handle.remove)
+        yield picks
