@@ -101,6 +101,7 @@ class Conversation:
         self.talks = talks
         self._tokens: int | str | None = None
         self._about: list[str] = []
+        self._question = ""
         self._answer: Answer | None = None
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": self._image,
@@ -158,6 +159,7 @@ class Conversation:
         self._dialogue, self._answer = self._view.chat(), None
 
     def _ask(self, question: str) -> None:
+        self._question = question
         self._answer = answer = self._dialogue.ask(
             question,
             about=self._about or None,
@@ -205,7 +207,9 @@ class Conversation:
         if not rest:
             raise ResPruneError("/show needs a file to draw to, such as /show kept.png")
         paths = drawing_paths(rest, self._sources)
-        draw_answer(self._pipeline, self._sources, self._answer, paths, self._max_pixels)
+        draw_answer(
+            self._pipeline, self._sources, self._question, self._answer, paths, self._max_pixels
+        )
         self.note(f"drawn: {', '.join(map(str, paths))}")
 
 

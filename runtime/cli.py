@@ -171,7 +171,9 @@ def _ask(arguments: argparse.Namespace) -> int:
                 print(printable(piece), end="", flush=True)
             print()
         if paths:
-            draw_answer(pipeline, arguments.images, answer, paths, max_pixels(arguments))
+            draw_answer(
+                pipeline, arguments.images, arguments.question, answer, paths, max_pixels(arguments)
+            )
     return 0
 
 

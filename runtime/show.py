@@ -1,35 +1,26 @@
-"""Draws which patches of a picture were kept, and in which order they were picked."""
+"""Writes the drawings of an answer's kept tokens, to paths that are checked before the answer is asked for."""
 
 from __future__ import annotations
 
 import io
-import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from resprune.runtime.bundle.whole import write_whole
+from resprune.runtime.drawing import draw_kept
 from resprune.runtime.errors import ResPruneError, one_line, shown
-from resprune.runtime.families.image import Box, load_image
+from resprune.runtime.families.image import load_image
 
 if TYPE_CHECKING:
     from resprune.runtime.answer import Answer
     from resprune.runtime.pipeline import Pipeline
 
-# Pixels of the long side: a smaller picture is enlarged, a larger one shrunk, unless the numbers need more room.
-LONG_SIDE = (768, 1280)
-MAX_PIXELS = 24_000_000
-MAX_SIDE = 16_383  # WebP's limit; viewers fail beyond it too
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-# Neither black nor white, so that dark and light patches both stand out from what it veils; the veiled part keeps
-# a trace of its color, for shapes as light as their background would vanish in grey.
-VEIL, VEIL_OPACITY = (112, 118, 128), 0.7
-TAG, DIGITS = (255, 214, 64), (0, 0, 0)
-FONT_SIZE = (13, 30)
 
 
 def drawing_paths(path: str, sources: Sequence[object]) -> list[Path]:
@@ -64,12 +55,25 @@ def drawing_paths(path: str, sources: Sequence[object]) -> list[Path]:
 
 
 def draw_answer(
-    pipeline: Pipeline, sources: Sequence[str], answer: Answer, paths: Sequence[Path], max_pixels: int
+    pipeline: Pipeline,
+    sources: Sequence[str],
+    question: str,
+    answer: Answer,
+    paths: Sequence[Path],
+    max_pixels: int,
 ) -> None:
-    """Write each image with its kept tokens; `paths` are those that `drawing_paths` gave for `sources`."""
+    """Write each image with its kept tokens; `paths` are those that `drawing_paths` gave for `sources`.
+
+    Of an answer that was stopped, the text is what had been written.
+    """
+    text = ""
+    with suppress(ResPruneError):
+        for piece in answer:
+            text += piece
     for source, path, picks in zip(sources, paths, answer.images, strict=True):
         image = load_image(source, max_pixels=max_pixels)
-        save_drawing(draw_kept(image, pipeline.boxes(image.size), picks.pick_order.tolist()), path)
+        boxes = pipeline.boxes(image.size)
+        save_drawing(draw_kept(image, boxes, picks.pick_order.tolist(), question, text), path)
 
 
 def save_drawing(drawing: Image.Image, path: Path) -> None:
@@ -101,53 +105,3 @@ def _same_file(path: Path, source: object) -> bool:
         with suppress(OSError, ValueError):
             return path.samefile(source)
     return False
-
-
-def draw_kept(image: Image.Image, boxes: Sequence[Box | None], pick_order: Iterable[int]) -> Image.Image:
-    """The RGB picture with its kept patches clear, outlined and numbered from 1 in pick order, the rest dimmed.
-
-    `boxes` has the place of every visual token in pixels of `image`, as `ImageProcessor.patch_boxes` gives it,
-    or None for a token that has none; `pick_order` indexes it, −1 standing for no token. The picture returned
-    has the proportions of `image` and is large enough for the numbers to be read; where that would take more
-    than `MAX_PIXELS`, or a side of more than `MAX_SIDE` (patches of less than a pixel of a long thin picture), the
-    numbers are left out.
-    """
-    picks = [index for index in pick_order if index >= 0]
-    patch_side = max(
-        (min(right - left, bottom - top) for left, top, right, bottom in filter(None, boxes)), default=0
-    )
-    # The widest number in the smallest font, on no more than two thirds of a patch.
-    widest = _tag_size(str(len(picks)), ImageFont.load_default(size=FONT_SIZE[0]))[0]
-    readable = 1.5 * widest / patch_side if patch_side else 0.0
-    wanted = max(min(max(max(image.size), LONG_SIDE[0]), LONG_SIDE[1]) / max(image.size), readable)
-    scale = min(wanted, math.sqrt(MAX_PIXELS / (image.width * image.height)), MAX_SIDE / max(image.size))
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    clear = image.resize(size, Image.Resampling.BICUBIC)
-    shown = Image.blend(clear, Image.new("RGB", size, VEIL), VEIL_OPACITY)
-    draw = ImageDraw.Draw(shown)
-    corners = []
-    # Large ones first: where an image is cut into tiles, tokens of the whole view lie below those of the tiles.
-    for number, index in sorted(enumerate(picks, 1), key=lambda pick: -_area(boxes[pick[1]])):
-        left, top, right, bottom = (round(edge * scale) for edge in boxes[index] or (0, 0, 0, 0))
-        if left < right and top < bottom:  # else the patch saw nothing of the picture
-            shown.paste(clear.crop((left, top, right, bottom)), (left, top))
-            draw.rectangle((left, top, right - 1, bottom - 1), outline=TAG)
-            corners.append((left, top, str(number)))
-    if scale >= readable:
-        font = ImageFont.load_default(
-            size=min(max(FONT_SIZE[0], round(0.3 * patch_side * scale)), FONT_SIZE[1])
-        )
-        for left, top, text in corners:
-            width, height = _tag_size(text, font)
-            draw.rectangle((left, top, left + width - 1, top + height - 1), fill=TAG)
-            draw.text((left + 3, top + 2), text, fill=DIGITS, font=font, anchor="lt")
-    return shown
-
-
-def _area(box: Box | None) -> float:
-    return 0.0 if box is None else (box[2] - box[0]) * (box[3] - box[1])
-
-
-def _tag_size(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> tuple[int, int]:
-    left, top, right, bottom = font.getbbox(text, anchor="lt")
-    return round(right - left) + 5, round(bottom - top) + 5

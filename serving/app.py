@@ -22,6 +22,7 @@ PAGE_FILES = {
     "/": "index.html",
     "/style.css": "style.css",
     "/script.js": "script.js",
+    "/draw.js": "draw.js",
     "/icon.svg": "icon.svg",
 }
 PAGE_HEADERS = {

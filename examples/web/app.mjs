@@ -148,7 +148,9 @@ function showCount() {
 function draw() {
   if (!state.image) return;
   const picks = state.picks?.slice(0, Number(at("tokens").value)).filter((index) => index >= 0);
-  drawKept(at("view"), state.image.bitmap, state.image.boxes, picks, at("stage").getBoundingClientRect());
+  const { bitmap, boxes } = state.image;
+  const size = [bitmap.width, bitmap.height];
+  drawKept(at("view"), bitmap, size, picks?.map((index) => boxes[index]), at("stage").getBoundingClientRect());
   at("stage").dataset.picks = JSON.stringify(picks ?? []);
   at("view").setAttribute(
     "aria-label",

@@ -1,10 +1,10 @@
 // The page of `resprune serve`: OpenAI's API with the extension object `resprune`, and a canvas for the kept tokens.
-"use strict";
+import { drawKept, rampGradient } from "./draw.js";
 
 const $ = (id) => document.getElementById(id);
-const COLORS = [[255, 214, 64], [247, 139, 59], [232, 80, 127], [164, 63, 192], [90, 85, 224]]; // first pick … last
 const SENT_AS_THEY_ARE = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
 const LONGEST_TRIAL = 48; // tokens of an answer while budgets are compared
+const EDGE = 8; // pixels around what is on the stage
 
 const state = {
   models: [],
@@ -292,13 +292,6 @@ function element(name, properties = {}, ...children) {
   return made;
 }
 
-function color(share) {
-  const place = share * (COLORS.length - 1);
-  const low = Math.min(Math.floor(place), COLORS.length - 2);
-  const mixed = COLORS[low].map((value, channel) => Math.round(value + (COLORS[low + 1][channel] - value) * (place - low)));
-  return `rgb(${mixed.join(" ")})`;
-}
-
 function drawImages() {
   const some = state.images.length > 0;
   const asked = state.turns.at(-1)?.to ?? 0;
@@ -325,51 +318,16 @@ function drawStage() {
   const canvas = $("canvas");
   const shown = state.images[state.shown];
   if (!shown) return;
-  const ratio = window.devicePixelRatio || 1;
-  const { width, height } = canvas.getBoundingClientRect();
-  [canvas.width, canvas.height] = [Math.round(width * ratio), Math.round(height * ratio)];
-  const context = canvas.getContext("2d");
   const { image, name } = shown;
-  const [wide, high] = [image.naturalWidth || 1, image.naturalHeight || 1];
-  const scale = Math.min(canvas.width / wide, canvas.height / high);
-  const [left, top] = [(canvas.width - wide * scale) / 2, (canvas.height - high * scale) / 2];
-  context.imageSmoothingQuality = "high";
-  context.drawImage(image, left, top, wide * scale, high * scale);
   const picks = state.picks?.[state.shown];
-  $("legend").hidden = !(picks && $("overlay").checked);
+  const overlay = Boolean(picks && $("overlay").checked);
+  $("legend").hidden = !overlay;
   const count = picks ? Math.min(wanted(), picks.pick_order.length) : 0;
   canvas.setAttribute("aria-label", picks ? `${name}: ${count} of ${picks.num_tokens} visual tokens kept` : name);
-  if (!picks || !$("overlay").checked) return;
-  context.fillStyle = "rgb(88 94 108 / 0.68)";
-  context.fillRect(left, top, wide * scale, high * scale);
-  // Large patches first: some families have tokens of the whole view below those of its tiles.
-  const boxes = picks.boxes.slice(0, count).map((box, order) => ({ box, order })).filter(({ box }) => box && box[2] > box[0] && box[3] > box[1]);
-  boxes.sort((a, b) => (b.box[2] - b.box[0]) * (b.box[3] - b.box[1]) - (a.box[2] - a.box[0]) * (a.box[3] - a.box[1]));
-  for (const { box, order } of boxes) {
-    const [x, y, w, h] = [box[0], box[1], box[2] - box[0], box[3] - box[1]];
-    const [cx, cy, cw, ch] = [left + x * scale, top + y * scale, w * scale, h * scale];
-    context.drawImage(image, x, y, w, h, cx, cy, cw, ch);
-    const paint = color(picks.pick_order.length > 1 ? order / (picks.pick_order.length - 1) : 0);
-    context.globalAlpha = 0.22;
-    context.fillStyle = paint;
-    context.fillRect(cx, cy, cw, ch);
-    context.globalAlpha = 1;
-    const line = Math.max(ratio, Math.min(2.5 * ratio, Math.min(cw, ch) / 8));
-    context.strokeStyle = paint;
-    context.lineWidth = line;
-    context.strokeRect(cx + line / 2, cy + line / 2, cw - line, ch - line);
-    const size = Math.min(13 * ratio, ch * 0.38);
-    if (size >= 9 * ratio && cw >= 22 * ratio) {
-      const label = String(order + 1);
-      context.font = `600 ${size}px system-ui, sans-serif`;
-      const room = context.measureText(label).width + 6 * ratio;
-      context.fillStyle = paint;
-      context.fillRect(cx, cy, room, size * 1.25);
-      context.fillStyle = order / Math.max(1, picks.pick_order.length - 1) > 0.6 ? "#fff" : "#16181f";
-      context.textBaseline = "top";
-      context.fillText(label, cx + 3 * ratio, cy + size * 0.16);
-    }
-  }
+  const { clientWidth, clientHeight } = $("stage");
+  const size = [image.naturalWidth || 1, image.naturalHeight || 1];
+  const room = { width: clientWidth - 2 * EDGE, height: clientHeight - 2 * EDGE };
+  drawKept(canvas, image, size, overlay ? picks.boxes.slice(0, count) : null, room, picks?.pick_order.length);
 }
 
 /** A question and its answer in the log, which the caller fills. */
@@ -572,5 +530,6 @@ $("theme").onclick = () => theme(document.documentElement.dataset.theme === "dar
 const darkness = window.matchMedia("(prefers-color-scheme: dark)");
 theme(darkness.matches ? "dark" : "light");
 darkness.onchange = () => theme(darkness.matches ? "dark" : "light");
+$("ramp").style.background = rampGradient;
 new ResizeObserver(drawStage).observe($("stage"));
 start();

@@ -15,7 +15,8 @@ from resprune.runtime.bundle.files import read_bundle, write_manifest
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
-from resprune.runtime.show import TAG
+from resprune.runtime.caption import pick_color
+from resprune.runtime.drawing import GAP, MARGIN, panel_size
 from tests.exporter.hugging_face import HuggingFace, with_positions
 from tests.exporter.portable import PORTABLE, domains
 
@@ -105,12 +106,15 @@ def test_ask_draws_the_kept_tokens_of_tiles_and_of_the_whole_view(tiny_bundle, t
         picks = vlm.ask(tmp_path / "wide.png", QUESTION, tokens=12, max_new_tokens=1).images[0]
         boxes = vlm.boxes((180, 60))
     assert min(picks.kept_indices) < 16 <= max(picks.kept_indices), "of the whole view and of the tiles"
-    drawn = Image.open(shown)
-    scale = drawn.width / 180
-    for index in picks.kept_indices:
-        if index >= 16 and boxes[index] is not None:
+    drawn, (width, height) = Image.open(shown), panel_size((180, 60), boxes)
+    assert drawn.width == width + 2 * MARGIN, "a thin image has its panels one above the other"
+    for place, index in reversed([*enumerate(picks.pick_order.tolist())]):
+        if boxes[index] is not None:
             left, _, _, bottom = boxes[index]
-            assert drawn.getpixel((round(left * scale), round(bottom * scale) - 1)) == TAG
+            corner = MARGIN + round(left * width / 180), MARGIN + height + GAP + round(bottom * height / 60) - 1
+            if place == 0:
+                assert drawn.getpixel(corner) == pick_color(0, 12), "no later pick hides the first"
+            assert drawn.getpixel(corner) in {pick_color(earlier, 12) for earlier in range(place + 1)}
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
