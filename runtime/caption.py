@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 
-from PIL import ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 Color = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -120,7 +120,11 @@ def _other_fonts() -> tuple[Font, ...]:
 
 def _missing(words: str, font: Font) -> int:
     """How many characters of `words` the font lacks."""
-    nothing = bytes(font.getmask(NO_CHARACTER))
-    return sum(
-        bytes(font.getmask(character)) == nothing for character in {*words} if not character.isspace()
-    )
+    nothing = _drawn(NO_CHARACTER, font)
+    return sum(_drawn(character, font) == nothing for character in {*words} if not character.isspace())
+
+
+def _drawn(character: str, font: Font) -> bytes:
+    image = Image.new("L", (2 * LARGE, 2 * LARGE))
+    ImageDraw.Draw(image).text((0, 0), character, fill=255, font=font)
+    return image.tobytes()

@@ -207,9 +207,7 @@ class Conversation:
         if not rest:
             raise ResPruneError("/show needs a file to draw to, such as /show kept.png")
         paths = drawing_paths(rest, self._sources)
-        draw_answer(
-            self._pipeline, self._sources, self._question, self._answer, paths, self._max_pixels
-        )
+        draw_answer(self._pipeline, self._sources, self._question, self._answer, paths, self._max_pixels)
         self.note(f"drawn: {', '.join(map(str, paths))}")
 
 

@@ -171,9 +171,7 @@ def _ask(arguments: argparse.Namespace) -> int:
                 print(printable(piece), end="", flush=True)
             print()
         if paths:
-            draw_answer(
-                pipeline, arguments.images, arguments.question, answer, paths, max_pixels(arguments)
-            )
+            draw_answer(pipeline, arguments.images, arguments.question, answer, paths, max_pixels(arguments))
     return 0
 
 

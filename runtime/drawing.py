@@ -7,7 +7,7 @@ from statistics import median
 
 from PIL import Image, ImageDraw, ImageFont
 
-from resprune.runtime.caption import INK, SOFT, Caption, Color, pick_color
+from resprune.runtime.caption import INK, Caption, Color, pick_color
 from resprune.runtime.families.image import Box
 
 Size = tuple[int, int]
@@ -22,7 +22,9 @@ PAPER, ACCENT = (255, 255, 255), (91, 70, 201)
 
 PANEL = 768  # pixels of the longer side of a panel
 LARGEST_PANEL = 1280  # of an image whose patches would be smaller than PATCH
-THIN = 2.2  # an image this many times as long as it is short has its panels along each other, LONG pixels long
+THIN = (
+    2.2  # an image this many times as long as it is short has its panels along each other, LONG pixels long
+)
 LONG = 1560
 PATCH = 12  # pixels of a patch's shorter side
 FONT = (13, 22)  # sizes of the numbers

@@ -12,11 +12,11 @@ from transformers import AutoProcessor
 
 from resprune.exporter.export import Options, export
 from resprune.runtime.bundle.files import read_bundle, write_manifest
+from resprune.runtime.caption import pick_color
 from resprune.runtime.cli import main
+from resprune.runtime.drawing import GAP, MARGIN, panel_size
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
-from resprune.runtime.caption import pick_color
-from resprune.runtime.drawing import GAP, MARGIN, panel_size
 from tests.exporter.hugging_face import HuggingFace, with_positions
 from tests.exporter.portable import PORTABLE, domains
 
@@ -111,7 +111,10 @@ def test_ask_draws_the_kept_tokens_of_tiles_and_of_the_whole_view(tiny_bundle, t
     for place, index in reversed([*enumerate(picks.pick_order.tolist())]):
         if boxes[index] is not None:
             left, _, _, bottom = boxes[index]
-            corner = MARGIN + round(left * width / 180), MARGIN + height + GAP + round(bottom * height / 60) - 1
+            corner = (
+                MARGIN + round(left * width / 180),
+                MARGIN + height + GAP + round(bottom * height / 60) - 1,
+            )
             if place == 0:
                 assert drawn.getpixel(corner) == pick_color(0, 12), "no later pick hides the first"
             assert drawn.getpixel(corner) in {pick_color(earlier, 12) for earlier in range(place + 1)}
