@@ -11,7 +11,7 @@ from openai import OpenAI
 
 
 def main(url: str, image: str, question: str) -> None:
-    client = OpenAI(base_url=url, api_key="none")  # the server's --api-key, if it has one
+    client = OpenAI(base_url=url, api_key="none")  # or the server's RESPRUNE_SERVE_KEY
     model = client.models.list().data[0].id
     data = base64.b64encode(Path(image).read_bytes()).decode()
     content = [

@@ -8,7 +8,7 @@ from typing import Any
 
 from resprune.exporter.cli import POSIX
 from resprune.runtime.bundle.manifest import FLAVOURS, Range
-from resprune.runtime.errors import require_packages, require_python
+from resprune.runtime.errors import require_packages
 
 NEEDED = (
     "filelock",
@@ -59,7 +59,6 @@ def register_build(subparsers: Any) -> None:
 
 def run_build(arguments: argparse.Namespace) -> int:
     """Build; returns 0. Raises `ResPruneError`."""
-    require_python("build", (3, 11))
     require_packages("build", NEEDED, 'install with: pip install "resprune[tensorrt-rtx]"')
     require_packages("build", *POSIX)
     from resprune.exporter.tensorrt.engines import build
