@@ -28,6 +28,13 @@ from benchmarks import (
 from benchmarks.measure import machine, plain
 
 HERE = Path(__file__).parent
+DRAWN = {
+    "speed": speed.draw,
+    "peers": peers.draw,
+    "accuracy": accuracy.draw,
+    "reconstruction": reconstruction.draw,
+}
+"""What draws a part's plots, from its figures as JSON."""
 PARTS = {
     "selection": ("The selection beside the vision encoder", selection.run, selection.table),
     "llava_next": ("LLaVA-NeXT's selection beside its vision encoder", llava_next.run, llava_next.table),
@@ -57,7 +64,12 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("build/bench"), help="where checkpoints and bundles go"
     )
+    parser.add_argument("--draw", action="store_true", help="only draw the plots of results/ again")
     arguments = parser.parse_args()
+    if arguments.draw:
+        for part in set(DRAWN) & set(arguments.parts or DRAWN):
+            DRAWN[part](json.loads((HERE / "results" / f"{part}.json").read_text())["figures"])
+        return
     arguments.work.mkdir(parents=True, exist_ok=True)
     (HERE / "results").mkdir(exist_ok=True)
     for part in arguments.parts or PARTS:
@@ -65,6 +77,8 @@ def main() -> None:
         result = measure(arguments.work)
         record: dict[str, Any] = {"title": title, "machine": machine(), "table": table(result)}
         record["figures"] = plain(result)
+        if part in DRAWN:
+            DRAWN[part](record["figures"])
         (HERE / "results" / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n")
         print(f"\n## {title}\n\n{record['table']}\n", flush=True)
     _report()

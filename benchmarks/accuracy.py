@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from resprune.evaluation.answers import Answers
 from resprune.evaluation.data import load_data
 from resprune.evaluation.evaluate import OWN, SELECTORS, Plan, evaluate
 from resprune.evaluation.model import open_bundle
-from resprune.evaluation.plot import draw
-from resprune.evaluation.report import Sheet, markdown, panel, score
+from resprune.evaluation.plot import draw as plot
+from resprune.evaluation.report import Score, Sheet, markdown, panel, score
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.manifest import ATTENTION
 
@@ -26,6 +27,9 @@ RUNS = {
     ("original", "proportional"): SELECTORS,
 }
 LIMIT = 2000
+TOKENS = 144
+# Of the plot in the README: the method, the rivals of the same kind, and chance.
+SHOWN = (OWN, "divprune", "cdpruner", "random")
 DATA = ("scenes", "crowd", "easyvqa")
 
 
@@ -44,19 +48,39 @@ def run(work: Path) -> dict[str, Any]:
         model = open_bundle(bundles[attention], positions=positions)
         answers = Answers(work / f"accuracy-{positions}-{attention}", plan.settings(model))
         evaluate(model, plan, answers)
-        of_run = sheets[f"`{positions}` positions, {attention} attention"] = score(plan, answers)
+        sheets[_title(positions, attention)] = score(plan, answers)
         answers.close()
         model.close()
-        if (positions, attention) == ("original", "plain"):
-            panels = [panel(sheet, plan, model.num_tokens) for sheet in of_run]
-            (HERE / "accuracy.png").write_bytes(draw(panels, "exact match, %"))
     return {
         "tables": {title: markdown(of_run) for title, of_run in sheets.items()},
         "scores": {title: [asdict(sheet) for sheet in of_run] for title, of_run in sheets.items()},
     }
 
 
+def draw(result: Mapping[str, Any]) -> None:
+    """accuracy-all.png has every selector; accuracy.png has those that stand for one kind each, with intervals."""
+    sheets = [
+        Sheet(
+            sheet["data"],
+            sheet["types"],
+            [Score(**row | {"unpruned": [], "first": []}) for row in sheet["scores"]],
+        )
+        for sheet in result["scores"][_title("original", "plain")]
+    ]
+    for name, selectors, intervals in (
+        ("accuracy-all.png", SELECTORS, (OWN,)),
+        ("accuracy.png", SHOWN, SHOWN),
+    ):
+        plan = Plan([], selectors, BUDGETS)
+        panels = [panel(sheet, plan, TOKENS, intervals) for sheet in sheets]
+        (HERE / name).write_bytes(plot(panels, "exact match, %"))
+
+
+def _title(positions: str, attention: str) -> str:
+    return f"`{positions}` positions, {attention} attention"
+
+
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     sections = [f"With {title}:\n\n{text}" for title, text in result["tables"].items()]
-    return "![](accuracy.png)\n\n" + "\n".join(sections)
+    return "![](accuracy-all.png)\n\n" + "\n".join(sections)

@@ -12,7 +12,18 @@ from benchmarks.environments import UnavailableError
 from benchmarks.measure import Timing, bfloat16_in_hardware, processes_take_turns, timing
 from benchmarks.plots import stacked
 from benchmarks.shapes import QWEN25VL, Shape
-from benchmarks.speed import RESULTS, ROUNDS, Subject, by_budget, figures, ours, prepare, ratio, worker
+from benchmarks.speed import (
+    RESULTS,
+    ROUNDS,
+    Subject,
+    by_budget,
+    figures,
+    median,
+    ours,
+    prepare,
+    ratio,
+    worker,
+)
 from resprune.runtime.bundle.files import read_bundle
 
 BUNDLES = {
@@ -41,12 +52,6 @@ def run(work: Path, shape: Shape = QWEN25VL, rounds: int = ROUNDS) -> dict[str, 
         lost = {name: _lost(subject) for name, subject in subjects.items()}
         replies = processes_take_turns(commands, rounds)
     engines = {name: figures(reply) for name, reply in replies.items()}
-    stacked(
-        {f"K {case}": _bars(engines, case) for case in (UNPRUNED, *map(str, reversed(shape.budgets)))},
-        ("pixels", "prepare", "encode", "prompt", "select", "prefill"),
-        RESULTS / "openvino.png",
-        "milliseconds to the first token; OpenVINO GenAI's prepare is tokenizing, encoding and pruning",
-    )
     return {
         "words": shape.words,
         "num_tokens": shape.num_tokens,
@@ -54,6 +59,20 @@ def run(work: Path, shape: Shape = QWEN25VL, rounds: int = ROUNDS) -> dict[str, 
         "lost": lost,
         "versions": versions_of(replies),
     }
+
+
+def draw(result: Mapping[str, Any]) -> None:
+    """The plot of what `run` measured, or of the same as JSON."""
+    if "skipped" in result:
+        return
+    engines = result["engines"]
+    budgets = by_budget(next(cases for cases in engines.values() if "fault" not in cases))
+    stacked(
+        {f"K {case}": _bars(engines, case) for case in budgets},
+        ("pixels", "prepare", "encode", "prompt", "select", "prefill"),
+        RESULTS / "openvino.png",
+        "milliseconds to the first token; OpenVINO GenAI's prepare is tokenizing, encoding and pruning",
+    )
 
 
 def _lost(subject: Subject) -> dict[str, Any]:
@@ -144,7 +163,7 @@ def _pruner(cases: Mapping[str, Any], case: str) -> Timing:
 
 def _bars(engines: Mapping[str, Any], case: str) -> dict[str, dict[str, float]]:
     return {
-        name: {stage: value.median for stage, value in cases[case]["stages"].items()}
+        name: {stage: median(value) for stage, value in cases[case]["stages"].items()}
         for name, cases in engines.items()
         if "fault" not in cases
     }

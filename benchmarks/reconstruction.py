@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from benchmarks.accuracy import HERE, export_demo
 from resprune.evaluation.data import load_data
 from resprune.evaluation.evaluate import OWN, SELECTORS
 from resprune.evaluation.model import Asked, Encoded, open_bundle
-from resprune.evaluation.plot import Line, Panel, draw
+from resprune.evaluation.plot import Line, Panel
+from resprune.evaluation.plot import draw as plot
 from resprune.evaluation.reconstruction import energy_outside, svd_bound
 from resprune.evaluation.selectors import CONTROLS, Candidates, Doubles, resprune
 
@@ -45,14 +47,17 @@ def run(work: Path) -> dict[str, Any]:
         ]
         curves[name] = {line: np.mean([one[line] for one in found], axis=0).tolist() for line in found[0]}
     model.close()
+    return {"pictures": {name: len(shown) for name, shown in sources.items()}, "outside": curves}
+
+
+def draw(result: Mapping[str, Any]) -> None:
+    """The plot of what `run` measured, or of the same as JSON."""
     steps = list(range(1, LARGEST + 1))
     panels = [
         Panel(name, {line: Line(steps, [100 * share for share in shares[1:]]) for line, shares in of.items()})
-        for name, of in curves.items()
+        for name, of in result["outside"].items()
     ]
-    plot = draw(panels, "energy outside the kept span, %", dense=True)
-    (HERE / "reconstruction.png").write_bytes(plot)
-    return {"pictures": {name: len(shown) for name, shown in sources.items()}, "outside": curves}
+    (HERE / "reconstruction.png").write_bytes(plot(panels, "energy outside the kept span, %", dense=True))
 
 
 def _curves(encoded: Encoded, asked: Asked, number: int) -> dict[str, Doubles]:

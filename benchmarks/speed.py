@@ -78,9 +78,7 @@ def command(name: str, spec: Mapping[str, Any], *, python: str = sys.executable)
 
 def run(work: Path, shapes: Sequence[Shape] = REAL, rounds: int = ROUNDS) -> dict[str, Any]:
     """Every shape: the runtime at K = N/9, N/4.5, N/3 and all, PyTorch at N/9 and all."""
-    result = {shape.name: run_shape(shape, work, rounds) for shape in shapes}
-    draw(result)
-    return result
+    return {shape.name: run_shape(shape, work, rounds) for shape in shapes}
 
 
 def run_shape(shape: Shape, work: Path, rounds: int = ROUNDS) -> dict[str, Any]:
@@ -97,7 +95,7 @@ def run_shape(shape: Shape, work: Path, rounds: int = ROUNDS) -> dict[str, Any]:
 
 
 def draw(result: Mapping[str, Any]) -> None:
-    """Both plots of what `run` measured."""
+    """Both plots of what `run` measured, or of the same as JSON."""
     stacked(
         {shape["words"]: bars(shape["engines"]) for shape in result.values()},
         STAGES,
@@ -116,9 +114,9 @@ def curves(cases: Mapping[str, Any], num_tokens: int) -> dict[str, dict[int, flo
     kept = {num_tokens if case == "all" else int(case): found for case, found in cases.items()}
     whole = cases["all"]["first token, samples"]
     return {
-        "prefill": {k: found["prefill gain"].median for k, found in kept.items()},
+        "prefill": {k: median(found["prefill gain"]) for k, found in kept.items()},
         "prefill, if proportional to its tokens": {k: found["ideal gain"] for k, found in kept.items()},
-        "first token, picture and all": {
+        "first token, image and all": {
             k: ratio(whole, found["first token, samples"]).median for k, found in kept.items()
         },
     }
@@ -188,11 +186,16 @@ def ratio(one: Sequence[float], other: Sequence[float]) -> Timing:
 def bars(engines: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Rows of a plot: median milliseconds by stage."""
     return {
-        f"{engine}, K {case}": {name: value.median for name, value in cases[case]["stages"].items()}
+        f"{engine}, K {case}": {name: median(value) for name, value in cases[case]["stages"].items()}
         for engine, cases in engines.items()
         if "fault" not in cases
         for case in by_budget(cases)
     }
+
+
+def median(value: Timing | Mapping[str, float]) -> float:
+    """Of what was measured, or read from a file of results."""
+    return value.median if isinstance(value, Timing) else value["median"]
 
 
 def by_budget(cases: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The method stands out; the controls are told apart by colour and marker, so that a print in grey can be read too.
 STYLES: dict[str, dict[str, Any]] = {
@@ -46,7 +49,7 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], ylabel: str, *, dense: bool = False) -> bytes:
-    """A PNG with the panels side by side and one legend for all.
+    """A PNG with the panels side by side, one y axis and one legend for all; bars where there is a single budget.
 
     `dense` is for many points that fall over orders of magnitude: no markers, and y is logarithmic too.
     """
@@ -57,7 +60,12 @@ def draw(panels: Sequence[Panel], ylabel: str, *, dense: bool = False) -> bytes:
     figure = Figure(figsize=(4.6 * len(panels) + 1.9, 4.3), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     handles: dict[str, Any] = {}
-    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+    single = all(len(line.x) < 2 for panel in panels for line in panel.lines.values())
+    if single:
+        _bars(figure, panels, ylabel)
+        return _png(figure)
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for panel, axes in zip(panels, grid, strict=True):
         for name, line in panel.lines.items():
             style = PLAIN | STYLES.get(name, {}) | ({"marker": ""} if dense else {})
             if line.low is not None and line.high is not None:
@@ -81,6 +89,34 @@ def draw(panels: Sequence[Panel], ylabel: str, *, dense: bool = False) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel(ylabel)
     figure.legend(list(handles.values()), list(handles), loc="outside right center", frameon=False)
+    return _png(figure)
+
+
+def _bars(figure: Figure, panels: Sequence[Panel], ylabel: str) -> None:
+    """One budget is no curve: a bar a selector, with its interval."""
+    for panel, axes in zip(
+        panels, figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], strict=True
+    ):
+        drawn = {name: line for name, line in panel.lines.items() if len(line.x)}
+        for name, line in drawn.items():
+            axes.bar(name, line.y[0], color=(PLAIN | STYLES.get(name, {})).get("color"))
+            if line.low is not None and line.high is not None:
+                spread = [[line.y[0] - line.low[0]], [line.high[0] - line.y[0]]]
+                axes.errorbar([name], [line.y[0]], yerr=spread, color="#222222", capsize=4)
+            axes.annotate(f" {line.y[0]:.1f}", (name, line.y[0]), ha="left", va="bottom")
+        if panel.level is not None:
+            axes.axhline(panel.level, color="#222222", linestyle="--", linewidth=1.2)
+            axes.annotate(
+                "all tokens", (0.99, panel.level), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+            )
+        budget = next((f": {line.x[0]:g}" for line in drawn.values()), "")
+        axes.set(title=panel.title, xlabel=f"{panel.xlabel}{budget}")
+        axes.tick_params(axis="x", rotation=90 if len(drawn) > 4 else 0)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel(ylabel)
+
+
+def _png(figure: Figure) -> bytes:
     file = BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()

@@ -168,8 +168,8 @@ def write(directory: Path, sheets: Sequence[Sheet], plan: Plan, model: Model) ->
         raise ResPruneError(f"{error.filename or directory} cannot be written: {error.strerror}") from None
 
 
-def panel(sheet: Sheet, plan: Plan, num_tokens: int | None) -> Panel:
-    """A data set's curves; a band is the interval of the selector named first, and the extremes of random draws.
+def panel(sheet: Sheet, plan: Plan, num_tokens: int | None, intervals: Sequence[str] | None = None) -> Panel:
+    """A data set's curves; a band is the interval of `intervals` (None: of the selector named first).
 
     A share of the tokens stands where it does for a picture of N tokens. Where N varies all budgets are shares
     (`evaluate` refuses a mix) or all are numbers.
@@ -182,12 +182,12 @@ def panel(sheet: Sheet, plan: Plan, num_tokens: int | None) -> Panel:
     lines = {}
     for name in plan.selectors:
         rows = sorted((row for row in sheet.scores if row.selector == name), key=lambda row: places[row.k])
-        first, band = name == plan.selectors[0], name == "random"
+        banded = name in (plan.selectors[:1] if intervals is None else intervals)
         lines[name] = Line(
             [places[row.k] for row in rows],
             [100 * row.exact_match for row in rows],
-            [100 * (row.low if first else min(row.draws)) for row in rows] if first or band else None,
-            [100 * (row.high if first else max(row.draws)) for row in rows] if first or band else None,
+            [100 * row.low for row in rows] if banded else None,
+            [100 * row.high for row in rows] if banded else None,
         )
     everything = [row.exact_match for row in sheet.scores if row.k == "all"]
     level = 100 * everything[0] if everything else None

@@ -8,7 +8,7 @@ import sys
 from PIL import Image
 
 from resprune import Pipeline
-from resprune.runtime.show import draw_kept
+from resprune.runtime.drawing import draw_kept
 
 BUDGETS = (4, "5%", None)  # a number, a share of the image's tokens, the bundle's own K
 
@@ -20,7 +20,8 @@ def main(bundle: str, image: str, question: str, keyword: str, drawing: str) -> 
             answer = view.ask(question, about=[keyword], tokens=tokens)
             (picks,) = answer.images
             print(f"{len(picks.pick_order)} of {view.num_tokens[0]} visual tokens: {answer.text}")
-        draw_kept(opened, vlm.boxes(opened.size), picks.pick_order.tolist()).save(drawing)
+        boxes = vlm.boxes(opened.size)
+        draw_kept(opened, boxes, picks.pick_order.tolist(), question, answer.text).save(drawing)
         print(f"drawn: {drawing}")
 
 

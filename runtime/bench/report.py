@@ -17,8 +17,17 @@ WIDTH, LABEL, CELL = 80, 17, 21
 MOST_MS = 99_000
 """Above it a cell of the table is in seconds."""
 PLOTS = (".png", ".svg", ".pdf")
-# Okabe and Ito's colours, which most colour-blind readers can tell apart.
-COLOURS = ("#999999", "#0072B2", "#56B4E9", "#D55E00")
+# Of every plot, and of the page of `resprune serve` (serving/page/style.css): Okabe and Ito's colours, which most
+# colour-blind readers can tell apart. `vision` is encoding and selecting in one graph.
+STAGE_COLORS = {
+    "pixels": "#999999",
+    "prepare": "#009E73",
+    "prompt": "#CC79A7",
+    "encode": "#56B4E9",
+    "vision": "#56B4E9",
+    "select": "#E69F00",
+    "prefill": "#0072B2",
+}
 
 
 @dataclass(frozen=True)
@@ -115,9 +124,9 @@ def plot(report: Report, path: Path) -> None:
     names = [f"K {case.name}" for case in report.cases]
     figure, axis = plt.subplots(figsize=(8, 1.6 + 0.4 * len(names)), layout="constrained")
     left = [0.0] * len(names)
-    for stage, colour in zip(STAGES, COLOURS, strict=True):
+    for stage in STAGES:
         widths = [case.stages[stage].median for case in report.cases]
-        axis.barh(names, widths, left=left, color=colour, label=stage)
+        axis.barh(names, widths, left=left, color=STAGE_COLORS[stage], label=stage)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for row, (case, total) in enumerate(zip(report.cases, left, strict=True)):
         axis.text(total, row, f" {case.first_token.median:.4g} ms", va="center", fontsize=8)

@@ -28,7 +28,7 @@ def test_figures_add_up_turn_by_turn() -> None:
     assert pruned["cache bytes"] == 3200
     lines = curves(figures(reply), 576)
     assert lines["prefill"] == {64: 4.0, 576: 1.0}
-    assert lines["first token, picture and all"][64] == 29 / 23  # of 18/12, 38/31 and 29/23
+    assert lines["first token, image and all"][64] == 29 / 23  # of 18/12, 38/31 and 29/23
 
 
 def test_a_peer_that_failed_stays_a_fault() -> None:

@@ -12,6 +12,8 @@ from resprune.evaluation.checkpoint import open_checkpoint
 from resprune.evaluation.data import read_jsonl
 from resprune.evaluation.evaluate import DRAWS, Plan, evaluate
 from resprune.evaluation.model import open_bundle
+from resprune.evaluation.plot import Line, Panel
+from resprune.evaluation.plot import draw as plot
 from resprune.runtime.budget import Budget
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
@@ -119,6 +121,29 @@ def test_the_report(questions, model, tmp_path):
     text = (tmp_path / "REPORT.md").read_text()
     assert text.count("\n| ") == 1 + 7
     assert Image.open(tmp_path / "accuracy.png").size[0] > 500
+
+
+def test_panels_share_their_y_axis_and_one_budget_draws_bars():
+    from matplotlib.figure import Figure
+
+    drawn = []
+    original = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), original(self, *a, **k)))
+        for x in ([16.0], [8.0, 16.0]):
+            lines = [
+                Panel(
+                    name, {"resprune": Line(x, [high] * len(x), [high - 2] * len(x), [high + 2] * len(x))}, 99
+                )
+                for name, high in (("easy", 95), ("hard", 40))
+            ]
+            assert plot(lines, "exact match, %").startswith(b"\x89PNG")
+    bars, curves = drawn
+    for figure in drawn:
+        one, other = figure.axes
+        assert one.get_ylim() == other.get_ylim()
+    assert [len(axes.patches) for axes in bars.axes] == [1, 1]
+    assert [len(axes.patches) for axes in curves.axes] == [0, 0]
 
 
 @pytest.mark.parametrize(

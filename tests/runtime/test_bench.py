@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +11,22 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import resprune.serving
 from resprune import Pipeline
 from resprune.runtime.bench.measure import STAGES, Case, Timing, question_of
-from resprune.runtime.bench.report import Report
+from resprune.runtime.bench.report import STAGE_COLORS, Report
 from resprune.runtime.cli import main
+
+
+def test_stages_have_the_colors_of_the_page() -> None:
+    style = (Path(resprune.serving.__file__).parent / "page" / "style.css").read_text()
+    found = dict(re.findall(r"--(encode|vision|prefill): (#[0-9a-f]{6});", style))
+    assert found == {
+        "encode": STAGE_COLORS["encode"].lower(),
+        "vision": STAGE_COLORS["select"].lower(),
+        "prefill": STAGE_COLORS["prefill"].lower(),
+    }
+    assert set(STAGES) <= set(STAGE_COLORS)
 
 
 @pytest.fixture
