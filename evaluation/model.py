@@ -25,7 +25,7 @@ from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.bundle.manifest import ATTENTION, ENGINES_FOLDER, MANIFEST_NAME, POSITIONS, Manifest
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import ImageSource, load_image
-from resprune.runtime.families.picture import Expansion, Picture
+from resprune.runtime.families.picture import Picture
 from resprune.runtime.families.table import FAMILIES, family_of
 from resprune.runtime.generate import TextStream, generate
 from resprune.runtime.prompt.prompter import Prompt, Prompter
@@ -155,7 +155,7 @@ class Model:
     def read(
         self,
         question: str,
-        expansions: Sequence[Expansion | None] = (None,),
+        expansions: Sequence[str | None] = (None,),
         *,
         about: Sequence[str] | None = None,
     ) -> Asked:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -156,16 +156,16 @@ def additive_masks(
     query = torch.arange(length, device=device)[:, None] + past_length  # [S, 1]
     present = attention_mask.bool()[:, None, None, :]
     seen = (key <= query)[None, None]
-    window = config.sliding_window if _windowed(config) else None
-    near = seen if window is None else seen & (key > query - window)[None, None]
     if numbers is not None:
         # Keys of the past count as text: an image's rows all come in one prefill.
         past = torch.zeros_like(attention_mask)[:, :past_length]
         of_key = torch.cat([past, numbers], dim=1)[:, None, None, :]  # [B, 1, 1, P + S]
         of_query = numbers[:, None, :, None]  # [B, 1, S, 1]
-        together = (of_query > 0) & (of_query == of_key)
-        seen, near = seen | together, near | together
-    seen, near = seen & present, near & present
+        seen = seen | ((of_query > 0) & (of_query == of_key))
+    seen = seen & present
+    window = getattr(config, "sliding_window", None)
+    # What a window cuts, it cuts of an image's rows too.
+    near = seen if window is None else seen & (key > query - window)[None, None]
     weight = log_counts(attention_mask)[:, None, None, :] if proportional else 0.0
     if LANGUAGE_MODELS[config.model_type].masks_by_kind:
         return {
@@ -177,10 +177,6 @@ def additive_masks(
 
 def present(cache: Any) -> list[Tensor]:
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-
-
-def _windowed(config: Any) -> bool:
-    return getattr(config, "sliding_window", None) is not None
 
 
 def _additive(seen: Tensor, weight: Tensor | float, dtype: torch.dtype) -> Tensor:
@@ -216,11 +212,14 @@ def check_language(config: Any) -> None:
         raise ResPruneError(
             f"the language model is of type {config.model_type}; supported are {', '.join(LANGUAGE_MODELS)}"
         )
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in ROPE_TYPES:
-        raise ResPruneError(
-            f"the language model has rotary embeddings of type {rope}; supported are {', '.join(ROPE_TYPES)}"
-        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Those of one kind of layer or, keyed by it, of each kind.
+    for one in [rope, *(of_kind for of_kind in rope.values() if isinstance(of_kind, dict))]:
+        kind = one.get("rope_type", "default")
+        if kind not in ROPE_TYPES:
+            raise ResPruneError(
+                f"the language model has rotary embeddings of type {kind}; supported are {', '.join(ROPE_TYPES)}"
+            )
 
 
 def embed_component(table: nn.Module, config: Any) -> Component:
@@ -314,18 +313,27 @@ def proportional(components: Components) -> Components:
     return replace(components, decoder=replace(decoder, module=module, samples=samples), proportional=True)
 
 
-def decode(model: Any, inputs: tuple[Tensor, ...], rows: Rows = Rows()) -> tuple[Tensor, ...]:
-    """What the decoder graph computes, by the Hugging Face model's own masks and attention (sdpa), in float32."""
+def decode(
+    model: Any, inputs: tuple[Tensor, ...], rows: Rows = Rows(), masks: Callable[..., Any] | None = None
+) -> tuple[Tensor, ...]:
+    """What the decoder graph computes, by the Hugging Face model's own masks and attention (sdpa), in float32.
+
+    For `rows.two_way`, `masks` is the model's own way to them: `masks(inputs_embeds, attention_mask, position_ids,
+    image_numbers, cache)` is what the language model takes for its mask.
+    """
     inputs_embeds, attention_mask, position_ids, *rest = inputs
-    planes, _, past = rows.parts(tuple(rest))
+    planes, numbers, past = rows.parts(tuple(rest))
     language_model = model.get_decoder()
     cache = DynamicCache()
     for layer in range(len(past) // 2):
         cache.update(past[2 * layer].float(), past[2 * layer + 1].float(), layer)
+    given: Any = attention_mask
+    if masks is not None:
+        given = masks(inputs_embeds, attention_mask, position_ids, numbers, cache)
     with rows.added(language_model, planes):
         hidden = language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
+            attention_mask=given,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,

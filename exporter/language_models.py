@@ -26,5 +26,6 @@ LANGUAGE_MODELS = {
         LanguageModel("qwen2_vl_text", masks_by_kind=True),
         LanguageModel("qwen2_5_vl_text", masks_by_kind=True),
         LanguageModel("qwen3_vl_text"),
+        LanguageModel("gemma3_text", masks_by_kind=True, causal_class="Gemma3ForCausalLM"),
     )
 }

@@ -5,6 +5,7 @@ A family's module checks what is its own, and makes the vision component.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,13 +30,21 @@ def read_config(checkpoint: Checkpoint, config_class: Any) -> Any:
 
 
 def weightless_model(
-    checkpoint: Checkpoint, model_class: Any, config: Any, dtype: torch.dtype, mode: FakeTensorMode
+    checkpoint: Checkpoint,
+    model_class: Any,
+    config: Any,
+    dtype: torch.dtype,
+    mode: FakeTensorMode,
+    halved: Mapping[Any, type[torch.nn.Module]] = {},
 ) -> Any:
-    """`model_class(config)` without weights, with attention that can be traced and products in `dtype`."""
+    """`model_class(config)` without weights, with attention that can be traced and products in `dtype`.
+
+    `halved` are the model's own kinds of layers that have weights, as `lower` takes them.
+    """
     config._attn_implementation = register_attention(dtype)
     with config_faults(checkpoint):
         model = build(model_class, config, mode)
-    lower(model, dtype, mode)
+    lower(model, dtype, mode, halved)
     # The product of an MLP's two halves passes 65504 in some language models (transformers #33294, #33312) and in
     # towers (TensorRT-LLM #3223, vLLM #13968). ONNX Runtime's CPU, which computes halves in float32, does not show it.
     scale_outliers(layer for name, layer in model.named_modules() if name.endswith(MLP_ENDS))

@@ -45,10 +45,12 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Make:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(made_once: Make) -> Callable[[str], Path]:
     """Name of a variant of the modules `tests.tiny*` → its checkpoint; to be copied before it is changed."""
-    from tests import tiny, tiny_qwen, tiny_tiles
+    from tests import tiny, tiny_gemma, tiny_qwen, tiny_tiles
 
     def checkpoint(variant: str) -> Path:
-        module: Any = next(one for one in (tiny, tiny_qwen, tiny_tiles) if variant in one.VARIANTS)
+        module: Any = next(
+            one for one in (tiny, tiny_gemma, tiny_qwen, tiny_tiles) if variant in one.VARIANTS
+        )
         return made_once(variant, lambda root: module.write_checkpoint(root, module.VARIANTS[variant]))
 
     return checkpoint

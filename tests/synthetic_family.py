@@ -33,7 +33,7 @@ from resprune.exporter.verify.reference import keep, kept_counts, protected_firs
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range, TensorSpec
 from resprune.runtime.families.image import Box
-from resprune.runtime.families.picture import Arrays, Expansion, FixedGrid, Picture
+from resprune.runtime.families.picture import Arrays, FixedGrid, Picture
 from resprune.runtime.families.table import FAMILIES, Family
 from tests import tiny
 
@@ -184,7 +184,7 @@ class InSpans:
             np.concatenate([np.arange(length) for length in SPANS]),
             SPANS,
             SPANS,
-            Expansion(tiny.IMAGE_TOKEN, EXPANSION),
+            EXPANSION,
             np.array(protected_rows()),
         )
 

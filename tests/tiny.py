@@ -208,7 +208,7 @@ def write_checkpoint(root: Path, tiny: Tiny) -> Path:
     options: dict[str, Any] = {} if tiny.shards == 1 else {"max_shard_size": size // (tiny.shards - 1)}
     model.save_pretrained(root, **options)
     if tiny.old_names:
-        _rename_weights(root)
+        rename_weights(root)
     tokenizer.save_pretrained(root)
     _write_template(root, tiny)
     _write_processor(root, tiny)
@@ -410,7 +410,7 @@ def _resolutions(tiny: Tiny) -> list[list[int]]:
     return [[rows * tiny.image_size, columns * tiny.image_size] for rows, columns in grids]
 
 
-def _rename_weights(root: Path) -> None:
+def rename_weights(root: Path) -> None:
     """Give the weights of a single file the names that transformers 4 wrote."""
     from safetensors.torch import load_file, save_file
 

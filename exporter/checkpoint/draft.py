@@ -140,8 +140,8 @@ def _by_transformers(
     messages: list[Message], prompter: Prompter, tokenizer: Any, images: int, *, plain: bool
 ) -> list[int] | None:
     """The ids as transformers' processor makes them of a template: rendered, then encoded with one BOS at most."""
-    image_token = prompter.variables["image_token"]
-    strings = [as_string(message, image_token) for message in messages]
+    image_token, placeholder = prompter.variables["image_token"], prompter.placeholder
+    strings = [as_string(message, placeholder) for message in messages]
     for form in (messages, strings) if plain else (messages,):
         try:
             text = tokenizer.apply_chat_template(
@@ -153,7 +153,8 @@ def _by_transformers(
             )
         except Exception:  # noqa: S112 - a template that is made for the other form
             continue
-        if text.count(image_token) == images:
+        if text.count(placeholder) == images:
+            text = text.replace(placeholder, image_token)  # images without their expansions, here and there
             has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
             ids: list[int] = tokenizer(text, add_special_tokens=not has_bos).input_ids
             return ids

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,8 +57,16 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
     config = read_config(checkpoint, LlavaConfig)
     check_tower(config.vision_config)
     model = weightless_model(checkpoint, LlavaForConditionalGeneration, config, dtype, mode)
-    vision = _vision_component(model, config, pixel_size(checkpoint), mode)
-    return assemble(checkpoint, model, vision, dtype, num_tokens=int(vision.outputs[0].shape[1]))
+    module = Vision(
+        model.model.vision_tower,
+        model.model.multi_modal_projector,
+        config.vision_feature_layer,
+        config.vision_feature_select_strategy == "default",
+    )
+    vision = grid_component(module, module.blocks, pixel_size(checkpoint), mode)
+    num_tokens = int(vision.outputs[0].shape[1])
+    vision = replace(vision, tower=tower_facts(module, config.vision_config, num_tokens))
+    return assemble(checkpoint, model, vision, dtype, num_tokens=num_tokens)
 
 
 def tower_output(tower: nn.Module, size: tuple[int, int], mode: FakeTensorMode) -> tuple[int, int]:
@@ -90,13 +100,13 @@ def pixel_size(checkpoint: Checkpoint) -> tuple[int, int]:
     return pixels.shape[1], pixels.shape[2]
 
 
-def _vision_component(model: Any, config: Any, size: tuple[int, int], mode: FakeTensorMode) -> Component:
-    module = Vision(
-        model.model.vision_tower,
-        model.model.multi_modal_projector,
-        config.vision_feature_layer,
-        config.vision_feature_select_strategy == "default",
-    )
+def grid_component(
+    module: nn.Module, blocks: Sequence[nn.Module], size: tuple[int, int], mode: FakeTensorMode
+) -> Component:
+    """The vision component of images of one `size`, height and width: `pixel_values` [B, 3, H, W] and nothing else.
+
+    `blocks` are the repeated layers of `module`. `ResPruneError` where the tower does not take that size.
+    """
 
     def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
         return (torch.randn((sizes["batch_size"], 3, *size), generator=generator),)
@@ -104,16 +114,7 @@ def _vision_component(model: Any, config: Any, size: tuple[int, int], mode: Fake
     num_tokens, hidden_size = tower_output(module, size, mode)
     pixels = TensorSpec("pixel_values", "float32", ("batch_size", 3, *size))
     features = TensorSpec("image_features", "float32", ("batch_size", num_tokens, hidden_size))
-    return Component(
-        "vision_encoder",
-        module,
-        (pixels,),
-        (features,),
-        samples,
-        _reference,
-        module.blocks,
-        tower=tower_facts(module, config.vision_config, num_tokens),
-    )
+    return Component("vision_encoder", module, (pixels,), (features,), samples, _reference, tuple(blocks))
 
 
 def tower_facts(module: Vision, config: Any, num_rows: int) -> Tower:

@@ -7,7 +7,7 @@ between layers, and the weights, which are what a decode step reads, take half t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -70,12 +70,18 @@ HALVED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def lower(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> None:
-    """Give every layer of a kind in HALVED, exactly of that class, a fake weight of `dtype`; tied weights stay tied."""
+def lower(
+    model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode, further: Mapping[Any, type[nn.Module]] = {}
+) -> None:
+    """Give every layer of a kind in HALVED, exactly of that class, a fake weight of `dtype`; tied weights stay tied.
+
+    `further` are kinds of this model alone, and the classes that compute them in half.
+    """
     if dtype == torch.float32:
         return
     # ONNX has no convolution in bfloat16 before opset 22; the only one is of the pixels, and stays float32.
-    kinds = set(HALVED) - ({nn.Conv2d} if dtype == torch.bfloat16 else set())
+    classes: dict[Any, type[nn.Module]] = {**HALVED, **further}
+    kinds = set(classes) - ({nn.Conv2d} if dtype == torch.bfloat16 else set())
     layers: list[Any] = [module for module in model.modules() if type(module) in kinds]
     originals = {
         id(layer.weight): layer.weight for layer in layers
@@ -84,7 +90,7 @@ def lower(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> None:
         halved = {key: fake_parameter(weight.shape, dtype) for key, weight in originals.items()}
     for layer in layers:
         layer.weight = halved[id(layer.weight)]
-        layer.__class__ = HALVED[type(layer)]
+        layer.__class__ = classes[type(layer)]
 
 
 def scale_outliers(layers: Iterable[nn.Module]) -> None:

@@ -37,7 +37,7 @@ PENDING = 2
 OVERHEAD_BYTES = 32 << 20
 """Graph structure, alignment, tokenizer and manifest, which the count of weights leaves out."""
 # Written by older versions of transformers, recomputed by the model itself.
-COMPUTED = (".position_ids", ".rotary_emb.inv_freq")
+COMPUTED = (".position_ids", "inv_freq", ".embed_scale")
 
 
 def find_weights(checkpoint: Checkpoint, model: nn.Module) -> dict[str, StoredTensor]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from resprune.exporter.checkpoint.shards import StoredTensor
 from resprune.exporter.checkpoint.weightless import blank, fill, lay_over
@@ -130,8 +130,9 @@ class Verifier:
         if self._model is None:
             self._model, self._held = blank(type(self._components.model), self._config), set()
         if component.name not in self._held:
-            # To look rows up, the table need be neither copied nor cast.
-            give = lay_over if component is self._components.embed else fill
+            # To look rows up, the table need be neither copied nor cast; what scales them does so in float32.
+            looked_up = type(self._model.get_input_embeddings()) is nn.Embedding
+            give = lay_over if component is self._components.embed and looked_up else fill
             give(self._model, self._stored, self._names[component.name])
             self._held.add(component.name)
         return self._model

@@ -172,6 +172,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "BitImageProcessor": CROPPED | OPENAI_CLIP,  # the one DINOv2 checkpoints name
     "LlavaImageProcessor": CROPPED | OPENAI_CLIP,
     "SiglipImageProcessor": COMMON | IMAGENET_STANDARD | {"size": {"height": 224, "width": 224}},
+    "Gemma3ImageProcessor": COMMON
+    | IMAGENET_STANDARD
+    | {"size": {"height": 224, "width": 224}, "resample": 2, "default_to_square": True},
 }
 
 

@@ -11,7 +11,7 @@ from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import OPENAI_CLIP, Box
-from resprune.runtime.families.picture import Arrays, Expansion, Picture, image_processor_config
+from resprune.runtime.families.picture import Arrays, Picture, image_processor_config
 from resprune.runtime.families.tiles import (
     MAX_TILES,
     Grid,
@@ -83,7 +83,7 @@ class Thumbnailed:
             rows,
             (len(rows),),
             (len(rows),),
-            Expansion(IMAGE_TOKEN, f"{START}{IMAGE_TOKEN}{END}"),
+            f"{START}{IMAGE_TOKEN}{END}",
         )
 
     def batch(self, pictures: Sequence[Picture]) -> Arrays:

@@ -26,32 +26,22 @@ LLAVA_TOWER = {"patch_size": 14, "image_size": 336}  # of a config without a vis
 
 
 @dataclass(frozen=True)
-class Expansion:
-    """What stands for an image in a prompt's text: the template writes `placeholder`, the model reads `text`.
-
-    `text` has exactly one image token for each span of the image; the tokens of the span take its place later.
-    """
-
-    placeholder: str
-    text: str
-
-
-@dataclass(frozen=True)
 class Picture:
     """One image, ready for the vision graph.
 
     `arrays` are what the family's `batch` joins into the graph's inputs. The image's N candidate tokens lie in one or
     more `spans` of the unpruned prompt, whose lengths sum to N, with text between them. `offsets` [N] or, for
     positions of three axes, [3, N] int64: how far each token stands from the first of its span; `advances`: of each
-    span, how far the text after it stands from its first token. `expansion` is None where one image token is all that
-    stands for the image. `protected` [N] bool are tokens that every selection keeps; None for none.
+    span, how far the text after it stands from its first token. `expansion` is the text that stands for the
+    image in place of the template's placeholder, with exactly one image token for each span; None for that token alone.
+    `protected` [N] bool are tokens that every selection keeps; None for none.
     """
 
     arrays: Arrays
     offsets: npt.NDArray[np.int64]
     advances: tuple[int, ...]
     spans: tuple[int, ...]
-    expansion: Expansion | None = None
+    expansion: str | None = None
     protected: npt.NDArray[np.bool_] | None = None
 
     @staticmethod

@@ -15,7 +15,7 @@ from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import IMAGENET_STANDARD, Box
-from resprune.runtime.families.picture import Arrays, Expansion, Picture, image_processor_config
+from resprune.runtime.families.picture import Arrays, Picture, image_processor_config
 from resprune.runtime.families.tiles import Grid, TileProcessor, pack, tile_pixels
 
 DEFAULTS = {**IMAGENET_STANDARD, "resample": 1, "size": {"longest_edge": 4 * 364}}
@@ -82,7 +82,7 @@ class SplitImage:
             np.tile(np.arange(tokens), count),
             (tokens,) * count,
             (tokens,) * count,
-            Expansion(IMAGE_TOKEN, _expansion(grid)),
+            _expansion(grid),
         )
 
     def batch(self, pictures: Sequence[Picture]) -> Arrays:

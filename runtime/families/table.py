@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.gemma3 import Pooled
 from resprune.runtime.families.internvl import Thumbnailed
 from resprune.runtime.families.llava_next import AnyResolution
 from resprune.runtime.families.llava_onevision import LimitedResolution
@@ -43,6 +44,8 @@ class Family:
     """"plain" or "proportional", unless --attention says another."""
     research_keys: tuple[str, ...] = ()
     """Keys of a config.json of the code that the model was published with, which transformers does not read."""
+    placeholder: str | None = None
+    """What its chat template writes for an image; None for the image token itself."""
     plain_prompt: bool = False
     """Whether it was trained with the prompt that stands in for a missing chat template (template.py)."""
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -157,6 +160,18 @@ FAMILIES = {
             },
         ),
         Family("idefics3", "Idefics3", "smolvlm", SplitImage.from_bundle),
+        Family(
+            "gemma3",
+            "Gemma 3",
+            "gemma3",
+            Pooled.from_bundle,
+            placeholder="<start_of_image>",
+            aliases={
+                "gemma3-4b": "google/gemma-3-4b-it",
+                "gemma3-12b": "google/gemma-3-12b-it",
+                "gemma3-27b": "google/gemma-3-27b-it",
+            },
+        ),
     )
 }
 

@@ -11,7 +11,6 @@ from resprune.runtime.arguments import text as require_text
 from resprune.runtime.arguments import words
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError, one_line, tokenizer_panics
-from resprune.runtime.families.picture import Expansion
 from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.nouns import question_terms, split_keywords
 from resprune.runtime.prompt.plain_text import PlainText
@@ -80,7 +79,8 @@ class Prompter:
         self.tokenizer = load_tokenizer(bundle)
         self.template = chat_template(bundle)
         self._context_length = bundle.manifest.context_length
-        self._plain = family_of(bundle).plain_prompt
+        family = family_of(bundle)
+        self._plain = family.plain_prompt
         self.image_token_id = bundle.manifest.image_token_id
         with tokenizer_panics(f"{bundle.root} has no tokenizer that can be used"):
             image_token = self.tokenizer.id_to_token(self.image_token_id)
@@ -89,6 +89,8 @@ class Prompter:
                 f"the tokenizer has no token {self.image_token_id}, the image token; export the bundle again"
             )
         self.variables = _special_tokens(bundle) | {"image_token": image_token}
+        self.placeholder = family.placeholder or image_token
+        """What the chat template writes for an image."""
 
     def prompt(
         self,
@@ -97,7 +99,7 @@ class Prompter:
         *,
         history: Sequence[Turn] = (),
         about: Sequence[str] | None = None,
-        expansions: Sequence[Expansion | None] | None = None,
+        expansions: Sequence[str | None] | None = None,
         plain_text: bool = False,
     ) -> Prompt:
         """Prompt for a question about a number of `images`, which stand at the head of the first turn.
@@ -113,7 +115,7 @@ class Prompter:
         messages: Sequence[Message],
         *,
         about: Sequence[str] | None = None,
-        expansions: Sequence[Expansion | None] | None = None,
+        expansions: Sequence[str | None] | None = None,
         plain_text: bool = False,
     ) -> Prompt:
         """Prompt for any conversation that ends with a user's message, whose texts are the question.
@@ -136,7 +138,7 @@ class Prompter:
         if not any(text.strip() for text in texts):
             raise ResPruneError("the question is empty; ask something about the picture")
         expansions = [None] * images if expansions is None else expansions
-        plain = self._plain_text(expansions) if plain_text else None
+        plain = self._plain_text() if plain_text else None
         if plain is not None and not plain.types_special(spoken):
             plain = None
 
@@ -160,7 +162,7 @@ class Prompter:
                 ids, offsets = plain.encode(written, add_special_tokens=adds)
         self._require_room(len(ids), "the question")
         image_token = self.variables["image_token"]
-        expected = sum(1 if one is None else one.text.count(image_token) for one in expansions)
+        expected = sum(1 if one is None else one.count(image_token) for one in expansions)
         if ids.count(self.image_token_id) != expected:
             raise ResPruneError(
                 f"the tokenizer makes something else of {self.variables['image_token']} than the image token "
@@ -200,9 +202,8 @@ class Prompter:
         ids = [token for token, (_, end) in zip(twice.ids, twice.offsets, strict=True) if end > len(word) + 1]
         return [token for token in ids if token != self.image_token_id]
 
-    def _plain_text(self, expansions: Sequence[Expansion | None]) -> PlainText:
-        placeholders = [one.placeholder for one in expansions if one is not None]
-        return PlainText(self.tokenizer, [self.variables["image_token"], *placeholders])
+    def _plain_text(self) -> PlainText:
+        return PlainText(self.tokenizer, [self.variables["image_token"], self.placeholder])
 
     def _require_text(self, part: object) -> None:
         """`ResPruneError` for what is no text, or too long to be encoded at all."""
@@ -221,24 +222,26 @@ class Prompter:
             )
 
     def _render(self, messages: Sequence[Message]) -> str:
-        return render(messages, self.template, self.variables, plain=self._plain)
+        return render(
+            messages, self.template, self.variables, placeholder=self.placeholder, plain=self._plain
+        )
 
-    def _expand(self, expansions: Sequence[Expansion | None], text: str) -> str:
+    def _expand(self, expansions: Sequence[str | None], text: str) -> str:
         """A rendered prompt with each image's expansion in the place of its placeholder.
 
         `ResPruneError` unless it has one placeholder for each image.
         """
         token = self.variables["image_token"]
-        placeholder = next((one.placeholder for one in expansions if one is not None), token)
-        between = text.split(placeholder)
-        if len(between) != len(expansions) + 1:
+        between = text.split(self.placeholder)
+        typed = next((token for part in between if token in part), self.placeholder)
+        if typed != self.placeholder or len(between) != len(expansions) + 1:
             raise ResPruneError(
-                f"the question contains {placeholder}, which stands for a picture; "
+                f"the question contains {typed}, which stands for a picture; "
                 "leave it out and give the picture itself"
             )
         whole = between[0]
         for expansion, after in zip(expansions, between[1:], strict=True):
-            whole += (token if expansion is None else expansion.text) + after
+            whole += (token if expansion is None else expansion) + after
         return whole
 
 

@@ -95,15 +95,20 @@ def assistant_message(text: str) -> Message:
 
 
 def render(
-    messages: Sequence[Message], template: str, variables: Mapping[str, str], *, plain: bool = True
+    messages: Sequence[Message],
+    template: str,
+    variables: Mapping[str, str],
+    *,
+    placeholder: str | None = None,
+    plain: bool = True,
 ) -> str:
     """The prompt's text, ending where the answer begins; `variables`: special tokens by their names.
 
     With `plain` a template made for plain text (`message['content'] + …`) is given the parts joined into a string,
-    each picture as `variables["image_token"]` and a line break. `ResPruneError` if no form renders with as many
-    image tokens as there are pictures.
+    each picture as `variables["image_token"]` and a line break. `placeholder` is what the template writes for a
+    picture, None for that token. `ResPruneError` if no form renders with as many of them as there are pictures.
     """
-    image_token = variables["image_token"]
+    image_token = placeholder or variables["image_token"]
     pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
     typed = sum(
         part.get("text", "").count(image_token) for message in messages for part in message["content"]

@@ -88,6 +88,7 @@ class HuggingFace:
         rows: list[Tensor] = []
         places: list[int] = []
         weights: list[int] = []
+        of_image: list[bool] = []
         place = 0
         spans = [
             (of_one, one, start, start + length)
@@ -105,11 +106,13 @@ class HuggingFace:
                     for index, count in zip(kept[picture], counts[picture], strict=True)
                     if index in inside
                 ]
+                of_image += [True] * len(inside)
                 place += end - start
             else:
                 rows.append(table(torch.tensor(token)))
                 places.append(place)
                 weights.append(1)
+                of_image.append(False)
                 place += 1
         position_ids = torch.arange(len(rows)) if positions == "contiguous" else torch.tensor(places)
         with weighed(weights):
@@ -117,6 +120,7 @@ class HuggingFace:
                 inputs_embeds=torch.stack(rows)[None],
                 attention_mask=torch.ones(1, len(rows), dtype=torch.int64),
                 position_ids=position_ids[None],
+                **self._told(of_image),
                 **_greedy(steps, may_end=may_end),
             )
         orders = [[index for index in order if index >= 0] for order in picks]
@@ -133,6 +137,7 @@ class HuggingFace:
             input_ids=torch.tensor([ids]),
             attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
             **self._inputs(pictures),
+            **self._told([token == image for token in ids]),
             **_greedy(steps),
         )
         generated: list[int] = out[0, len(ids) :].tolist()
@@ -145,6 +150,10 @@ class HuggingFace:
     def _inputs(self, pictures: list[Picture]) -> dict[str, Tensor]:
         """`pixel_values`, and whatever else the family's model takes of its pictures."""
         return dict(self.processor(images=pictures, return_tensors="pt"))
+
+    def _told(self, of_image: list[bool]) -> dict[str, Tensor]:
+        """What more `generate` takes of a prompt, of which the model is told which rows are an image's."""
+        return {}
 
     def _features(self, pictures: list[Picture]) -> list[Tensor]:
         """All rows [N, D] of each picture."""
@@ -182,6 +191,26 @@ class HuggingFaceTiles(HuggingFace):
             return super()._spans(features)
         of_one = self.model.model.image_seq_len
         return [(start, of_one) for start in range(0, len(features), of_one)]
+
+
+class HuggingFaceTwoWay(HuggingFace):
+    """Gemma 3, where the rows of an image see each other in both directions."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        prepare = self.model.prepare_inputs_for_generation
+
+        def named(input_ids: Any, inputs_embeds: Any = None, **kwargs: Any) -> Any:
+            """The same: `generate` gives embeddings only to a function that names them."""
+            return prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+        self.model.prepare_inputs_for_generation = named
+
+    def _told(self, of_image: list[bool]) -> dict[str, Tensor]:
+        return {"token_type_ids": torch.tensor([of_image]).long()}
+
+    def _inputs(self, pictures: list[Picture]) -> dict[str, Tensor]:
+        return {"pixel_values": super()._inputs(pictures)["pixel_values"]}
 
 
 def counted(features: Tensor, kept: list[int], proportional: bool) -> list[int]:

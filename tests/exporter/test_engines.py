@@ -100,13 +100,29 @@ def test_the_unrolled_selection(tiny: Path) -> None:
 
 @pytest.mark.parametrize(
     ("variant", "options"),
-    [("next-llama", {"k": 88}), ("qwen25", {"share": 1.0}), ("onevision", {"share": 1.0})],
-    ids=lambda value: str(value),
+    # Each as its parity tests export it.
+    [
+        ("next-llama", {"k": 88, "split": True}),
+        *(
+            (variant, {"share": 1.0, "split": True})
+            for variant in (
+                "qwen25",
+                "qwen3",
+                "onevision",
+                "internvl-qwen2",
+                "internvl-qwen3",
+                "smolvlm",
+                "gemma3",
+            )
+        ),
+        ("idefics3", {"share": 1.0, "dtype": "fp16"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_other_families(
     tiny_bundle: Callable[..., Path], tmp_path: Path, variant: str, options: dict[str, Any]
 ) -> None:
-    check(copied(tiny_bundle(variant, split=True, **options), tmp_path))
+    check(copied(tiny_bundle(variant, **options), tmp_path))
 
 
 def test_proportional_attention(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:

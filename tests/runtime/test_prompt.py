@@ -10,7 +10,6 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.families.picture import Expansion
 from resprune.runtime.prompt.plain_text import PlainText
 from resprune.runtime.prompt.prompter import Prompter, Turn
 from resprune.runtime.prompt.template import DEFAULT_TEMPLATE
@@ -237,10 +236,10 @@ def test_an_expansion_stands_in_the_place_of_its_image(tmp_path: Path) -> None:
     token = writer.variables["image_token"]
     question = "What is the red square?"
     plain = writer.prompt(question, 2)
-    tiles = Expansion(token, f"red {token} blue {token}")
+    tiles = f"red {token} blue {token}"
     prompt = writer.prompt(question, 2, expansions=[tiles, None])
     assert prompt.ids.count(writer.image_token_id) == 3
-    assert prompt.text == plain.text.replace(token, tiles.text, 1)
+    assert prompt.text == plain.text.replace(token, tiles, 1)
     assert prompt.nouns == plain.nouns
     assert prompt.text_token_ids == plain.text_token_ids
     with pytest.raises(ResPruneError, match="contains <image>"):
