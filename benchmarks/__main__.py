@@ -1,12 +1,14 @@
-"""`python -m benchmarks [part …]`: measure, and write benchmarks/results/<part>.json and benchmarks/REPORT.md."""
+"""`python -m benchmarks [part …]`: measure, and write benchmarks/results/<part>.json and the pages of tables."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import resprune
 from benchmarks import (
     ablation,
     accuracy,
@@ -17,6 +19,7 @@ from benchmarks import (
     export_size,
     growth,
     llava_next,
+    pages,
     peers,
     precision,
     qwen_vl,
@@ -65,39 +68,33 @@ def main() -> None:
         "--work", type=Path, default=Path("build/bench"), help="where checkpoints and bundles go"
     )
     parser.add_argument("--draw", action="store_true", help="only draw the plots of results/ again")
+    parser.add_argument("--pages", action="store_true", help="only write the pages from results/ again")
     arguments = parser.parse_args()
     if arguments.draw:
         for part in set(DRAWN) & set(arguments.parts or DRAWN):
             DRAWN[part](json.loads((HERE / "results" / f"{part}.json").read_text())["figures"])
+    if arguments.pages:
+        pages.write([*PARTS])
+    if arguments.draw or arguments.pages:
         return
     arguments.work.mkdir(parents=True, exist_ok=True)
     (HERE / "results").mkdir(exist_ok=True)
     for part in arguments.parts or PARTS:
         title, measure, table = PARTS[part]
         result = measure(arguments.work)
-        record: dict[str, Any] = {"title": title, "machine": machine(), "table": table(result)}
+        record: dict[str, Any] = {
+            "title": title,
+            "measured": date.today().isoformat(),
+            "version": resprune.__version__,
+            "machine": machine(),
+            "table": table(result),
+        }
         record["figures"] = plain(result)
         if part in DRAWN:
             DRAWN[part](record["figures"])
         (HERE / "results" / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n")
         print(f"\n## {title}\n\n{record['table']}\n", flush=True)
-    _report()
-
-
-def _report() -> None:
-    """REPORT.md from every result that is there, so that a part measured alone does not lose the others."""
-    sections = ["# Measured\n\nWritten by `make bench`; medians, with quartiles, of calls that take turns.\n"]
-    for part in PARTS:
-        path = HERE / "results" / f"{part}.json"
-        if path.exists():
-            record = json.loads(path.read_text())
-            where = record["machine"]
-            versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
-            sections.append(
-                f"## {record['title']}\n\n{record['table']}\n\n"
-                f"{where['processor']}, {where['threads']} threads, {versions}.\n"
-            )
-    (HERE / "REPORT.md").write_text("\n".join(sections))
+    pages.write([*PARTS])
 
 
 if __name__ == "__main__":
