@@ -65,7 +65,7 @@ def test_another_picture_is_tried_before_picks_and_counts_count_as_wrong(
     def run(graph: Path, inputs: dict[str, Any]) -> dict[str, Any]:
         images = (torch.from_numpy(inputs["pixel_values"]),)
         text, mask = torch.from_numpy(inputs["text_embeds"]), torch.from_numpy(inputs["text_mask"])
-        (features, *_), _, picks = verifier._select(images, text, mask, selection)
+        (features, *_), _, picks, *_ = verifier._select(images, text, mask, selection)
         runs.append(graph)
         if what == "picks" and len(runs) <= misses:
             picks = picks.flip(1)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from resprune.runtime.bundle.manifest import (
     MANIFEST_NAME,
+    Early,
     FileSpec,
     GraphSpec,
     Manifest,
@@ -16,8 +17,10 @@ from resprune.runtime.bundle.manifest import (
     share_of,
 )
 from resprune.runtime.errors import ResPruneError
-from tests.runtime.bundles import MANIFEST, one_sentence
+from tests.runtime import bundles
+from tests.runtime.bundles import one_sentence
 
+MANIFEST = dataclasses.replace(bundles.MANIFEST, early=Early(3, 72, 144))
 GRAPH = MANIFEST.graphs["vision_select"]
 ENGINES = ("engines", "tensorrt-rtx-sm_86")
 ENGINE = (*ENGINES, "graphs", "vision_select")
@@ -89,7 +92,7 @@ CHECKED = [path for path in every_path(json.loads(MANIFEST.to_json())) if path a
 FREE_TEXT = {"family", "model", "revision", "command", "created", "name", "onnx", "tensorrt-rtx"}
 
 
-OPTIONAL = {"revision", "optimize", "attention", "engines"}
+OPTIONAL = {"revision", "optimize", "attention", "early", "engines"}
 
 
 def legal(path: tuple[str | int, ...], value: Any) -> bool:
@@ -133,6 +136,8 @@ def test_a_missing_key_is_named(key: str) -> None:
         (("selection", "share"), 1.01, "selection.share"),
         (("selection", "alpha"), -0.5, "selection.alpha"),
         (("attention",), "flash", "attention should be one of plain, proportional"),
+        (("early", "tokens"), 144, "early.tokens"),
+        (("early", "layer"), 0, "early.layer"),
         (("optimize",), "trt", "optimize should be one of ort"),
         (("selection", "scale"), "softmax", "minmax, clamp, shifted"),
         (("selection", "body"), "scan", "loop, unrolled"),
