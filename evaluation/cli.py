@@ -43,20 +43,34 @@ def register_eval(subparsers: Any) -> None:
         "--selectors",
         default="resprune",
         metavar="NAMES",
-        help="by commas (default: %(default)s); all is every one",
+        help="by commas; all is every one (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIRECTORY", help="where the report goes")
-    parser.add_argument("--limit", type=int, metavar="N", help="questions of each data set, evenly spread")
-    parser.add_argument("--positions", choices=POSITIONS, help="in place of the model's own policy")
-    parser.add_argument("--attention", choices=ATTENTION, help="in place of the model's own")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="questions of each data set, evenly spread (default: all)"
+    )
+    parser.add_argument(
+        "--positions", choices=POSITIONS, help="position ids of the pruned prompt (default: the model's own)"
+    )
+    parser.add_argument(
+        "--attention", choices=ATTENTION, help="how kept tokens count (default: the model's own)"
+    )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the first random draw (default: 0)"
     )
     parser.add_argument(
         "--batch", type=int, default=8, metavar="N", help="questions at once (default: %(default)s)"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a physical core")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=16, metavar="N", help="longest answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of ONNX Runtime or PyTorch (default: one a physical core)",
+    )
     parser.add_argument(
         "--device",
         default="cpu",

@@ -51,9 +51,13 @@ def register_lmms(subparsers: Any) -> None:
         "-k", required=True, metavar="LIST", help="budgets by commas: numbers, shares like 11%%, and all"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIRECTORY", help="where the results go")
-    parser.add_argument("--limit", type=int, metavar="N", help="questions of each task")
-    parser.add_argument("--positions", choices=POSITIONS, help="in place of the model's own policy")
-    parser.add_argument("--attention", choices=ATTENTION, help="in place of the model's own")
+    parser.add_argument("--limit", type=int, metavar="N", help="questions of each task (default: all)")
+    parser.add_argument(
+        "--positions", choices=POSITIONS, help="position ids of the pruned prompt (default: the model's own)"
+    )
+    parser.add_argument(
+        "--attention", choices=ATTENTION, help="how kept tokens count (default: the model's own)"
+    )
     parser.add_argument(
         "--device",
         default="cpu",

@@ -198,20 +198,35 @@ class Answer:
         return dict(self._batch.timings)
 
     def describe(self) -> dict[str, Any]:
-        """All of it as JSON values: text, ids, the keywords that steered the selection, picks, timings."""
-        return {
+        """All of it as JSON values; what says nothing is left out.
+
+        `text`, `finish_reason`, `token_ids` (not from a server that tells only text), `prompt_tokens`, `prompt_ids`,
+        `keywords` with their `keyword_ids`, which steered the selection; `images`, each with the `kept_indices` of its
+        tokens, ascending, and `pick_order`, with proportional attention also `kept_counts`; `timings` in
+        milliseconds, of which `first_token_ms` is the sum of those before `decode_ms`, and `tokens_per_second` after
+        the first token, if there are two.
+        """
+        timings = self.timings
+        decode_ms = timings.pop("decode")
+        spent = {f"{stage}_ms": ms for stage, ms in timings.items()}
+        spent |= {"first_token_ms": sum(timings.values()), "decode_ms": decode_ms}
+        said = {
             "text": self.text,
+            "finish_reason": self.finish_reason,
             "token_ids": self.token_ids,
+            "prompt_tokens": self.prompt_tokens,
             "prompt_ids": self.prompt.ids,
-            "text_token_ids": self.prompt.text_token_ids,
-            "nouns": self.prompt.nouns,
-            "images": [
-                {
-                    "kept_indices": picks.kept_indices.tolist(),
-                    "pick_order": picks.pick_order.tolist(),
-                    "kept_counts": picks.kept_counts.tolist(),
-                }
-                for picks in self.images
-            ],
-            "timings": self.timings,
+            "keywords": self.prompt.nouns,
+            "keyword_ids": self.prompt.text_token_ids,
+            "images": [_describe(picks) for picks in self.images],
+            "timings": spent,
         }
+        if self.tokens_written > 1 and decode_ms > 0:
+            said["tokens_per_second"] = 1e3 * (self.tokens_written - 1) / decode_ms
+        return {name: value for name, value in said.items() if value not in ([], "") or name == "text"}
+
+
+def _describe(picks: Picks) -> dict[str, list[int]]:
+    said = {"kept_indices": picks.kept_indices.tolist(), "pick_order": picks.pick_order.tolist()}
+    counts = picks.kept_counts.tolist()
+    return said if set(counts) == {1} else said | {"kept_counts": counts}

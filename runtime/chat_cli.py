@@ -25,13 +25,15 @@ if TYPE_CHECKING:
     from resprune.runtime.sampling import SamplingOptions
 
 HELP = """\
-/image PATH …   ask about another image, or several; the conversation begins anew
-/new            begin a new conversation about the same images
-/tokens K       keep K visual tokens of each image: 16, 11%, or all; alone: the bundle's K
-/about WORDS    words that steer the selection: square,table; alone: the question's nouns
-/show FILE      draw the tokens that the last answer was given: kept.png
-/help           this list
-/quit           end, as Ctrl-D does; Ctrl-C stops an answer"""
+/image PATH …  ask about another image, or several, in a new conversation
+/new           begin a new conversation about the same images
+/tokens K      keep K visual tokens of each image: 16, 11%, or all;
+               alone: the bundle's K
+/about WORDS   words that steer the selection: square,table;
+               alone: the question's nouns
+/show FILE     draw the tokens that the last answer was given: kept.png
+/help          this list
+/quit          end, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 def register_chat(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -46,10 +48,16 @@ def register_chat(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
     parser.add_argument("bundle", metavar="BUNDLE", help="directory that resprune export wrote")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file; several stand in one prompt")
     parser.add_argument(
-        "--tokens", default="", metavar="K", help="visual tokens to keep of each: 16, 11%%, all"
+        "--tokens",
+        default="",
+        metavar="K",
+        help="visual tokens to keep of each: 16, 11%%, all (default: the bundle's K)",
     )
     parser.add_argument(
-        "--about", default="", metavar="WORDS", help='words that steer the selection: "square"'
+        "--about",
+        default="",
+        metavar="WORDS",
+        help='words that steer the selection: "square" (default: the question\'s nouns)',
     )
     parser.add_argument(
         "--plain-text", action="store_true", help="take special tokens such as </s> in a question as text"

@@ -100,18 +100,26 @@ def _dispatch(words: Sequence[str]) -> int:
 
 def register_ask(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `resprune ask`."""
-    parser = subparsers.add_parser("ask", help="ask a question about a picture")
+    parser = subparsers.add_parser("ask", help="ask a question about an image")
     parser.add_argument("bundle", metavar="BUNDLE", help="directory that resprune export wrote")
-    parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", help="picture file; several stand in one prompt"
-    )
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file; several stand in one prompt")
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument(
-        "--tokens", type=_tokens, metavar="K", help="visual tokens to keep of each picture: 16, 11%%"
+        "--tokens",
+        type=_tokens,
+        metavar="K",
+        help="visual tokens to keep of each image: 16, 11%%, all (default: the bundle's K)",
     )
-    parser.add_argument("--about", metavar="WORDS", help='words that steer the selection: "square,table"')
     parser.add_argument(
-        "--show", metavar="PNG", help="draw the kept tokens; of several pictures PNG-2.png is the second"
+        "--about",
+        metavar="WORDS",
+        help='words that steer the selection: "square,table" (default: the question\'s nouns)',
+    )
+    parser.add_argument(
+        "--show",
+        metavar="FILE",
+        help="draw the image beside its kept tokens: kept.png; of several images the second is kept-2.png "
+        "(default: none)",
     )
     parser.add_argument(
         "--plain-text", action="store_true", help="take special tokens such as </s> in the question as text"
@@ -126,6 +134,9 @@ def register_inspect(subparsers: "argparse._SubParsersAction[argparse.ArgumentPa
     """Add `resprune inspect`."""
     parser = subparsers.add_parser("inspect", help="say what is in a bundle")
     parser.add_argument("bundle", metavar="BUNDLE", help="directory that resprune export wrote")
+    parser.add_argument(
+        "--all", action="store_true", help="also inputs and outputs, every difference, every version"
+    )
     parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
     parser.add_argument("--skip-hashes", action="store_true", help="do not check the SHA-256 of the files")
     parser.set_defaults(run=_inspect)
@@ -163,8 +174,8 @@ def _ask(arguments: argparse.Namespace) -> int:
             **sampling_options(arguments),
         )
         if arguments.json:
-            report = answer.describe() | {"positions": pipeline.manifest.positions}
-            report["timings"] = {"load": pipeline.load_ms, **answer.timings}
+            report = answer.describe()
+            report["timings"] = {"load_ms": pipeline.load_ms, **report["timings"]}
             print(printable(json.dumps(report, ensure_ascii=False)))
         else:
             for piece in answer:
@@ -177,10 +188,11 @@ def _ask(arguments: argparse.Namespace) -> int:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from resprune.runtime.bundle.files import read_bundle
-    from resprune.runtime.bundle.inspection import describe
+    from resprune.runtime.bundle.inspection import describe, summary
 
     bundle = read_bundle(arguments.bundle, check_hashes=not arguments.skip_hashes)
-    print(printable(bundle.manifest.to_json() if arguments.json else describe(bundle)), end="")
+    shown = describe if arguments.all else summary
+    print(printable(bundle.manifest.to_json() if arguments.json else shown(bundle)), end="")
     return 0
 
 

@@ -15,16 +15,22 @@ SERVER_FORMATS = ("vllm", "trtllm", "sglang")
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `load_options` reads."""
-    parser.add_argument("--server", metavar="URL", help="let a language model there answer: http://host:8000")
     parser.add_argument(
-        "--server-format", choices=SERVER_FORMATS, help="what kind of server it is; default: vllm"
-    )
-    parser.add_argument("--server-model", metavar="NAME", help="default: the only model it has")
-    parser.add_argument(
-        "--server-timeout", type=float, metavar="SECONDS", help="longest silence; default: 120"
+        "--server",
+        metavar="URL",
+        help="let a language model there answer: http://host:8000 (default: the bundle's own)",
     )
     parser.add_argument(
-        "--server-deadline", type=float, metavar="SECONDS", help="longest whole answer; default: 600"
+        "--server-format", choices=SERVER_FORMATS, help="what kind of server it is (default: vllm)"
+    )
+    parser.add_argument(
+        "--server-model", metavar="NAME", help="the model to ask (default: the only one it has)"
+    )
+    parser.add_argument(
+        "--server-timeout", type=float, metavar="SECONDS", help="longest silence (default: 120)"
+    )
+    parser.add_argument(
+        "--server-deadline", type=float, metavar="SECONDS", help="longest whole answer (default: 600)"
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -32,17 +38,17 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         type=listed,
         default=["cpu"],
         metavar="NAMES",
-        help="what ONNX Runtime runs on, best first: cuda,cpu; default: cpu",
+        help="what ONNX Runtime runs on, best first: cuda,cpu (default: cpu)",
     )
     where.add_argument(
         "--engines",
         choices=FLAVOURS,
-        help="answer from the engines that resprune build made with this flavour of TensorRT",
+        help="answer from the engines that resprune build made with this TensorRT (default: none)",
     )
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a physical core")
     parser.add_argument(
-        "--max-pixels", type=int, metavar="N", help="largest picture taken; default: 64000000"
+        "--threads", type=int, default=0, metavar="N", help="of ONNX Runtime (default: one a physical core)"
     )
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="largest image taken (default: 64000000)")
     parser.add_argument("--skip-hashes", action="store_true", help="do not check the SHA-256 of the files")
 
 
@@ -68,21 +74,32 @@ def max_pixels(arguments: argparse.Namespace) -> int:
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the settings of `Sampling`, which `sampling_options` reads; one left out is as the checkpoint says."""
     group = parser.add_argument_group(
-        "how tokens are chosen; defaults: the checkpoint's generation_config.json"
+        "how tokens are chosen",
+        "What is left out is as the checkpoint's generation_config.json says; where that says nothing, as given here.",
     )
     for name, kind, value, text in (
-        ("--max-new-tokens", int, "N", "longest answer; 64 where the checkpoint says nothing"),
-        ("--temperature", float, "T", "0 is greedy; above it tokens are drawn"),
-        ("--top-k", int, "N", "draw from the N most likely; 0: from all"),
-        ("--top-p", float, "P", "draw from the fewest that are together as likely as P"),
-        ("--min-p", float, "P", "draw from what is at least P times as likely as the most likely"),
-        ("--repetition-penalty", float, "X", "above 1: what was there before comes less often"),
-        ("--no-repeat-ngram-size", int, "N", "no N tokens follow each other twice; 0: they may"),
-        ("--min-new-tokens", int, "N", "shortest answer"),
-        ("--suppress-tokens", _ids, "IDS", "token ids that never come: 5,17"),
-        ("--begin-suppress-tokens", _ids, "IDS", "token ids that do not come first"),
-        ("--forced-eos-token-id", _ids, "IDS", "the last token of an answer that reaches its longest"),
-        ("--seed", int, "N", "repeat a draw"),
+        ("--max-new-tokens", int, "N", "longest answer (default: 64)"),
+        ("--temperature", float, "T", "0 is greedy; above it tokens are drawn (default: 0)"),
+        ("--top-k", int, "N", "draw from the N most likely; 0: from all (default: 0)"),
+        ("--top-p", float, "P", "draw from the fewest that are together as likely as P (default: 1)"),
+        (
+            "--min-p",
+            float,
+            "P",
+            "draw from what is at least P times as likely as the most likely (default: 0)",
+        ),
+        ("--repetition-penalty", float, "X", "above 1: what was there before comes less often (default: 1)"),
+        ("--no-repeat-ngram-size", int, "N", "no N tokens follow each other twice; 0: they may (default: 0)"),
+        ("--min-new-tokens", int, "N", "shortest answer (default: 0)"),
+        ("--suppress-tokens", _ids, "IDS", "token ids that never come: 5,17 (default: none)"),
+        ("--begin-suppress-tokens", _ids, "IDS", "token ids that do not come first (default: none)"),
+        (
+            "--forced-eos-token-id",
+            _ids,
+            "IDS",
+            "the last token of an answer that reaches its longest (default: none)",
+        ),
+        ("--seed", int, "N", "repeat a draw (default: a new one each time)"),
     ):
         group.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar=value, help=text)
 

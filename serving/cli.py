@@ -30,46 +30,47 @@ def register_serve(subparsers: "argparse._SubParsersAction[argparse.ArgumentPars
         nargs="+",
         help="directory that resprune export wrote; its name is the model's",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: %(default)s")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     parser.add_argument(
-        "--port", type=int, default=PORT, metavar="N", help="0 for any free one; default: %(default)s"
+        "--port", type=int, default=PORT, metavar="N", help="0 for any free one (default: %(default)s)"
     )
     parser.add_argument(
         "--insecure", action="store_true", help=f"listen at a public --host without a key in {KEY_VARIABLE}"
     )
     parser.add_argument(
-        "--parallel", type=int, default=2, metavar="N", help="answers written at once; default: %(default)s"
+        "--parallel", type=int, default=2, metavar="N", help="answers written at once (default: %(default)s)"
     )
     parser.add_argument(
         "--queue",
         type=int,
         default=16,
         metavar="N",
-        help="requests that wait; one more gets 429; default: %(default)s",
+        help="requests that wait; one more gets 429 (default: %(default)s)",
     )
     parser.add_argument(
         "--time-limit",
         type=float,
         default=600,
         metavar="SECONDS",
-        help="of one request; default: %(default)s",
+        help="longest request, its wait included (default: %(default)s)",
     )
     parser.add_argument(
-        "--body-limit", type=int, default=32, metavar="MIB", help="largest request; default: %(default)s"
+        "--body-limit", type=int, default=32, metavar="MIB", help="largest request (default: %(default)s)"
     )
     parser.add_argument(
         "--image-cache",
         type=int,
         default=256,
         metavar="MIB",
-        help="memory for encoded images; default: %(default)s",
+        help="memory for encoded images (default: %(default)s)",
     )
     parser.add_argument(
         "--allow-url-host",
         action="append",
         default=[],
         metavar="HOST",
-        help="load images from http(s) addresses at HOST or HOST:PORT as well; may be given more than once",
+        help="load images from http(s) addresses at HOST or HOST:PORT as well; may be given more than once "
+        "(default: none)",
     )
     add_load_options(parser)
     parser.set_defaults(run=_serve)

@@ -27,18 +27,27 @@ def register_bench(subparsers: "argparse._SubParsersAction[argparse.ArgumentPars
     parser = subparsers.add_parser("bench", help="measure a bundle on this device")
     parser.add_argument("bundle", metavar="BUNDLE", help="directory that resprune export wrote")
     parser.add_argument(
-        "-k", metavar="K,…", help="budgets: 16,11%%,all; default: a quarter of K, K, and all where it can"
+        "-k", metavar="K,…", help="budgets: 16,11%%,all (default: a quarter of K, K, and all where it can)"
     )
     parser.add_argument(
         "--prompt-tokens",
         type=int,
         metavar="N",
-        help="about so many tokens of text; default: a short question",
+        help="about so many tokens of text (default: a short question)",
     )
-    parser.add_argument("--image", metavar="FILE", help="default: a made image of 640 × 480")
-    parser.add_argument("--repeats", type=int, metavar="N", help="default: 5 or more, for 10 seconds")
+    parser.add_argument(
+        "--image", metavar="FILE", help="the image to ask about (default: a made one of 640 × 480)"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        metavar="N",
+        help="measurements of each budget (default: 5 or more, for 10 seconds)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
-    parser.add_argument("--out", metavar="PLOT", help="also draw a plot: bench.png; needs resprune[eval]")
+    parser.add_argument(
+        "--out", metavar="PLOT", help="also draw a plot: bench.png; needs resprune[eval] (default: none)"
+    )
     add_load_options(parser)
     parser.set_defaults(run=_bench)
 

@@ -1,5 +1,6 @@
 """What `resprune inspect` prints."""
 
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,30 +8,98 @@ from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import EngineSet, GraphSpec, Manifest, Range, TensorSpec
 
 RUNTIMES = {"ort": "ONNX Runtime"}
+WIDTH, INDENT = 80, 14
+MOST_LINES = 2  # of one row of the summary
 
 
-def describe(bundle: Bundle) -> str:
-    """Several lines on what a bundle holds: source, selection, graphs, parity, versions, sizes."""
+def summary(bundle: Bundle) -> str:
+    """What a bundle is, on one screen: lines of at most 80 columns, two dozen of them at most."""
     manifest = bundle.manifest
+    lines = [
+        textwrap.shorten(f"{bundle.root}", WIDTH, placeholder="…"),
+        *_row("family", f"{manifest.family}, bundle format {manifest.format_version}"),
+        *_row("size", _megabytes(sum(file.size for file in manifest.files.values()))),
+    ]
+    for name, value in _facts(manifest):
+        lines += _row(name, value)
+    graphs = [
+        f"{name} {spec.precision} {_graph_size(spec, manifest)}" for name, spec in manifest.graphs.items()
+    ]
+    lines += _row("graphs", "; ".join(graphs), most=4)
+    for engines in manifest.engines.values():
+        size = sum(manifest.files[engine.file].size for engine in engines.graphs.values())
+        lines += _row("engines", f"{engines.flavour} for {engines.target}, {_megabytes(size)}")
+    lines += _row("parity", "; ".join(_parity_summary(manifest.parity)), most=4)
+    lines += _row("made with", ", ".join(f"{name} {value}" for name, value in manifest.versions.items()))
+    return "\n".join([*lines, "resprune inspect --all says the rest."]) + "\n"
+
+
+def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Names and values: where it comes from, and what it does."""
     selection = manifest.selection
     of = f" of {selection.num_tokens}" if selection.num_tokens else ""
     of += f" of up to {selection.max_tokens}" if selection.max_tokens else ""
     share = "" if selection.share is None else f", {100 * selection.share:g} % of its tokens"
     revision = "" if manifest.revision is None else f" at revision {manifest.revision}"
+    yield "source", f"{manifest.model}{revision}"
+    yield "made", f"{manifest.created} by {manifest.command}"
+    yield (
+        "selection",
+        f"keeps {selection.k}{of} tokens an image{share}, alpha {selection.alpha:g}, "
+        f"scale {selection.scale}, body {selection.body}, form {selection.form}",
+    )
+    yield "positions", manifest.positions
+    yield "attention", manifest.attention
+    if manifest.early is not None:
+        early = manifest.early
+        yield "early", f"{early.tokens} of {early.of} patches go on after {early.layer} blocks of the tower"
+    yield "context", f"{manifest.context_length} tokens; image token {manifest.image_token_id}"
+    if manifest.optimize:
+        yield "decoder", f"of operators that only {RUNTIMES[manifest.optimize]} has"
+
+
+def _row(name: str, value: str, most: int = MOST_LINES) -> list[str]:
+    """`value` beside its name, in at most `most` lines."""
+    lines = textwrap.wrap(
+        value,
+        WIDTH - INDENT,
+        max_lines=most,
+        placeholder=" …",
+        break_on_hyphens=False,
+    )
+    return [f"  {name if number == 0 else '':<{INDENT - 2}}{line}" for number, line in enumerate(lines)]
+
+
+def _parity_summary(parity: dict[str, Any]) -> Iterator[str]:
+    """The counts, and of the outputs' differences the one that comes nearest to what it may be."""
+    for name, value in parity.items():
+        if not isinstance(value, dict):
+            yield f"{name.replace('_', ' ')} {value}"
+    found = [
+        (figures["max_diff"] / max(figures.get("atol", 0), 1e-12), graph, output, figures)
+        for graph, outputs in parity.get("outputs", {}).items()
+        for output, figures in outputs.items()
+        if isinstance(figures, dict) and isinstance(figures.get("max_diff"), float)
+    ]
+    if found:
+        _, graph, output, figures = max(found, key=lambda one: one[0])
+        yield f"largest difference {_figure(figures['max_diff'])} ({graph}: {output})"
+
+
+def _graph_size(graph: GraphSpec, manifest: Manifest) -> str:
+    data = manifest.files.get(f"{graph.file}_data")
+    return _megabytes(manifest.files[graph.file].size + (data.size if data else 0))
+
+
+def describe(bundle: Bundle) -> str:
+    """Several lines on what a bundle holds: source, selection, graphs, parity, versions, sizes."""
+    manifest = bundle.manifest
     total = sum(file.size for file in manifest.files.values())
     lines = [
         f"{bundle.root}: {manifest.family} bundle, format {manifest.format_version}, {_megabytes(total)}",
-        f"  source      {manifest.model}{revision}",
-        f"  made        {manifest.created} by {manifest.command}",
-        f"  selection   keeps {selection.k}{of} tokens a picture{share}, alpha {selection.alpha:g}, "
-        f"scale {selection.scale}, body {selection.body}, form {selection.form}",
-        f"  positions   {manifest.positions}",
-        f"  attention   {manifest.attention}",
-        f"  context     {manifest.context_length} tokens; image token {manifest.image_token_id}",
+        *(f"  {name:<{INDENT - 2}}{value}" for name, value in _facts(manifest)),
         "graphs",
     ]
-    if manifest.optimize:
-        lines.insert(-1, f"  decoder     of operators that only {RUNTIMES[manifest.optimize]} has")
     for name, graph in manifest.graphs.items():
         lines.extend(_graph_lines(name, graph, manifest))
     if manifest.engines:
@@ -45,9 +114,7 @@ def describe(bundle: Bundle) -> str:
 
 
 def _graph_lines(name: str, graph: GraphSpec, manifest: Manifest) -> Iterator[str]:
-    size = manifest.files[graph.file].size
-    data = manifest.files.get(f"{graph.file}_data")
-    yield f"  {name}  {graph.precision}, {_megabytes(size + (data.size if data else 0))}"
+    yield f"  {name}  {graph.precision}, {_graph_size(graph, manifest)}"
     for title, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
         yield f"    {title:<8}" + "; ".join(_tensors(tensors))
 

@@ -17,9 +17,13 @@ def register_prompt(subparsers: "argparse._SubParsersAction[argparse.ArgumentPar
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument("--out", required=True, metavar="JSON", help="file to write")
     parser.add_argument(
-        "--images", type=int, default=1, metavar="N", help="images in the prompt; default: %(default)s"
+        "--images", type=int, default=1, metavar="N", help="images in the prompt (default: %(default)s)"
     )
-    parser.add_argument("--about", metavar="WORDS", help='words that steer the selection: "square,table"')
+    parser.add_argument(
+        "--about",
+        metavar="WORDS",
+        help='words that steer the selection: "square,table" (default: the question\'s nouns)',
+    )
     parser.add_argument("--skip-hashes", action="store_true", help="do not check the SHA-256 of the files")
     parser.set_defaults(run=_prompt)
 

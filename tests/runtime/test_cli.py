@@ -54,19 +54,25 @@ def test_ask_json_prints_one_object(bundle: str, photo: str, capsys: pytest.Capt
     assert main([*words, "--about", "square, colour"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert set(report) == {
-        *("text", "token_ids", "prompt_ids", "text_token_ids", "nouns", "positions", "images", "timings")
+        *("text", "finish_reason", "token_ids", "prompt_tokens", "prompt_ids", "keywords", "keyword_ids"),
+        *("images", "timings", "tokens_per_second"),
     }
     answer = Pipeline.load(bundle).ask([photo, photo], QUESTION, tokens=4, max_new_tokens=8)
     assert report["text"] == answer.text
     assert report["token_ids"] == answer.token_ids
     assert report["prompt_ids"] == answer.prompt.ids
     assert report["prompt_ids"].count(4) == 2, "one image token a picture"
-    assert report["nouns"] == ["colour", "square"]
-    assert set(report["text_token_ids"]) < set(report["prompt_ids"])
-    assert report["positions"] == "contiguous"
+    assert report["keywords"] == ["colour", "square"]
+    assert set(report["keyword_ids"]) < set(report["prompt_ids"])
+    assert report["prompt_tokens"] == answer.prompt_tokens
+    assert (report["finish_reason"], report["tokens_per_second"] > 0) == (answer.finish_reason, True)
     assert [len(image["pick_order"]) for image in report["images"]] == [4, 4]
     assert report["images"][0]["kept_indices"] == sorted(report["images"][0]["pick_order"])
-    assert list(report["timings"]) == ["load", "pixels", "prompt", "vision", "prefill", "decode"]
+    assert set(report["images"][0]) == {"kept_indices", "pick_order"}, "no counts that are all 1"
+    timings = report["timings"]
+    stages = ("pixels_ms", "prompt_ms", "vision_ms", "prefill_ms")
+    assert list(timings) == ["load_ms", *stages, "first_token_ms", "decode_ms"]
+    assert timings["first_token_ms"] == pytest.approx(sum(timings[stage] for stage in stages))
 
 
 def test_ask_draws_every_picture(bundle: str, photo: str, tmp_path: Path) -> None:
@@ -91,11 +97,18 @@ def test_sampling_options_reach_the_model(
 
 def test_inspect_says_what_is_in_it(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", bundle]) == 0
+    screen = capsys.readouterr().out.splitlines()
+    assert len(screen) <= 24
+    assert max(map(len, screen)) <= 80
+    assert {"family", "source", "made", "selection", "graphs", "parity"} <= {
+        line.split()[0] for line in screen if line.startswith("  ") and line.strip()
+    }
+    assert main(["inspect", bundle, "--all"]) == 0
     shown = capsys.readouterr().out
     for words in (
         "llava bundle, format 1",
         "source      clip-llama",
-        "keeps 7 of 16 tokens a picture, alpha 1, scale minmax, body loop, form quadratic",
+        "keeps 7 of 16 tokens an image, alpha 1, scale minmax, body loop, form quadratic",
         "positions   contiguous",
         "attention   plain",
         "vision_select  fp32",
