@@ -18,6 +18,8 @@ NUMBERED = 10
 # Neither black nor white, so that dark and light patches both stand out from what it veils. The veiled part keeps
 # a trace of its colour, for shapes as light as their background would vanish in grey.
 VEIL, VEIL_OPACITY = (112, 118, 128), 0.7
+LEFT_OPACITY = 0.35
+"""Of patches that went through the whole vision tower and were not picked after it."""
 PAPER, ACCENT = (255, 255, 255), (91, 70, 201)
 
 PANEL = 768  # pixels of the longer side of a panel
@@ -38,24 +40,28 @@ def draw_kept(
     pick_order: Iterable[int],
     question: str = "",
     answer: str = "",
+    candidates: Iterable[int] | None = None,
 ) -> Image.Image:
     """An RGB image: `image` itself, and beside it `image` with its kept patches clear and the rest dimmed.
 
     A patch is outlined in the colour of its place in the pick order, earlier picks above later ones; the first
     `NUMBERED` have their number. `boxes` has the place of every visual token in pixels of `image`, as
     `Preprocessor.boxes` gives it, or None for a token that has none. `pick_order` indexes it; −1 is no token.
+    `candidates` are the tokens that a selection inside the vision tower left, which are dimmed half as much; None: all.
     An image too thin for its patches is stretched until they can be seen. No side is longer than about 2,700 pixels.
     """
     picks = [index for index in pick_order if index >= 0]
     size = panel_size(image.size, boxes)
     clear = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    panels = [clear, _kept_panel(clear, image.size, boxes, picks)]
+    left_over = None if candidates is None else list(candidates)
+    panels = [clear, _kept_panel(clear, image.size, boxes, picks, left_over or ())]
     across = image.width <= THIN * image.height
     width = 2 * size[0] + GAP if across else size[0]
     height = size[1] if across else 2 * size[1] + GAP
     full = max(width, LEAST_WIDTH)
     below = Caption(full)
-    below.add_scale(f"{len(picks)} of {len(boxes)} visual tokens kept", len(picks))
+    stages = "" if left_over is None else f", {len(left_over)} of them through the whole vision tower"
+    below.add_scale(f"{len(picks)} of {len(boxes)} visual tokens kept{stages}", len(picks))
     below.add_text(question, INK)
     below.add_text(answer, ACCENT)
     drawing = Image.new("RGB", (full + 2 * MARGIN, height + below.height + 2 * MARGIN), PAPER)
@@ -92,17 +98,29 @@ def _patch(boxes: Sequence[Box | None]) -> tuple[float, float]:
 
 
 def _kept_panel(
-    clear: Image.Image, image_size: Size, boxes: Sequence[Box | None], picks: Sequence[int]
+    clear: Image.Image,
+    image_size: Size,
+    boxes: Sequence[Box | None],
+    picks: Sequence[int],
+    candidates: Sequence[int],
 ) -> Image.Image:
     scales = [drawn / own for drawn, own in zip(clear.size, image_size, strict=True)]
     placed: list[tuple[int, Pixels]] = []
-    panel = Image.blend(clear, Image.new("RGB", clear.size, VEIL), VEIL_OPACITY)
-    for place, index in enumerate(picks):
+    veil = Image.new("RGB", clear.size, VEIL)
+    panel, dimmed = (Image.blend(clear, veil, opacity) for opacity in (VEIL_OPACITY, LEFT_OPACITY))
+
+    def pixels(index: int) -> Pixels | None:
         box = boxes[index] or (0.0, 0.0, 0.0, 0.0)
         left, top, right, bottom = (round(edge * scales[axis % 2]) for axis, edge in enumerate(box))
-        if left < right and top < bottom:  # else the patch saw nothing of the image
-            placed.append((place, (left, top, right, bottom)))
-            panel.paste(clear.crop((left, top, right, bottom)), (left, top))
+        # else the patch saw nothing of the image
+        return (left, top, right, bottom) if left < right and top < bottom else None
+
+    for box in filter(None, map(pixels, candidates)):
+        panel.paste(dimmed.crop(box), box[:2])
+    for place, index in enumerate(picks):
+        if (patch := pixels(index)) is not None:
+            placed.append((place, patch))
+            panel.paste(clear.crop(patch), patch[:2])
     draw = ImageDraw.Draw(panel)
     # From the last pick to the first: where a view of the whole image lies below its tiles, no earlier pick is hidden.
     for place, (left, top, right, bottom) in reversed(placed):

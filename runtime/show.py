@@ -73,7 +73,8 @@ def draw_answer(
     for source, path, picks in zip(sources, paths, answer.images, strict=True):
         image = load_image(source, max_pixels=max_pixels)
         boxes = pipeline.boxes(image.size)
-        save_drawing(draw_kept(image, boxes, picks.pick_order.tolist(), question, text), path)
+        order = picks.pick_order.tolist()
+        save_drawing(draw_kept(image, boxes, order, question, text, picks.candidates), path)
 
 
 def save_drawing(drawing: Image.Image, path: Path) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Expected:
     token_ids: list[int]
     pick_orders: list[list[int]]
     kept_counts: list[list[int]]
-    candidates: list[list[int]]
+    candidates: list[list[int]] = field(default_factory=list)
 
 
 class HuggingFace:

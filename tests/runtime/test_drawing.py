@@ -193,3 +193,11 @@ def test_the_page_draws_in_the_same_colors() -> None:
     assert ramp[1] == str([list(color) for color in RAMP])
     assert f"const NUMBERED = {NUMBERED};" in script
     assert f"rgb({' '.join(map(str, VEIL))} / 0.7)" in script
+
+
+def test_what_only_the_tower_kept_is_dimmed_half_as_much() -> None:
+    image, boxes = Image.new("RGB", (96, 96)), grid(96, 96, 12)
+    _, shown = panels(draw_kept(image, boxes, [20], candidates=[20, 100]), (768, 768))
+    veiled = {index: shown[index // 12 * 64 + 40, index % 12 * 64 + 40] for index in (20, 100, 5)}
+    for index, opacity in ((20, 0.0), (100, 0.35), (5, 0.7)):
+        assert np.abs(veiled[index] - opacity * np.array(VEIL)).max() <= 1
