@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from resprune.exporter.cli import POSIX
 from resprune.runtime.budget import Budget
-from resprune.runtime.bundle.manifest import ATTENTION, POSITIONS
+from resprune.runtime.bundle.manifest import ATTENTION, MANIFEST_NAME, POSITIONS
 from resprune.runtime.errors import ResPruneError, require_packages, require_python
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ResPruneError(f"--{name.replace('_', '-')} should be {least} or more, not {value}")
+    require_bundle_or_model(arguments.model)
     from resprune.evaluation.answers import Answers, output
     from resprune.evaluation.data import load_data
     from resprune.evaluation.evaluate import SELECTORS, Plan, evaluate
@@ -126,6 +128,19 @@ def run_eval(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def is_bundle(path: str) -> bool:
+    """Whether a word on the command line is a bundle rather than a checkpoint."""
+    return os.path.isfile(Path(path) / MANIFEST_NAME)  # noqa: PTH113 - Path.is_file raises for a closed folder
+
+
+def require_bundle_or_model(name: str) -> None:
+    """`ResPruneError` for what is neither, before anything large is imported."""
+    from resprune.exporter.checkpoint.checkpoint import require_model
+
+    if not is_bundle(name):
+        require_model(name)
+
+
 def read_budgets(text: str) -> list[Budget]:
     """What -k names; `ResPruneError` for nothing, and for what is no budget."""
     found = words(text) or _none("-k names no budget; give numbers, shares, or all")
@@ -150,9 +165,9 @@ def open_model(
     threads: int = 0,
 ) -> Model:
     """A bundle in ONNX Runtime, which runs on the CPU, or a checkpoint in PyTorch on `device`."""
-    from resprune.evaluation.model import is_bundle, open_bundle
-
     if is_bundle(name):
+        from resprune.evaluation.model import open_bundle
+
         if device != "cpu":
             raise ResPruneError(
                 f"{name} is a bundle, and this command runs bundles on the CPU; leave out --device {device}, "

@@ -11,8 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resprune.evaluation.answers import output
-from resprune.evaluation.cli import read_budgets, words
+from resprune.evaluation.cli import read_budgets, require_bundle_or_model, words
 from resprune.exporter.cli import POSIX
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.manifest import ATTENTION, POSITIONS
@@ -78,8 +77,11 @@ def run_lmms(arguments: argparse.Namespace) -> int:
     if not names:
         raise ResPruneError("--tasks names none; give names of lmms-eval's tasks, or resprune_scenes")
 
+    require_bundle_or_model(arguments.model)
     from loguru import logger
     from tenacity import RetryError
+
+    from resprune.evaluation.answers import output
 
     logger.remove()
     logger.add(sys.stderr, level="WARNING")

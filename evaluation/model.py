@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from resprune.runtime.backends.onnxruntime import onnxruntime_decoder
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.files import Bundle, read_bundle
-from resprune.runtime.bundle.manifest import ATTENTION, ENGINES_FOLDER, MANIFEST_NAME, POSITIONS, Manifest
+from resprune.runtime.bundle.manifest import ATTENTION, ENGINES_FOLDER, POSITIONS, Manifest
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import ImageSource, load_image
 from resprune.runtime.families.picture import Picture
@@ -245,11 +244,6 @@ class Model:
     def close(self) -> None:
         """Give back the language model."""
         self._stages.decoder.close()
-
-
-def is_bundle(path: str) -> bool:
-    """Whether a word on the command line is a bundle rather than a checkpoint."""
-    return os.path.isfile(Path(path) / MANIFEST_NAME)  # noqa: PTH113 - Path.is_file raises for a closed folder
 
 
 def check_policies(positions: str | None, attention: str | None) -> None:

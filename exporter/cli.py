@@ -111,6 +111,11 @@ def run_export(arguments: argparse.Namespace) -> int:
     require_packages("export", NEEDED, 'install with: pip install "resprune[export]"')
     require_packages("export", *POSIX)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from resprune.exporter.checkpoint.checkpoint import require_model
+    from resprune.exporter.transaction import require_free
+
+    require_free(arguments.out, force=arguments.force)
+    require_model(arguments.model, revision=arguments.revision)
     from resprune.exporter.export import Options, export
     from resprune.exporter.verify.verifier import ParityError
 

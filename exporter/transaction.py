@@ -39,7 +39,7 @@ def new_directory(out: Path, *, force: bool) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _recover(out)
-        _check_free(out, force=force)
+        require_free(out, force=force)
         work.mkdir()
     except OSError as error:
         raise _refusal(out, error) from error
@@ -77,7 +77,8 @@ def require_space(directory: Path, needed: int) -> None:
         )
 
 
-def _check_free(out: Path, *, force: bool) -> None:
+def require_free(out: Path, *, force: bool) -> None:
+    """`ResPruneError` if there is something at `out` that an export may not replace."""
     if not os.path.lexists(out):
         return
     if not force:
@@ -91,7 +92,7 @@ def _check_free(out: Path, *, force: bool) -> None:
 def _put_in_place(work: Path, out: Path, *, force: bool) -> None:
     place = out
     try:
-        _check_free(out, force=force)  # again, for an export takes minutes
+        require_free(out, force=force)  # again, for an export takes minutes
     except ResPruneError:
         place = out.parent / f"{out.name}-{uuid.uuid4().hex[:12]}"
     old = out.parent / f".{out.name}{OLD}{uuid.uuid4().hex[:12]}"

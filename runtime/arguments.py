@@ -2,17 +2,19 @@
 
 import math
 import operator
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn, TypeVar
 
 from resprune.runtime.errors import ResPruneError, shown
+
+T = TypeVar("T")
 
 
 def whole(value: object, name: str, least: int, most: int | None = None) -> int:
     """`value` as an int, NumPy's integers included, if it is `least` or more and at most `most`."""
     try:
         number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
+    except Exception:  # what an object's own __index__ raises
         _refuse(name, "a whole number", value)
     if isinstance(value, bool):
         _refuse(name, "a whole number", value)
@@ -26,7 +28,7 @@ def number(value: object, name: str) -> float:
     """`value` as a finite float."""
     try:
         converted = math.nan if isinstance(value, bool | str | bytes) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # what an object's own __float__ raises
         converted = math.nan
     if not math.isfinite(converted):
         _refuse(name, "a finite number", value)
@@ -46,9 +48,48 @@ def words(value: object, name: str) -> list[str]:
     """The strings of a list, or of one string with commas between them ("cuda,cpu")."""
     if isinstance(value, str):
         value = [word.strip() for word in value.split(",") if word.strip()]
-    if isinstance(value, bytes | dict) or not isinstance(value, Iterable):
-        _refuse(name, "a list of strings", value)
-    return [text(word, f"each entry of {name}") for word in value]
+    return [text(word, f"each entry of {name}") for word in items(value, name, "a list of strings")]
+
+
+def flag(value: object, name: str) -> bool:
+    """`value` if it is True or False."""
+    if not isinstance(value, bool):
+        _refuse(name, "True or False", value)
+    return value
+
+
+def choice(value: object, name: str, choices: Iterable[str]) -> str:
+    """`value` if it is one of `choices`."""
+    known = list(choices)
+    if not isinstance(value, str) or value not in known:
+        _refuse(name, f"one of {', '.join(known)}", value)
+    return value
+
+
+def items(value: object, name: str, wanted: str = "a list") -> list[Any]:
+    """The entries of any list, tuple or other iterable; a string, a mapping or a number is none."""
+    try:
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+            _refuse(name, wanted, value)
+        return list(value)
+    except ResPruneError:
+        raise
+    except Exception:  # such as NumPy's of an array without axes
+        _refuse(name, wanted, value)
+
+
+def mapping(value: object, name: str) -> Mapping[Any, Any]:
+    """`value` if it is a dict or another mapping."""
+    if not isinstance(value, Mapping):
+        _refuse(name, "a dict", value)
+    return value
+
+
+def instance(value: object, name: str, kind: type[T], wanted: str) -> T:
+    """`value` if it is a `kind`, which `wanted` describes."""
+    if not isinstance(value, kind):
+        _refuse(name, wanted, value)
+    return value
 
 
 def _refuse(name: str, wanted: str, value: object) -> NoReturn:

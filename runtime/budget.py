@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from resprune.runtime.arguments import text as require_text
 from resprune.runtime.bundle.manifest import share_of
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, shown
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Budget:
     @staticmethod
     def parse(text: str) -> "Budget":
         """From "16", "11%" or "all"; `ResPruneError` for anything else."""
-        word = text.strip()
+        word = require_text(text, "a budget").strip()
         try:
             if word == "all":
                 return Budget()
@@ -24,7 +25,9 @@ class Budget:
         except ValueError:
             budget = Budget(k=0)
         if not (0 < budget.share <= 1 if budget.share is not None else (budget.k or 0) >= 1):
-            raise ResPruneError(f"-k {word} is no budget; give numbers from 1, shares like 11%, or all")
+            raise ResPruneError(
+                f"{shown(word)} is no number of tokens to keep; give a number from 1, a share like 11%, or all"
+            )
         return budget
 
     @property

@@ -8,11 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resprune.runtime.console import complain, noted_interrupts, own_interrupts, quiet_libraries
+from resprune.runtime.console import complain, noted_interrupts, own_interrupts
 from resprune.runtime.errors import ResPruneError, one_line, printable
 from resprune.runtime.options import (
+    ImagePath,
+    add_bundle,
     add_load_options,
     add_sampling_options,
+    add_tokens,
     listed,
     load_options,
     max_pixels,
@@ -45,14 +48,15 @@ def register_chat(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="directory that resprune export wrote")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file; several stand in one prompt")
+    add_bundle(parser)
     parser.add_argument(
-        "--tokens",
-        default="",
-        metavar="K",
-        help="visual tokens to keep of each: 16, 11%%, all (default: the bundle's K)",
+        "images",
+        type=ImagePath,
+        metavar="IMAGE",
+        nargs="*",
+        help="image file; several stand in one prompt (default: none, text alone)",
     )
+    add_tokens(parser)
     parser.add_argument(
         "--about",
         default="",
@@ -70,7 +74,7 @@ def register_chat(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
 def _chat(arguments: argparse.Namespace) -> int:
     from resprune.runtime.pipeline import Pipeline
 
-    with quiet_libraries(), Pipeline.load(arguments.bundle, **load_options(arguments)) as pipeline:
+    with Pipeline.load(arguments.bundle, **load_options(arguments)) as pipeline:
         conversation = Conversation(
             pipeline,
             max_pixels(arguments),
@@ -107,7 +111,7 @@ class Conversation:
         self._plain_text = plain_text
         self._sampling = sampling
         self.talks = talks
-        self._tokens: int | str | None = None
+        self._tokens: str | None = None
         self._about: list[str] = []
         self._question = ""
         self._answer: Answer | None = None
@@ -141,20 +145,20 @@ class Conversation:
     def kept(self) -> str:
         """How many tokens of which images the next answer is given."""
         budgets = zip(self._budgets(), self._view.num_tokens, self._sources, strict=True)
-        return ", ".join(f"{kept} of {all_} visual tokens of {source}" for kept, all_, source in budgets)
+        kept = [f"{kept} of {all_} visual tokens of {source}" for kept, all_, source in budgets]
+        return ", ".join(kept) or "no image; /image PATH shows one"
 
     def set_images(self, sources: Sequence[str]) -> None:
-        """Encode images, and begin anew with them; the budget stays if it fits these too."""
-        view = self._pipeline.look(list(sources))
+        """Encode images, of which there may be none, and begin anew; the budget stays if it fits these too."""
+        view = self._pipeline.look(list(sources)) if sources else self._pipeline.without_images()
         view.budgets(self._tokens)
         self._view, self._sources = view, list(sources)
         self._begin()
 
-    def set_tokens(self, text: str) -> None:
-        """Keep so many tokens from now on; "" for the bundle's K."""
-        tokens = int(text) if text.removeprefix("-").isdecimal() and len(text) < 10 else text or None
-        self._view.budgets(tokens)
-        self._tokens = tokens
+    def set_tokens(self, text: str | None) -> None:
+        """Keep so many tokens from now on; None for the bundle's K."""
+        self._view.budgets(text)
+        self._tokens = text
 
     def set_about(self, text: str) -> None:
         """Let these words steer the selection from now on; "" for the nouns of each question."""
@@ -198,7 +202,7 @@ class Conversation:
         self.note("a new conversation")
 
     def _set_tokens(self, rest: str) -> None:
-        self.set_tokens(rest)
+        self.set_tokens(rest or None)
         self.note(self.kept())
 
     def _set_about(self, rest: str) -> None:
@@ -212,6 +216,8 @@ class Conversation:
 
         if self._answer is None:
             raise ResPruneError("there is no answer yet whose tokens could be drawn; ask something first")
+        if not self._sources:
+            raise ResPruneError("there is no image whose tokens could be drawn; show one with /image")
         if not rest:
             raise ResPruneError("/show needs a file to draw to, such as /show kept.png")
         paths = drawing_paths(rest, self._sources)

@@ -30,6 +30,7 @@ class Chooser:
         self._remembers = sampling.repetition_penalty != 1 or sampling.no_repeat_ngram_size > 0
         self._rows = [np.asarray(ids, np.int64) for ids in prompts] if self._remembers else []
 
+    @np.errstate(all="ignore")  # of NaN and infinity, which are told below
     def __call__(self, logits: Floats) -> Ints:
         """`logits` [B, V] → token ids [B]; `ResPruneError` if they are not numbers."""
         sampling = self._sampling

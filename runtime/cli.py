@@ -9,15 +9,18 @@ from importlib.metadata import EntryPoint, entry_points, version
 from io import TextIOWrapper
 from typing import NoReturn
 
-from resprune.runtime.budget import Budget
 from resprune.runtime.console import complain, noted_interrupts, quiet_libraries
 from resprune.runtime.errors import ResPruneError, one_line, printable
 from resprune.runtime.options import (
+    ImagePath,
+    add_bundle,
     add_load_options,
     add_sampling_options,
+    add_tokens,
     listed,
     load_options,
     max_pixels,
+    require_paths,
     sampling_options,
 )
 
@@ -94,22 +97,21 @@ def _dispatch(words: Sequence[str]) -> int:
     for command in named:
         command.load()(subparsers)
     arguments = parser.parse_args(words)
-    status: int = arguments.run(arguments)
+    require_paths(arguments)
+    with quiet_libraries():
+        status: int = arguments.run(arguments)
     return status
 
 
 def register_ask(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `resprune ask`."""
     parser = subparsers.add_parser("ask", help="ask a question about an image")
-    parser.add_argument("bundle", metavar="BUNDLE", help="directory that resprune export wrote")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file; several stand in one prompt")
-    parser.add_argument("question", metavar="QUESTION")
+    add_bundle(parser)
     parser.add_argument(
-        "--tokens",
-        type=_tokens,
-        metavar="K",
-        help="visual tokens to keep of each image: 16, 11%%, all (default: the bundle's K)",
+        "images", type=ImagePath, metavar="IMAGE", nargs="+", help="image file; several stand in one prompt"
     )
+    parser.add_argument("question", metavar="QUESTION")
+    add_tokens(parser)
     parser.add_argument(
         "--about",
         metavar="WORDS",
@@ -133,7 +135,7 @@ def register_ask(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
 def register_inspect(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `resprune inspect`."""
     parser = subparsers.add_parser("inspect", help="say what is in a bundle")
-    parser.add_argument("bundle", metavar="BUNDLE", help="directory that resprune export wrote")
+    add_bundle(parser)
     parser.add_argument(
         "--all", action="store_true", help="also inputs and outputs, every difference, every version"
     )
@@ -142,29 +144,12 @@ def register_inspect(subparsers: "argparse._SubParsersAction[argparse.ArgumentPa
     parser.set_defaults(run=_inspect)
 
 
-def _tokens(text: str) -> int | str:
-    """A number as one, and a share as it is, which the pipeline reads."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return str(Budget.parse(text))
-    except ResPruneError:
-        raise argparse.ArgumentTypeError(
-            f"{text} is neither a number of tokens nor a share like 11%"
-        ) from None
-
-
 def _ask(arguments: argparse.Namespace) -> int:
     from resprune.runtime.pipeline import Pipeline
     from resprune.runtime.show import draw_answer, drawing_paths
 
     paths = [] if arguments.show is None else drawing_paths(arguments.show, arguments.images)
-    with (
-        quiet_libraries(),
-        Pipeline.load(arguments.bundle, **load_options(arguments)) as pipeline,
-    ):
+    with Pipeline.load(arguments.bundle, **load_options(arguments)) as pipeline:
         answer = pipeline.ask(
             arguments.images,
             arguments.question,

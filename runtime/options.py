@@ -1,16 +1,63 @@
 """The options that commands share: where the graphs of a bundle run, what writes the answers, and how."""
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any, cast
 
+from resprune.runtime.budget import Budget
+from resprune.runtime.bundle.files import require_bundle
 from resprune.runtime.bundle.manifest import FLAVOURS
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, one_line
 
 if TYPE_CHECKING:
     from resprune.runtime.backends.backend import BackendFactory
     from resprune.runtime.sampling import SamplingOptions
 
+BUNDLE_HELP = "directory that resprune export wrote"
 SERVER_FORMATS = ("vllm", "trtllm", "sglang")
+
+
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    """Add the argument `bundle`, the path of one."""
+    parser.add_argument("bundle", type=BundlePath, metavar="BUNDLE", help=BUNDLE_HELP)
+
+
+class BundlePath(str):
+    """The type of an argument that names a bundle."""
+
+
+class ImagePath(str):
+    """The type of an argument that names an image file."""
+
+
+def require_paths(arguments: argparse.Namespace) -> None:
+    """`ResPruneError` for a bundle or an image that is not there, before anything large is imported or read."""
+    for value in vars(arguments).values():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, BundlePath):
+                require_bundle(path)
+            # Path.exists raises for a name that is too long.
+            elif isinstance(path, ImagePath) and not os.path.exists(path):  # noqa: PTH110
+                raise ResPruneError(f"there is no file {one_line(path)}; check the path of the picture")
+
+
+def add_tokens(parser: argparse.ArgumentParser) -> None:
+    """Add `--tokens`, as `Pipeline.ask` takes it."""
+    parser.add_argument(
+        "--tokens",
+        type=tokens,
+        metavar="K",
+        help="visual tokens to keep of each image: 16, 11%%, all (default: the bundle's K)",
+    )
+
+
+def tokens(text: str) -> str:
+    """How many tokens to keep, as it stands, if `Budget` takes it."""
+    try:
+        Budget.parse(text)
+    except ResPruneError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:

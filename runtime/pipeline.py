@@ -12,8 +12,10 @@ from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from resprune.runtime.answer import Answer, Batch, Row
-from resprune.runtime.arguments import whole
+from resprune.runtime.arguments import choice, flag, instance, items, whole
 from resprune.runtime.backends.backend import BackendFactory, Request
 from resprune.runtime.backends.onnxruntime import onnxruntime_backend
 from resprune.runtime.backends.providers import CPU
@@ -21,12 +23,12 @@ from resprune.runtime.backends.session import GraphRunner, OrtGraphs, SessionOpt
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.bundle.manifest import FLAVOURS, Manifest
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.image import MAX_PIXELS, Box, ImageSource, load_image
 from resprune.runtime.families.picture import Picture
 from resprune.runtime.generate import TextStream
-from resprune.runtime.prompt.prompter import Prompt, Prompter, Turn, as_messages
-from resprune.runtime.prompt.template import Message
+from resprune.runtime.prompt.messages import Message, Turn, as_messages, checked_messages
+from resprune.runtime.prompt.prompter import Prompt, Prompter
 from resprune.runtime.sampling import Sampling, SamplingOptions, bundle_sampling, eos_token_ids
 from resprune.runtime.walk import Encoded, Walk
 
@@ -57,8 +59,9 @@ class Pipeline:
         generator: BackendFactory = onnxruntime_backend,
         graphs: GraphsFactory = OrtGraphs,
     ) -> None:
-        self._bundle = bundle
-        self._max_pixels = max_pixels
+        self._bundle = instance(bundle, "bundle", Bundle, "a Bundle (Pipeline.load reads one)")
+        instance(options, "options", SessionOptions, "SessionOptions")
+        self._max_pixels = whole(max_pixels, "max_pixels", 1)
         self._prompter = Prompter(bundle)
         self._eos = eos_token_ids(bundle)
         self._graphs = graphs(bundle, options)
@@ -93,7 +96,12 @@ class Pipeline:
         options = SessionOptions(providers, threads)
         whole(max_pixels, "max_pixels", 1)
         graphs, answering = _run_by(engines)
-        opened = read_bundle(bundle, check_hashes=check_hashes)
+        if generator is not None and not callable(generator):
+            raise ResPruneError(
+                f"generator should be a function that opens a backend, not {type(generator).__name__}; "
+                "such as server(url) of resprune.runtime.backends.servers"
+            )
+        opened = read_bundle(bundle, check_hashes=flag(check_hashes, "check_hashes"))
         pipeline = cls(opened, options, max_pixels, generator or answering, graphs)
         pipeline.load_ms = (perf_counter() - start) * 1e3
         return pipeline
@@ -123,6 +131,7 @@ class Pipeline:
         answer comes as it is read; with `stream=False` it is complete on return. Further keywords are those of
         `Sampling`, in place of what the bundle says. Raises `ResPruneError` for what the user can put right.
         """
+        flag(stream, "stream")
         timings: dict[str, float] = {}
         with _stage(timings, "pixels"):
             encoded = Encoded(self._pictures(_listed(image)), None)
@@ -147,19 +156,18 @@ class Pipeline:
 
         `about` has one entry a question. An answer is the one `ask` gives, in fewer runs of the language model.
         """
-        if (
-            isinstance(questions, str)
-            or isinstance(images, str | bytes)
-            or not isinstance(questions, Sequence)
-        ):
-            raise ResPruneError("a batch takes a list of pictures and a list of questions; for one, use ask")
-        listed = [_listed(image) for image in images]
-        terms = [None] * len(questions) if about is None else about
+        listed = [_listed(image) for image in items(images, "images", "a list with an image a question")]
+        questions = items(questions, "questions", "a list of questions (for one, use ask)")
+        terms = (
+            [None] * len(questions)
+            if about is None
+            else items(about, "about", "a list with an entry a question")
+        )
         if not len(listed) == len(questions) == len(terms):
             raise ResPruneError(
                 f"a batch has one picture (or list of pictures) a question: "
                 f"got {len(listed)} for {len(questions)} questions"
-                + ("" if about is None else f" and {len(about)} entries of about")
+                + ("" if about is None else f" and {len(terms)} entries of about")
             )
         if not questions:
             return []
@@ -183,9 +191,21 @@ class Pipeline:
         self._require_open()
         return View(self, self._walk.encode(self._pictures(_listed(image))))
 
+    def without_images(self) -> View:
+        """A view of no image: the language model alone answers, and there is nothing to select."""
+        self._require_open()
+        return View(self, Encoded([], None))
+
     def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
         """Where each visual token lies in an image of `image_size` (width, height) pixels; None for nowhere."""
-        return self._walk.preprocessor.boxes(image_size)
+        size = [
+            whole(side, "each side of image_size", 1) for side in items(image_size, "image_size", "a pair")
+        ]
+        if len(size) != 2 or size[0] * size[1] > self._max_pixels:
+            raise ResPruneError(
+                f"image_size should be width and height of at most {self._max_pixels} pixels, not {shown(size)}"
+            )
+        return self._walk.preprocessor.boxes((size[0], size[1]))
 
     def close(self) -> None:
         """Free the sessions; nothing can be asked afterwards, nor an answer be read further."""
@@ -218,6 +238,9 @@ class Pipeline:
                 "the pipeline was closed before this answer was read to its end; read it before that"
             )
 
+    @np.errstate(
+        all="ignore"
+    )  # of settings that leave the range of float32: the encoder is given what results
     def _pictures(self, images: Sequence[ImageSource]) -> list[Picture]:
         preprocessor = self._walk.preprocessor
         return [preprocessor(load_image(image, max_pixels=self._max_pixels)) for image in images]
@@ -231,7 +254,7 @@ class Pipeline:
     ) -> Prompt:
         expansions = [picture.expansion for picture in pictures]
         return self._prompter.conversation(
-            messages, about=about, expansions=expansions, plain_text=plain_text
+            messages, about=about, expansions=expansions, plain_text=flag(plain_text, "plain_text")
         )
 
     def _answer(
@@ -281,7 +304,14 @@ class View:
     @staticmethod
     def joined(views: Sequence[View]) -> View:
         """One view of the images of several, in that order; all of one pipeline, and at least one."""
-        return View(views[0]._pipeline, Encoded.joined([view._encoded for view in views]))
+        listed = [
+            instance(view, "each of views", View, "a View")
+            for view in items(views, "views", "a list of views")
+        ]
+        pipelines = {id(view._pipeline) for view in listed}
+        if len(pipelines) != 1:
+            raise ResPruneError(f"views should be of one pipeline, not of {len(pipelines)}")
+        return View(listed[0]._pipeline, Encoded.joined([view._encoded for view in listed]))
 
     @property
     def num_tokens(self) -> list[int]:
@@ -314,7 +344,7 @@ class View:
         `history` is what was said about these images before.
         """
         messages = as_messages(question, len(self._encoded.pictures), history)
-        return self.answer(
+        return self._answer(
             messages, about=about, tokens=tokens, plain_text=plain_text, stream=stream, **sampling
         )
 
@@ -333,6 +363,25 @@ class View:
         `messages` are those of chat templates: `role` is system, user or assistant, `content` a list of
         `{"type": "text", "text": …}` and `{"type": "image"}`, one for each image of the view, in order.
         """
+        return self._answer(
+            checked_messages(messages, len(self._encoded.pictures)),
+            about=about,
+            tokens=tokens,
+            plain_text=plain_text,
+            stream=stream,
+            **sampling,
+        )
+
+    def _answer(
+        self,
+        messages: Sequence[Message],
+        about: Sequence[str] | None,
+        tokens: Tokens,
+        plain_text: bool,
+        stream: bool,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Answer:
+        flag(stream, "stream")
         timings: dict[str, float] = {}
         with _stage(timings, "prompt"):
             prompt = self._pipeline._prompt(messages, self._encoded.pictures, about, plain_text)
@@ -394,8 +443,7 @@ def _run_by(engines: str | None) -> tuple[GraphsFactory, BackendFactory]:
     """What runs the graphs, and what answers unless another generator is given."""
     if engines is None:
         return OrtGraphs, onnxruntime_backend
-    if engines not in FLAVOURS:
-        raise ResPruneError(f"{engines} is no flavour of TensorRT; choose from {', '.join(FLAVOURS)}")
+    choice(engines, "engines", FLAVOURS)
     from resprune.runtime.backends.tensorrt import Engines, tensorrt_backend
 
     return partial(Engines, engines), tensorrt_backend
@@ -408,6 +456,8 @@ def _wanted(tokens: Tokens, pictures: Sequence[Picture]) -> list[int | None]:
     if not isinstance(tokens, str):
         return [whole(tokens, "tokens", -sys.maxsize)] * len(pictures)  # the selection says which it takes
     budget = Budget.parse(tokens)
+    if budget.k is not None:
+        return [budget.k] * len(pictures)
     return [budget.of(picture.num_tokens) for picture in pictures]
 
 

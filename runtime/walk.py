@@ -81,7 +81,9 @@ class Walk:
 
     def __init__(self, bundle: Bundle, graphs: GraphRunner) -> None:
         self.manifest: Manifest = bundle.manifest
-        self.preprocessor: Preprocessor = family_of(bundle).preprocessor(bundle)
+        family = family_of(bundle)
+        self.preprocessor: Preprocessor = family.preprocessor(bundle)
+        self._axes = (family.position_axes,) if family.position_axes > 1 else ()
         self._graphs = graphs
         encoder = self.manifest.graphs.get("vision_encoder") or self.manifest.graphs.get("vision_select")
         names = {tensor.name for tensor in encoder.outputs} if encoder else set()
@@ -142,6 +144,8 @@ class Walk:
         `text[i]` [M_i, D] float32 are the embeddings of the keywords asked about image i, M_i may be 0; `tokens[i]` is
         how many are kept of it (see `budgets`).
         """
+        if not encoded.pictures:
+            return []
         budgets = self.budgets(encoded.pictures, tokens)
         whole = [budget > self.manifest.selection.k for budget in budgets]
         if all(whole):
@@ -242,6 +246,7 @@ class Walk:
             kept,
             image_token_id=self.manifest.image_token_id,
             positions=self.manifest.positions,
+            axes=self._axes,
         )
 
     def _batches(self, count: int) -> list[tuple[int, int]]:

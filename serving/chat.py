@@ -189,10 +189,6 @@ def read_request(body: bytes) -> ChatRequest:
         raise invalid(error) from None
     if request.messages[-1].role != "user":
         raise _wrong("messages", "the last message should be the user's, for it is answered")
-    if not request.image_urls:
-        raise _wrong(
-            "messages", "no message shows an image; give one as an image_url part of a user's message"
-        )
     if request.stream_options is not None and not request.stream:
         raise _wrong("stream_options", "stream_options goes with stream: true")
     return request

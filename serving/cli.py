@@ -11,7 +11,13 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from resprune.runtime.errors import ResPruneError, require_packages
-from resprune.runtime.options import add_load_options, load_options, max_pixels
+from resprune.runtime.options import (
+    BUNDLE_HELP,
+    BundlePath,
+    add_load_options,
+    load_options,
+    max_pixels,
+)
 
 if TYPE_CHECKING:
     from resprune.runtime.pipeline import Pipeline
@@ -26,9 +32,10 @@ def register_serve(subparsers: "argparse._SubParsersAction[argparse.ArgumentPars
     parser = subparsers.add_parser("serve", help="serve bundles: OpenAI's API, and a page to try them on")
     parser.add_argument(
         "bundles",
+        type=BundlePath,
         metavar="BUNDLE",
         nargs="+",
-        help="directory that resprune export wrote; its name is the model's",
+        help=f"{BUNDLE_HELP}; its name is the model's",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     parser.add_argument(
@@ -71,6 +78,11 @@ def register_serve(subparsers: "argparse._SubParsersAction[argparse.ArgumentPars
         metavar="HOST",
         help="load images from http(s) addresses at HOST or HOST:PORT as well; may be given more than once "
         "(default: none)",
+    )
+    parser.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="take special tokens such as </s> in messages as control tokens, in place of text",
     )
     add_load_options(parser)
     parser.set_defaults(run=_serve)
@@ -115,6 +127,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             queue=arguments.queue,
             cache_bytes=arguments.image_cache * MIB,
             max_pixels=max_pixels(arguments),
+            plain_text=not arguments.special_tokens,
             sources=ImageSources(tuple(arguments.allow_url_host), body_bytes),
             limits=Limits(body_bytes, seconds=arguments.time_limit),
             access=Access(key, local and key is None),

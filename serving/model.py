@@ -8,7 +8,7 @@ from typing import Any
 
 from resprune.runtime.families.image import load_image
 from resprune.runtime.pipeline import Pipeline, View
-from resprune.runtime.prompt.template import Message
+from resprune.runtime.prompt.messages import Message
 from resprune.serving.cache import ByteCache
 from resprune.serving.chat import ChatRequest, ImagePart, Part
 from resprune.serving.stop import StopFilter
@@ -48,21 +48,29 @@ class Model:
     """A pipeline with a name, whose encoded images are kept in `cache` by their content."""
 
     def __init__(
-        self, name: str, pipeline: Pipeline, cache: ByteCache[Seen], *, created: int, max_pixels: int
+        self,
+        name: str,
+        pipeline: Pipeline,
+        cache: ByteCache[Seen],
+        *,
+        created: int,
+        max_pixels: int,
+        plain_text: bool,
     ) -> None:
         self.name = name
         self.pipeline = pipeline
         self.created = created
         self._cache = cache
         self._max_pixels = max_pixels
+        self._plain_text = plain_text
 
     def answer(
         self, request: ChatRequest, contents: Sequence[bytes], running: Running[Event]
     ) -> Generator[Event]:
         """Answer a request about the images whose files are `contents`, in the order of its conversation.
 
-        `running` is asked between two stages whether anybody still waits. Raises `ResPruneError` for what the client
-        can put right.
+        There may be none: the language model alone answers. `running` is asked between two stages whether anybody
+        still waits. Raises `ResPruneError` for what the client can put right.
         """
         start = perf_counter()
         seen = []
@@ -71,10 +79,12 @@ class Model:
             seen.append(self._see(content))
         encoded = perf_counter()
         running.check()
-        answer = View.joined([image.view for image in seen]).answer(
+        view = View.joined([image.view for image in seen]) if seen else self.pipeline.without_images()
+        answer = view.answer(
             [_message(message.role, message.content) for message in request.messages],
             about=request.resprune.about,
             tokens=request.resprune.tokens,
+            plain_text=self._plain_text,
             max_new_tokens=request.limit or self.pipeline.manifest.context_length,
             **request.sampling,
         )

@@ -17,7 +17,10 @@ from resprune.serving.workers import Workers
 
 
 class Service:
-    """An ASGI application, `app`, over pipelines that it closes; `stop` makes it refuse what has not begun."""
+    """An ASGI application, `app`, over pipelines that it closes; `stop` makes it refuse what has not begun.
+
+    `plain_text` takes special tokens that messages type as text, for anybody may write them.
+    """
 
     def __init__(
         self,
@@ -27,6 +30,7 @@ class Service:
         queue: int = 16,
         cache_bytes: int = 256 << 20,
         max_pixels: int = MAX_PIXELS,
+        plain_text: bool = True,
         sources: ImageSources | None = None,
         limits: Limits | None = None,
         access: Access | None = None,
@@ -37,7 +41,14 @@ class Service:
         self.cache: ByteCache[Seen] = ByteCache(cache_bytes, lambda seen: seen.view.nbytes)
         self.metrics = Metrics()
         models = {
-            name: Model(name, pipeline, self.cache, created=_created(pipeline), max_pixels=max_pixels)
+            name: Model(
+                name,
+                pipeline,
+                self.cache,
+                created=_created(pipeline),
+                max_pixels=max_pixels,
+                plain_text=plain_text,
+            )
             for name, pipeline in pipelines.items()
         }
         completions = Completions(

@@ -8,14 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resprune.exporter.checkpoint.files import read_json
 from resprune.exporter.checkpoint.layouts import check_adapter, check_layout
-from resprune.exporter.checkpoint.shards import StoredTensor, open_weights, untied
 from resprune.exporter.transaction import NO_SPACE
 from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.families.table import FAMILIES, Family, aliases, known_families
+
+if TYPE_CHECKING:
+    from resprune.exporter.checkpoint.shards import StoredTensor
 
 DEMO = "demo"
 DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
@@ -48,6 +50,8 @@ class Checkpoint:
     @cached_property
     def weights(self) -> dict[str, StoredTensor]:
         """Every stored weight by the name that the checkpoint gives it."""
+        from resprune.exporter.checkpoint.shards import open_weights  # PyTorch's
+
         return open_weights(self.root)
 
     def json(self, name: str) -> dict[str, Any]:
@@ -75,6 +79,8 @@ def parse_config(config_class: Any, checkpoint: Checkpoint) -> Any:
     A head that is tied by the config and stored with other values than the embedding table is not tied. `ResPruneError`
     for what that class refuses, and for a model whose size its weights cannot have.
     """
+    from resprune.exporter.checkpoint.shards import untied
+
     parts = [checkpoint.config, *map(checkpoint.config.get, PARTS)]
     _check_layers(checkpoint, [part for part in parts if isinstance(part, dict)])
     with config_faults(checkpoint):
@@ -147,20 +153,26 @@ def config_faults(checkpoint: Checkpoint) -> Iterator[None]:
         ) from None
 
 
+def require_model(model: str, *, revision: str | None = None) -> None:
+    """`ResPruneError` for what no checkpoint's name is, before PyTorch is imported; nothing is downloaded."""
+    if _hub_id(model) is None:
+        resolve(model, revision=revision)
+
+
 def resolve(model: str, *, revision: str | None = None) -> Checkpoint:
     """The checkpoint that `model` names, downloaded if it is on the hub.
 
     Raises `ResPruneError`: no such alias or directory, hub unreachable, gated, or no such repository or revision.
     """
-    here = model == DEMO or os.path.isdir(model)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+    here = _is_here(model)
     if here and revision is not None:
         raise ResPruneError(f"--revision is for a hub id, and {model} is a directory; leave it out")
     if model == DEMO:
         return Checkpoint(_demo_directory(), DEMO)
     if here:
         return Checkpoint(Path(model), Path(model).resolve().name)
-    repository = aliases().get(model, model)
-    if not _is_hub_id(repository):
+    repository = _hub_id(model)
+    if repository is None:
         raise _unknown(model)
     root, commit = _download(repository, revision)
     return Checkpoint(root, model, commit)
@@ -173,8 +185,8 @@ def _unknown(model: str) -> ResPruneError:
 
 def _demo_directory() -> Path:
     """`demo/model` of the checkout that this package runs from, or of the one that holds the working directory."""
-    here = Path(__file__).resolve().parent
-    for checkout in (here.parent, *_parents(Path.cwd())):
+    here = Path(__file__).resolve().parents[2]
+    for checkout in (here, *_parents(Path.cwd())):
         if (checkout / "demo" / "model" / "config.json").is_file():
             return checkout / "demo" / "model"
     raise ResPruneError("the demo model is not in the package; run this inside a checkout of the repository")
@@ -185,13 +197,16 @@ def _parents(directory: Path) -> Iterator[Path]:
     yield from directory.parents
 
 
-def _is_hub_id(name: str) -> bool:
+def _is_here(model: str) -> bool:
+    return model == DEMO or os.path.isdir(model)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+
+
+def _hub_id(model: str) -> str | None:
+    """The hub id that `model` is or stands for; None for a directory and for what is none."""
+    name = aliases().get(model, model)
     owner, slash, repository = name.partition("/")
-    return (
-        bool(slash and owner and repository)
-        and "/" not in repository
-        and not name.startswith((".", "~", "/"))
-    )
+    plain = bool(slash and owner and repository) and "/" not in repository
+    return name if plain and not name.startswith((".", "~", "/")) and not _is_here(model) else None
 
 
 def _download(repository: str, revision: str | None) -> tuple[Path, str]:

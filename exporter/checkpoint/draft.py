@@ -14,8 +14,9 @@ from resprune.exporter.components import Components
 from resprune.runtime.bundle.files import Bundle, describe_files
 from resprune.runtime.bundle.manifest import FORMAT_VERSION, GraphSpec, Manifest, Selection
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.prompt.prompter import Prompter, Turn
-from resprune.runtime.prompt.template import Message, as_string
+from resprune.runtime.prompt.messages import Message, Turn
+from resprune.runtime.prompt.prompter import Prompter
+from resprune.runtime.prompt.template import as_string
 
 QUESTION, ANSWER = "What is in this image?", "A cat on a table."
 PROMPTS: dict[str, tuple[int, tuple[Turn, ...]]] = {

@@ -9,6 +9,7 @@ from typing import Any
 from resprune.exporter.cli import POSIX
 from resprune.runtime.bundle.manifest import FLAVOURS, Range
 from resprune.runtime.errors import require_packages
+from resprune.runtime.options import add_bundle
 
 NEEDED = (
     "filelock",
@@ -24,7 +25,7 @@ def register_build(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "build", help="build TensorRT engines of a bundle", description=about
     )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory that resprune export wrote")
+    add_bundle(parser)
     parser.add_argument(
         "--target",
         type=lambda text: [target for target in text.split(",") if target],
@@ -66,7 +67,7 @@ def run_build(arguments: argparse.Namespace) -> int:
 
     options = ("batch", "nouns", "tokens", "prompt", "context")
     given = {name: value for name in options if (value := getattr(arguments, name)) is not None}
-    build(arguments.bundle, arguments.flavour, arguments.target, Limits(**given), report=_print_line)
+    build(Path(arguments.bundle), arguments.flavour, arguments.target, Limits(**given), report=_print_line)
     return 0
 
 

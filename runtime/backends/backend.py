@@ -177,6 +177,12 @@ def expanded_ids(request: Request, row: int, image_token_id: int) -> list[int]:
     return ids
 
 
+def require_images(request: Request, title: str) -> None:
+    """`ResPruneError` for a prompt without an image, which `title` is not given here."""
+    if not all(request.images):
+        raise ResPruneError(f"{title} answers only about images here; give one")
+
+
 def require_plain_attention(bundle: Bundle, title: str) -> None:
     """`ResPruneError` for a bundle whose rows count for more than themselves, which `title` cannot be told."""
     if bundle.manifest.attention != "plain":

@@ -3,9 +3,11 @@
 import http.client
 import json
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Thread
 from time import monotonic, sleep
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -93,16 +95,21 @@ class Server:
             if split.scheme == "https"
             else http.client.HTTPConnection(split.hostname, split.port, timeout=CONNECT_SECONDS)
         )
-        self._connect(connection)
-        connection.sock.settimeout(self.timeout)
-        limits = Limits(self.timeout, monotonic() + self.deadline, self._late)
+        end = monotonic() + self.deadline
+        self._connect(connection, end)
+        connection.sock.settimeout(max(0.001, min(self.timeout, end - monotonic())))
+        limits = Limits(self.timeout, end, self._late)
         connection.response_class = bounded_response(limits)
         headers = {"Content-Type": "application/json"} if body else {}
         if self.key is not None:
             headers["Authorization"] = f"Bearer {self.key}"
         exchange = Exchange(self, connection)
-        with exchange.faults():
-            connection.request(method, split.path.rstrip("/") + path, body, headers)
+        try:
+            with exchange.faults():
+                connection.request(method, split.path.rstrip("/") + path, body, headers)
+        except UnavailableError as error:
+            exchange.close()
+            raise (self._late() if monotonic() >= end else error) from None
         return exchange
 
     def _late(self) -> UnavailableError:
@@ -111,18 +118,34 @@ class Server:
             "--max-new-tokens, or wait longer with --server-deadline"
         )
 
-    def _connect(self, connection: http.client.HTTPConnection) -> None:
+    def _connect(self, connection: http.client.HTTPConnection, end: float) -> None:
+        """Connect before `end`, by `monotonic`; in another thread, for nothing ends the search for a name."""
         for attempt in range(CONNECT_ATTEMPTS):
+            connecting: Future[None] = Future()
+            thread = Thread(target=_run, args=(connection.connect, connecting), daemon=True)
+            thread.start()
+            thread.join(max(0.0, end - monotonic()))
+            if not connecting.done():
+                raise self._late()
             try:
-                connection.connect()
-                return
+                return connecting.result()
             except OSError as error:
                 reason = error.strerror or one_line(error)
             if attempt < CONNECT_ATTEMPTS - 1:
-                sleep(PAUSE_SECONDS * 2**attempt)
+                sleep(min(PAUSE_SECONDS * 2**attempt, max(0.0, end - monotonic())))
         raise UnavailableError(
             f"{self.url} cannot be reached ({reason}); check the address and that the server runs"
         )
+
+
+def _run(work: Callable[[], None], done: "Future[None]") -> None:
+    """Let `done` have what came of `work`."""
+    try:
+        work()
+    except BaseException as error:
+        done.set_exception(error)
+    else:
+        done.set_result(None)
 
 
 class Exchange:

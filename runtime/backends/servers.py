@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from resprune.runtime.arguments import choice as require_choice
+from resprune.runtime.arguments import text as require_text
 from resprune.runtime.backends.backend import (
     Backend,
     BackendFactory,
@@ -89,8 +91,9 @@ def server(
     longest silence and `deadline` the longest whole answer, in seconds. A key in the environment variable
     RESPRUNE_SERVER_KEY is sent along.
     """
-    if api not in APIS:
-        raise ResPruneError(f"there is no server format {api}; choose from {', '.join(APIS)}")
+    require_choice(api, "api", APIS)
+    if model is not None:
+        require_text(model, "model")
     target = Server(url, timeout, _key(), deadline)
 
     def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Backend:
@@ -239,7 +242,8 @@ def _takes_positions(target: Server, model: str | None) -> str | None:
 
 def _image_rows(rows: Floats) -> str:
     """Rows [n, D] as base64 of `torch.save`: float16 where that loses nothing, as with the rows of an fp16 tower."""
-    half = rows.astype(np.float16)
+    with np.errstate(over="ignore"):  # what half precision cannot hold is sent in float32
+        half = rows.astype(np.float16)
     lossless = bool(np.array_equal(half, rows))
     return base64.b64encode(torch_save(half if lossless else rows)).decode()
 
@@ -249,7 +253,7 @@ def _chat_body(question: Question, image_embeds: Callable[[str], Any]) -> dict[s
     if question.prompt.plain_text:
         raise ResPruneError(
             "this server makes the prompt of text, in which typed special tokens are control tokens; "
-            "ask without --plain-text, or use --server-format sglang"
+            "leave them out, ask without --plain-text, or use --server-format sglang"
         )
     rows = iter(_image_rows(picture.rows) for picture in question.pictures)
     messages = [
@@ -341,19 +345,21 @@ def _read_chat(question: Question, events: Iterator[dict[str, Any]]) -> Iterator
 
 def _sglang_body(question: Question) -> dict[str, Any]:
     """SGLang's own /generate: token ids, and one dict with the rows of all pictures and the positions of all tokens."""
-    positions = question.position_ids
-    picture = {
-        "format": "precomputed_embedding",
-        "feature": np.concatenate([picture.rows for picture in question.pictures]).tolist(),
-        "mrope_positions": positions.tolist(),
-        "mrope_position_delta": int(positions.max()) + 1 - positions.shape[-1],
-    }
-    return {
+    body: dict[str, Any] = {
         "input_ids": question.expanded_ids,
-        "image_data": [picture],
         "sampling_params": _settings(question.sampling, _SGLANG, "SGLang", all_ids=-1),
         "stream": True,
     }
+    if question.pictures:
+        positions = question.position_ids
+        picture = {
+            "format": "precomputed_embedding",
+            "feature": np.concatenate([picture.rows for picture in question.pictures]).tolist(),
+            "mrope_positions": positions.tolist(),
+            "mrope_position_delta": int(positions.max()) + 1 - positions.shape[-1],
+        }
+        body["image_data"] = [picture]
+    return body
 
 
 def _read_sglang(question: Question, events: Iterator[dict[str, Any]]) -> Iterator[Piece]:

@@ -20,6 +20,7 @@ from resprune.runtime.backends.backend import (
     Piece,
     Request,
     expanded_ids,
+    require_images,
     require_plain_attention,
     together,
 )
@@ -97,6 +98,7 @@ class PyTorchBackend:
 
     def start(self, request: Request, sampling: Sampling) -> Iterator[list[Piece]]:
         """Hand the prompts over (see `Backend`); TensorRT-LLM puts them in one batch as it sees fit."""
+        require_images(request, "TensorRT-LLM")
         drawing = _drawing(
             sampling,
             {
@@ -153,6 +155,7 @@ class EngineBackend:
 
     def start(self, request: Request, sampling: Sampling) -> Iterator[list[Piece]]:
         """Enqueue the prompts (see `Backend`)."""
+        require_images(request, "TensorRT-LLM")
         rows = [
             np.concatenate([picture.rows for picture in pictures]) for pictures in request.images
         ]  # each [K_b, D]

@@ -10,9 +10,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from resprune.runtime.console import quiet_libraries
 from resprune.runtime.errors import ResPruneError, printable
-from resprune.runtime.options import add_load_options, listed, load_options
+from resprune.runtime.options import ImagePath, add_bundle, add_load_options, listed, load_options
 
 if TYPE_CHECKING:
     from resprune.runtime.bench.measure import Timing
@@ -25,7 +24,7 @@ LOADS, LOAD_SECONDS = 3, 3.0
 def register_bench(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `resprune bench`."""
     parser = subparsers.add_parser("bench", help="measure a bundle on this device")
-    parser.add_argument("bundle", metavar="BUNDLE", help="directory that resprune export wrote")
+    add_bundle(parser)
     parser.add_argument(
         "-k", metavar="K,…", help="budgets: 16,11%%,all (default: a quarter of K, K, and all where it can)"
     )
@@ -36,7 +35,10 @@ def register_bench(subparsers: "argparse._SubParsersAction[argparse.ArgumentPars
         help="about so many tokens of text (default: a short question)",
     )
     parser.add_argument(
-        "--image", metavar="FILE", help="the image to ask about (default: a made one of 640 × 480)"
+        "--image",
+        type=ImagePath,
+        metavar="FILE",
+        help="the image to ask about (default: a made one of 640 × 480)",
     )
     parser.add_argument(
         "--repeats",
@@ -61,17 +63,16 @@ def _bench(arguments: argparse.Namespace) -> int:
     out = None if arguments.out is None else Path(arguments.out)
     if out is not None:
         check_plot(out)
-    with quiet_libraries():
-        pipeline, start_up = _load(arguments.bundle, load_options(arguments))
-        with pipeline:
-            image = arguments.image or made_image()
-            budgets = chosen_budgets(pipeline.look(image), arguments.k)
-            question = question_of(pipeline, image, arguments.prompt_tokens)
-            try:
-                cases = measure(pipeline, image, question, budgets, arguments.repeats, _say)
-            finally:
-                _say("")  # before an error's line as well
-            manifest = pipeline.manifest
+    pipeline, start_up = _load(arguments.bundle, load_options(arguments))
+    with pipeline:
+        image = arguments.image or made_image()
+        budgets = chosen_budgets(pipeline.look(image), arguments.k)
+        question = question_of(pipeline, image, arguments.prompt_tokens)
+        try:
+            cases = measure(pipeline, image, question, budgets, arguments.repeats, _say)
+        finally:
+            _say("")  # before an error's line as well
+        manifest = pipeline.manifest
     where = arguments.server or arguments.engines or ",".join(arguments.provider)
     report = Report(
         {

@@ -81,12 +81,8 @@ class Bundle:
             ) from None
 
 
-def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
-    """Read the manifest in directory `path`; check that every file it lists is there and as it was written.
-
-    Sizes are always compared; `check_hashes=False` leaves out the SHA-256 of the contents. Raises
-    `ResPruneError`, naming the file, for one that is missing, altered, or outside the directory.
-    """
+def require_bundle(path: str | Path) -> Path:
+    """`path` if it is a directory with a manifest, of which nothing is read; else `ResPruneError`."""
     if not isinstance(path, str | os.PathLike):
         raise ResPruneError(f"a bundle is given by its path, not {type(path).__name__}")
     root = Path(path)
@@ -100,6 +96,16 @@ def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
         ) from None
     except OSError as error:
         raise ResPruneError(f"{root / MANIFEST_NAME} cannot be read: {error.strerror}") from None
+    return root
+
+
+def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
+    """Read the manifest in directory `path`; check that every file it lists is there and as it was written.
+
+    Sizes are always compared; `check_hashes=False` leaves out the SHA-256 of the contents. Raises
+    `ResPruneError`, naming the file, for one that is missing, altered, or outside the directory.
+    """
+    root = require_bundle(path)
     if _plain_file_size(root, MANIFEST_NAME) > MAX_MANIFEST_BYTES:
         raise ResPruneError(
             f"{root / MANIFEST_NAME} is larger than {MAX_MANIFEST_BYTES} bytes; export it again"

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.options import listed
+from resprune.runtime.options import add_bundle, listed
 
 
 def register_prompt(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -13,7 +13,7 @@ def register_prompt(subparsers: "argparse._SubParsersAction[argparse.ArgumentPar
     parser = subparsers.add_parser(
         "prompt", help="write a fixed question as JSON, for devices without tokenizer and Python"
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="directory that resprune export wrote")
+    add_bundle(parser)
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument("--out", required=True, metavar="JSON", help="file to write")
     parser.add_argument(
@@ -23,6 +23,9 @@ def register_prompt(subparsers: "argparse._SubParsersAction[argparse.ArgumentPar
         "--about",
         metavar="WORDS",
         help='words that steer the selection: "square,table" (default: the question\'s nouns)',
+    )
+    parser.add_argument(
+        "--plain-text", action="store_true", help="take special tokens such as </s> in the question as text"
     )
     parser.add_argument("--skip-hashes", action="store_true", help="do not check the SHA-256 of the files")
     parser.set_defaults(run=_prompt)
@@ -35,7 +38,9 @@ def _prompt(arguments: argparse.Namespace) -> int:
 
     bundle = read_bundle(arguments.bundle, check_hashes=not arguments.skip_hashes)
     about = None if arguments.about is None else listed(arguments.about)
-    prompt = fixed_prompt(bundle, arguments.question, images=arguments.images, about=about)
+    prompt = fixed_prompt(
+        bundle, arguments.question, images=arguments.images, about=about, plain_text=arguments.plain_text
+    )
     out = Path(arguments.out)
     try:
         write_whole(out, json.dumps(prompt, ensure_ascii=False).encode() + b"\n")

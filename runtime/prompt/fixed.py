@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from resprune.runtime.arguments import flag, whole
 from resprune.runtime.bundle.files import Bundle
-from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.pieces import vocabulary_pieces
 from resprune.runtime.prompt.prompter import Prompter
@@ -14,18 +14,22 @@ PROMPT_FORMAT = 1
 
 
 def fixed_prompt(
-    bundle: Bundle, question: str, *, images: int = 1, about: Sequence[str] | None = None
+    bundle: Bundle,
+    question: str,
+    *,
+    images: int = 1,
+    about: Sequence[str] | None = None,
+    plain_text: bool = False,
 ) -> dict[str, Any]:
     """The prompt of `question` about `images` images, as JSON values (docs/node.md, "prompt.json").
 
-    `about` names the keywords, as in `Pipeline.ask`. Raises `ResPruneError` for a question that cannot be asked, or
-    fewer images than one.
+    `about` names the keywords, and `plain_text` takes special tokens as text, as in `Pipeline.ask`. Raises
+    `ResPruneError` for a question that cannot be asked, or fewer images than one.
     """
-    if images < 1:
-        raise ResPruneError(f"a question is about 1 image or more, not {images}")
     manifest = bundle.manifest
+    whole(images, "images", 1, manifest.context_length)
     prompter = Prompter(bundle)
-    prompt = prompter.prompt(question, images, about=about)
+    prompt = prompter.prompt(question, images, about=about, plain_text=flag(plain_text, "plain_text"))
     return {
         "format_version": PROMPT_FORMAT,
         "question": question,

@@ -12,9 +12,10 @@ from resprune.runtime.arguments import words
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError, one_line, tokenizer_panics
 from resprune.runtime.families.table import family_of
+from resprune.runtime.prompt.messages import Message, Turn, as_messages
 from resprune.runtime.prompt.nouns import question_terms, split_keywords
 from resprune.runtime.prompt.plain_text import PlainText
-from resprune.runtime.prompt.template import Message, assistant_message, chat_template, render, user_message
+from resprune.runtime.prompt.template import chat_template, render
 
 if TYPE_CHECKING:
     import tokenizers
@@ -29,14 +30,6 @@ _BETWEEN_TEXTS = "\ufffc"
 
 LONGEST_TOKEN = 256
 """Characters: longer ones than those of any vocabulary, so that a text of so many a token is certainly too long."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A question that has been answered."""
-
-    question: str
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -288,16 +281,6 @@ def _with_texts(messages: Sequence[Message], change: Callable[[str], str]) -> li
         return {**part, "text": change(part["text"])} if part["type"] == "text" else part
 
     return [{**message, "content": list(map(changed, message["content"]))} for message in messages]
-
-
-def as_messages(question: str, images: int, history: Sequence[Turn] = ()) -> list[Message]:
-    """A question about a number of images, which stand at the head of the first turn, after what was said before."""
-    messages: list[Message] = []
-    for turn in history:
-        messages.append(user_message(turn.question, 0 if messages else images))
-        messages.append(assistant_message(turn.answer))
-    messages.append(user_message(question, 0 if messages else images))
-    return messages
 
 
 def load_tokenizer(bundle: Bundle) -> "tokenizers.Tokenizer":

@@ -152,22 +152,25 @@ def splice(
     *,
     image_token_id: int,
     positions: str,
+    axes: tuple[int, ...] = (),
 ) -> Spliced:
     """Replace each image token of each prompt by the rows kept of its span, and fill up to one length.
 
-    `inputs_embeds[b]` [S_b, D] belongs to `ids[b]`, which has an image token for each span of `images[b]`, in order;
-    there is at least one image. `positions`: `contiguous` numbers what is there 0, 1, 2 …; `original` gives every
-    token, text included, the number it has in the unpruned prompt.
+    `inputs_embeds[b]` [S_b, D] belongs to `ids[b]`, which has an image token for each span of `images[b]`, in order.
+    `positions`: `contiguous` numbers what is there 0, 1, 2 …; `original` gives every token, text included, the number
+    it has in the unpruned prompt. `axes`: (3,) where prompts without an image have position ids [3, B, S], as M-RoPE's.
     """
     prompts = [
-        _splice_one(embeds, np.asarray(row, dtype=np.int64) == image_token_id, kept, positions == "original")
+        _splice_one(
+            embeds, np.asarray(row, dtype=np.int64) == image_token_id, kept, axes, positions == "original"
+        )
         for embeds, row, kept in zip(inputs_embeds, ids, images, strict=True)
     ]
     longest = max(len(prompt.rows) for prompt in prompts)
     batch, width = len(prompts), prompts[0].rows.shape[1]
     axes = prompts[0].numbers.shape[:-1]
     row_inputs: dict[str, Array] = {IMAGE_NUMBERS: np.zeros((batch, longest), np.int64)}
-    for plane in range(len(prompts[0].planes)):
+    for plane in range(max(len(prompt.planes) for prompt in prompts)):
         row_inputs[PLANE_EMBEDS.format(plane)] = np.zeros((batch, longest, width), np.float32)
     spliced = Spliced(
         np.zeros((batch, longest, width), np.float32),
@@ -223,9 +226,13 @@ def _spans(images: Sequence[KeptTokens]) -> Iterator[_Span]:
 
 
 def _splice_one(
-    embeds: Floats, is_image: npt.NDArray[np.bool_], images: Sequence[KeptTokens], original: bool
+    embeds: Floats,
+    is_image: npt.NDArray[np.bool_],
+    images: Sequence[KeptTokens],
+    axes: tuple[int, ...],
+    original: bool,
 ) -> _OnePrompt:
-    axes = images[0].offsets.shape[:-1]
+    axes = images[0].offsets.shape[:-1] if images else axes
 
     def text_numbers(first: int, count: int) -> Ints:
         return np.broadcast_to(np.arange(first, first + count), (*axes, count))
@@ -254,5 +261,5 @@ def _splice_one(
         np.concatenate(numbers, axis=-1) if original else text_numbers(0, len(whole)),
         np.concatenate(counts),
         np.concatenate(image_numbers),
-        [np.concatenate([image.planes[plane] for image in images]) for plane in range(len(images[0].planes))],
+        [np.concatenate(planes) for planes in zip(*(image.planes for image in images), strict=True)],
     )

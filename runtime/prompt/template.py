@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.families.table import family_of
+from resprune.runtime.prompt.messages import Message
 
 if TYPE_CHECKING:
     import jinja2
-
-# {"role": "user" | "assistant" | "system", "content": [{"type": "image"}, {"type": "text", "text": …}]}
-Message = Mapping[str, Any]
 
 # For checkpoints that carry no template: those are older than templates, and were trained with this one.
 DEFAULT_TEMPLATE = (
@@ -79,19 +77,6 @@ def _default(config: Mapping[str, Any]) -> str | None:
     if isinstance(found, dict):
         found = found.get("default")
     return found if isinstance(found, str) else None
-
-
-def user_message(question: str, images: int) -> Message:
-    """A user's turn: the pictures in order, then the question."""
-    return {
-        "role": "user",
-        "content": [{"type": "image"}] * images + [{"type": "text", "text": question}],
-    }
-
-
-def assistant_message(text: str) -> Message:
-    """An answer already given."""
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
 def render(

@@ -68,7 +68,7 @@ def test_a_report_of_proportional_attention(tiny_bundle, tiny_checkpoint, questi
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["-k", "0"], "-k 0 is no budget"),
+        (["-k", "0"], "'0' is no number of tokens to keep"),
         (["-k", "4", "--selectors", "best"], "there is no selector best"),
         (["-k", "4", "--attention", "proportional"], "export it with --attention proportional"),
         (["-k", "4", "--limit", "0"], "--limit should be 1 or more"),

@@ -221,7 +221,7 @@ def test_budgets_are_written_as_they_are_read(text):
 
 @pytest.mark.parametrize("text", ["0", "-1", "0%", "101%", "nan%", "x", "%", "", "1.5"])
 def test_what_is_no_budget(text):
-    with pytest.raises(ResPruneError, match="is no budget"):
+    with pytest.raises(ResPruneError, match="is no number of tokens to keep"):
         Budget.parse(text)
 
 

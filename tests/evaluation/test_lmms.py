@@ -44,7 +44,7 @@ def plugin(demo_bundle):
         ("postions=original", "there is no argument postions; choose from model, k, positions"),
         ("positions=orignal", "positions should be contiguous or original, not orignal"),
         ("attention=proportinal", "attention should be plain or proportional, not proportinal"),
-        ("k=0", "-k 0 is no budget"),
+        ("k=0", "'0' is no number of tokens to keep"),
     ],
 )
 def test_wrong_model_args(words, named, demo_bundle):

@@ -107,7 +107,7 @@ def asked(folder, k):
         (["--tasks", "resprune_scenes,gqaa"], "there is no task gqaa; did you mean gqa or "),
         (["--tasks", ","], "--tasks names none"),
         (["--tasks", "mine.yaml"], "there is no file mine.yaml"),
-        (["--tasks", "gqa", "-k", "0"], "-k 0 is no budget"),
+        (["--tasks", "gqa", "-k", "0"], "'0' is no number of tokens to keep"),
         (["--tasks", "gqa", "--limit", "0"], "--limit should be 1 or more"),
         (["--tasks", "resprune_crowd", "--limit", "1", "-k", "4,145"], "more than the 144 visual tokens"),
     ],

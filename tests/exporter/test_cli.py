@@ -50,8 +50,11 @@ def test_without_the_extra_it_says_what_to_install(tmp_path, capsys, monkeypatch
     assert 'pip install "resprune[export]"' in told
 
 
-@pytest.mark.parametrize("words", [["export", "demo", "out", "-k", "5"], ["build", "out"]])
-def test_where_python_has_no_posix_locks_it_says_so(words, capsys, monkeypatch):
+@pytest.mark.parametrize("words", [["export", "demo", "out", "-k", "5"], ["build", "bundle"]])
+def test_where_python_has_no_posix_locks_it_says_so(words, tmp_path, capsys, monkeypatch):
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "resprune.json").touch()
+    monkeypatch.chdir(tmp_path)
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "fcntl" else find(name))
     assert main(words) == 2

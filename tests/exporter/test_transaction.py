@@ -179,7 +179,7 @@ def test_an_export_that_still_runs_is_left_alone(tmp_path):
         (tmp_path / "out").rename(tmp_path / "aside")
 
 
-@pytest.mark.parametrize("step", ["_flush_tree", "_check_free"])
+@pytest.mark.parametrize("step", ["_flush_tree", "require_free"])
 def test_one_that_is_about_to_appear_is_left_alone_too(step, tmp_path, monkeypatch):
     """Flushing gigabytes takes long; another export to the same place looks for what was left behind meanwhile."""
     usual, seen = getattr(transaction, step), []

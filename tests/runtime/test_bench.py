@@ -16,6 +16,7 @@ from resprune import Pipeline
 from resprune.runtime.bench.measure import STAGES, Case, Timing, question_of
 from resprune.runtime.bench.report import STAGE_COLORS, Report
 from resprune.runtime.cli import main
+from tests.runtime.wire import Model, Wire
 
 
 def test_stages_have_the_colors_of_the_page() -> None:
@@ -64,6 +65,31 @@ def test_the_json_is_one_case_a_budget(bundle: str, capsys: pytest.CaptureFixtur
     peaks = [case["peak_megabytes"] for case in cases]
     assert peaks == sorted(peaks)
     assert peaks[0] > 20
+
+
+def test_a_server_is_measured(
+    tiny_bundle: Callable[..., Path],
+    tiny_checkpoint: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The server writes every answer; what stands before the prefill is done here."""
+    bundle = str(tiny_bundle("clip-llama", k=7, split=True))
+    with Wire(Model(tiny_checkpoint("clip-llama"))) as wire:
+        assert main(["bench", bundle, "-k", "3,all", "--repeats", "2", "--server", wire.url, "--json"]) == 0
+        out, err = capsys.readouterr()
+        report = json.loads(out)
+        assert err == ""
+        assert report["runs on"] == wire.url
+        assert [case["tokens"] for case in report["cases"]] == [3, 16]
+        for case in report["cases"]:
+            assert case["tokens_per_second"]["repeats"] == 2
+            assert all(case["stages"][stage]["median"] > 0 for stage in STAGES)
+        asked = [path for path, _, _ in wire.seen]
+        assert len(asked) == 2 * (1 + 2), "each budget once to warm up, then twice"
+        assert main(["bench", bundle, "-k", "3", "--repeats", "1", "--server", wire.url]) == 0
+        assert wire.url in capsys.readouterr().out
+    assert main(["bench", bundle, "--server", wire.url]) == 2
+    assert "cannot be reached" in capsys.readouterr().err
 
 
 def test_a_prompt_of_a_given_length(bundle: str, photo: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +155,7 @@ def test_wrong_input_is_one_sentence(
     capsys.readouterr()  # what the export said
     for words, sentence in (
         ([bundle, "--repeats", "0"], "--repeats should be 1 or more"),
-        ([bundle, "-k", "x"], "no budget"),
+        ([bundle, "-k", "x"], "'x' is no number of tokens to keep"),
         ([bundle, "-k", ","], "-k names no budget"),
         ([bundle, "-k", "8"], "1 to 7, not 8"),
         ([fused, "-k", "3,all"], "1 to 7, not 16"),

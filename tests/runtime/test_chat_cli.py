@@ -104,18 +104,36 @@ def test_what_is_wrong_is_one_line_and_the_conversation_goes_on(
         ),
         *(
             "1 to 7, not 8",
-            "no budget",
+            "'x' is no number of tokens",
             "/show needs a file",
             "ends as none of them",
             "would replace the picture",
         ),
-        *("contains <image>", "past the context", "/new takes nothing", "1 to 7, not -1"),
+        *("contains <image>", "past the context", "/new takes nothing", "'-1' is no number of tokens"),
     )
     for line, sentence in zip(err, sentences, strict=True):
         assert line.startswith("resprune: ")
         assert sentence in line
     with Image.open(kept) as drawn:
         assert drawn.width >= 60
+
+
+def test_a_chat_may_begin_without_an_image(
+    bundle: str, photos: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = Pipeline.load(bundle)
+    answers = [
+        vlm.without_images().ask(QUESTION, max_new_tokens=6).text,
+        vlm.look(photos[0]).ask(QUESTION, max_new_tokens=6, tokens=3).text,
+    ]
+    lines = (QUESTION, "/show kept.png", "/tokens 3", f"/image {photos[0]}", QUESTION)
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode()), encoding="utf-8")
+    )
+    assert main(["chat", bundle, *SHORT]) == 0
+    out, err = capsys.readouterr()
+    assert out == "".join(f"{answer}\n" for answer in answers)
+    assert err == "resprune: there is no image whose tokens could be drawn; show one with /image\n"
 
 
 def test_help_and_bytes_that_are_no_text(chat: Callable[..., tuple[str, list[str]]]) -> None:
@@ -131,7 +149,7 @@ def test_a_wrong_start_ends_it(bundle: str, photos: list[str], capsys: pytest.Ca
     for words, sentence in (
         (["none.png"], "no file none.png"),
         ([photos[0], "--tokens", "8"], "1 to 7, not 8"),
-        ([], "see resprune chat --help"),
+        ([photos[0], "--tokens", "0"], "'0' is no number of tokens to keep"),
     ):
         assert main(["chat", bundle, *words]) == 2
         out, err = capsys.readouterr()

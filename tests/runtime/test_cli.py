@@ -136,8 +136,12 @@ def test_wrong_input_is_one_sentence(
         (("ask", bundle, photo, " "), "question is empty"),
         (("ask", bundle, photo, "what is <image>?"), "contains <image>"),
         (("ask", bundle, photo, QUESTION, "--tokens", "8"), "1 to 7, not 8"),
-        (("ask", bundle, photo, QUESTION, "--tokens", "0"), "1 to 7, not 0"),
+        (("ask", bundle, photo, QUESTION, "--tokens", "0"), "'0' is no number of tokens to keep"),
         (("ask", bundle, photo, QUESTION, "--tokens", str(10**30)), "1 to 7, not 1000"),
+        (
+            ("ask", bundle, photo, QUESTION, "--tokens", "9" * 5000),
+            "give a number from 1, a share like 11%, or all",
+        ),
         (("ask", bundle, photo, QUESTION, "--top-p", "2"), "top_p"),
         (("ask", bundle, photo, QUESTION, "--threads", "-1"), "threads"),
         (("ask", bundle, photo, QUESTION, "--threads", "100000"), "not 100000"),

@@ -49,7 +49,7 @@ class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
             os.kill(os.getpid(), signal.SIGINT)
-sys.argv = ["resprune", "ask", {bundle!r}, "photo.png", "why?"]
+sys.argv = ["resprune", "ask", {bundle!r}, sys.executable, "why?"]
 sys.meta_path.insert(0, Finder())
 from resprune.__main__ import main
 sys.exit(main())

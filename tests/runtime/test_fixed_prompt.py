@@ -55,6 +55,20 @@ def test_prompt_is_the_pipelines(tiny_bundle: Callable[..., Path], tmp_path: Pat
     assert found["tokenizer_sha256"] == bundle.manifest.files["tokenizer.json"].sha256
 
 
+def test_special_tokens_are_text_where_they_are_asked_to_be(
+    tiny_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    root, question = tiny_bundle("clip-llama", k=7, split=True), "what is </s> <image>?"
+    out = tmp_path / "prompt.json"
+    assert main(["prompt", str(root), question, "--out", str(out), "--plain-text"]) == 0
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["ids"] == Prompter(read_bundle(root)).prompt(question, 1, plain_text=True).ids
+    assert not set(found["stop_ids"]) & set(found["ids"])
+    assert main(["prompt", str(root), "what is </s>?", "--out", str(out)]) == 0
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert set(found["stop_ids"]) & set(found["ids"])
+
+
 def test_mrope_has_three_axes(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
     found = write(tiny_bundle("qwen25", k=4), tmp_path / "prompt.json")
     assert (found["positions"], found["position_axes"]) == ("original", 3)
@@ -100,7 +114,7 @@ def test_an_unknown_decoder_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--images", "0"], "1 image or more"),
+        (["--images", "0"], "images should be 1 to"),
         (["--out", "missing/prompt.json"], "cannot be written"),
     ],
 )

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from resprune.runtime.backends.http_client import Server
 from resprune.runtime.backends.servers import server
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, UnavailableError
 from resprune.runtime.pipeline import Pipeline
 from tests.runtime.bundles import one_sentence
 
@@ -136,6 +137,23 @@ def test_one_line_and_no_hang(bundle: Path, name: str) -> None:
         ask(bundle, hostile)
     one_sentence(caught.value)
     assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("lost", ["getaddrinfo", "create_connection"])
+def test_the_deadline_holds_while_it_connects(monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+    """A search for a name without an end, and a host that says nothing."""
+    release = threading.Event()
+
+    def wait(*arguments: Any, **named: Any) -> Any:
+        release.wait(60)
+        raise OSError("nothing there")
+
+    monkeypatch.setattr(socket, lost, wait)
+    far = Server("http://far.example.org", timeout=20.0, deadline=0.5)
+    with pytest.raises(UnavailableError, match=r"has not finished its answer in 0\.5 seconds"):
+        far.get("/v1/models")
+    assert not release.is_set()
+    release.set()
 
 
 @pytest.mark.parametrize("name", HELD)

@@ -15,7 +15,7 @@ from resprune import Pipeline, ResPruneError
 from resprune.runtime.answer import Answer
 from resprune.runtime.backends.onnxruntime import OrtSequence
 from resprune.runtime.bundle.files import read_bundle, write_manifest
-from resprune.runtime.prompt.prompter import Turn
+from resprune.runtime.prompt.messages import Turn
 from tests.exporter.hugging_face import HuggingFace
 
 QUESTION = "what colour is the square on the table?"
@@ -350,7 +350,7 @@ def test_generation_ends_where_the_context_does(split: Path, tmp_path: Path) -> 
         ({"image": []}, "no picture"),
         ({"image": b"no picture at all"}, "picture"),
         ({"temperature": -1.0}, "temperature"),
-        ({"tokens": "0%"}, "no budget"),
+        ({"tokens": "0%"}, "no number of tokens"),
         ({"about": ["table", " "]}, "keyword of about is empty"),
     ],
 )
@@ -424,7 +424,7 @@ def test_a_conversation_of_any_form(vlm: Pipeline) -> None:
     text = answer.prompt.text
     assert text.index("be short") < text.index("a dog") < text.index("a square") < text.index("or a circle?")
     assert len(answer.images) == 2
-    with pytest.raises(ResPruneError, match="stands for a picture"):
+    with pytest.raises(ResPruneError, match="the messages show 2 images, and there are 1"):
         vlm.look(picture(0)).answer(messages)
     with pytest.raises(ResPruneError, match="question is empty"):
         view.answer([*messages[:-1], {"role": "user", "content": [{"type": "image"}]}])

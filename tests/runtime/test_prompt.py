@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.prompt.messages import Turn
 from resprune.runtime.prompt.plain_text import PlainText
-from resprune.runtime.prompt.prompter import Prompter, Turn
+from resprune.runtime.prompt.prompter import Prompter
 from resprune.runtime.prompt.template import DEFAULT_TEMPLATE
 from tests.runtime.bundles import bundle_of_files, one_sentence
 from tests.runtime.test_template import LLAVA_15

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.prompt.template import render, user_message
+from resprune.runtime.prompt.messages import user_message
+from resprune.runtime.prompt.template import render
 from tests.runtime.bundles import one_sentence
 
 VARIABLES = {"bos_token": "<s>", "image_token": "<image>"}

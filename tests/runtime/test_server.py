@@ -310,7 +310,7 @@ def test_which_model_must_be_clear(bundle: Path, models: list[str]) -> None:
         ("http://host", {"timeout": 0}, "time-out should be above 0 and at most 86,400 seconds, not 0"),
         ("http://host", {"timeout": 1e30}, "at most 86,400 seconds"),
         ("http://host", {"timeout": float("nan")}, "time-out should be a finite number"),
-        ("http://host", {"api": "tgi"}, "no server format tgi; choose from vllm, trtllm, sglang"),
+        ("http://host", {"api": "tgi"}, "api should be one of vllm, trtllm, sglang, not str 'tgi'"),
     ],
 )
 def test_wrong_settings_are_one_sentence(url: str, options: dict[str, Any], sentence: str) -> None:

@@ -8,13 +8,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.prompt.template import (
-    DEFAULT_TEMPLATE,
-    assistant_message,
-    chat_template,
-    render,
-    user_message,
-)
+from resprune.runtime.prompt.messages import assistant_message, user_message
+from resprune.runtime.prompt.template import DEFAULT_TEMPLATE, chat_template, render
 from tests.runtime.bundles import bundle_of_files
 
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>", "image_token": "<image>"}

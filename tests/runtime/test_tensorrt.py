@@ -293,7 +293,7 @@ def test_without_tensorrt_or_gpu_it_says_what_is_missing(
         ResPruneError, match=r"tensorrt cannot be imported .*pip install .*resprune\[tensorrt\]"
     ):
         Pipeline.load(root, engines="tensorrt")
-    with pytest.raises(ResPruneError, match="no flavour of TensorRT; choose from tensorrt, tensorrt-rtx"):
+    with pytest.raises(ResPruneError, match="engines should be one of tensorrt, tensorrt-rtx, not str"):
         Pipeline.load(root, engines="openvino")
 
 

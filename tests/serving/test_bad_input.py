@@ -7,12 +7,14 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 from PIL import Image
 
+from resprune.serving import server
 from resprune.serving.completions import Limits
 from resprune.serving.images import ImageSources
 from tests.serving.conftest import MODEL, QUESTION, Serving, asked, data_url, png, text, user
@@ -185,7 +187,6 @@ def test_broken_bodies(post: Callable[..., httpx.Response], kind: str) -> None:
         ({"messages": [user({"type": "input_audio", "input_audio": {}})]}, "messages[0].content[0]"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages[0].name"),
-        ({"messages": [{"role": "user", "content": "no image"}]}, "messages"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "8"}, "max_tokens"),
@@ -217,9 +218,27 @@ def test_wrong_fields(post: Callable[..., httpx.Response], changed: dict[str, An
     assert refused(post(json.dumps(asked() | changed).encode()))["param"] == param
 
 
-@pytest.mark.parametrize("question", ["", " \n", "what is <image>?", "square " * 600])
+@pytest.mark.parametrize("question", ["", " \n", "square " * 600])
 def test_questions_that_cannot_be_asked(post: Callable[..., httpx.Response], question: str) -> None:
     refused(post(json.dumps(asked(question)).encode()))
+
+
+def test_special_tokens_that_messages_type_are_text(serve: Callable[..., Serving]) -> None:
+    """Whoever asks is unknown; `--special-tokens` is for an operator who knows them."""
+    question = "what is <image> </s> here?"
+    plain, control = serve(), serve(plain_text=False)
+    expected = plain.pipeline.ask(png(), question, plain_text=True, max_new_tokens=8)
+    assert not set(expected.prompt.ids) & {plain.pipeline._prompter.tokenizer.token_to_id("</s>")}
+    got = plain.client().chat.completions.create(**asked(question))
+    assert got.choices[0].message.content == expected.text
+    assert got.usage.prompt_tokens == expected.prompt_tokens
+    response = httpx.post(f"{control.url}/v1/chat/completions", json=asked(question))
+    assert "stands for a picture" in refused(response)["message"]
+    ended = control.client().chat.completions.create(**asked("what is </s> here?"))
+    assert (
+        ended.choices[0].message.content
+        == control.pipeline.ask(png(), "what is </s> here?", max_new_tokens=8).text
+    )
 
 
 def test_paths_methods_and_types_that_are_not_there(serving: Serving) -> None:
@@ -279,6 +298,26 @@ def test_a_slow_body(serve: Callable[..., Serving]) -> None:
                 slow.sendall(b" ")
         assert received.startswith(b"HTTP/1.1 408 ")
         assert 0.9 < time.monotonic() - start < 5
+    assert serving.client().chat.completions.create(**asked()).choices
+
+
+def test_slow_headers(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then does not keep a connection; nor is there an answer to what is no request yet."""
+    monkeypatch.setattr(server, "ARRIVAL_SECONDS", 1.0)
+    with socket.create_connection(serving.address, timeout=0.2) as slow:
+        slow.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
+        received: bytes | None = None
+        end = time.monotonic() + LONGEST_SECONDS
+        while received is None and time.monotonic() < end:
+            try:
+                received = slow.recv(65536)
+            except TimeoutError:
+                with suppress(BrokenPipeError, ConnectionResetError):  # of a server that has just hung up
+                    slow.sendall(b"x")
+            except ConnectionResetError:
+                received = b""
+    assert received == b""
+    monkeypatch.undo()
     assert serving.client().chat.completions.create(**asked()).choices
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import openai
 import pytest
 
-from resprune.runtime.prompt.prompter import Turn
+from resprune.runtime.prompt.messages import Turn
 from tests.serving.conftest import MODEL, QUESTION, Serving, asked, image, png, text, user
 
 
@@ -56,6 +56,23 @@ def test_a_stream_is_the_same_answer_in_pieces(serving: Serving) -> None:
         last = chunks[-1]
         assert (last.usage == whole.usage and last.choices == []) if usage else last.choices
         assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+
+
+def test_text_alone_is_answered_by_the_language_model(serving: Serving) -> None:
+    client = serving.client()
+    chat = serving.pipeline.without_images().chat()
+    messages = []
+    for question in ("hello there", "and now?"):
+        expected = chat.ask(question, max_new_tokens=8)
+        messages.append({"role": "user", "content": question})
+        got = client.chat.completions.create(**asked(messages=messages))
+        assert got.choices[0].message.content == expected.text
+        assert got.usage is not None
+        assert got.usage.prompt_tokens == len(expected.prompt.ids)
+        assert got.resprune["images"] == []  # type: ignore[attr-defined]
+        messages.append({"role": "assistant", "content": got.choices[0].message.content})
+    pieces = client.chat.completions.create(**asked(messages=messages[:3], stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces) == messages[3]["content"]
 
 
 def test_a_conversation_with_several_images(serving: Serving) -> None:
