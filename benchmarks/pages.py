@@ -21,7 +21,13 @@ Record = Mapping[str, Any]
 def read_results(parts: Sequence[str]) -> dict[str, Record]:
     """Of the parts that have been measured, by name, in the order of `parts`."""
     files = {part: HERE / "results" / f"{part}.json" for part in parts}
-    return {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
+    results = {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
+    return {part: record | {"table": _written_out(record["table"])} for part, record in results.items()}
+
+
+def _written_out(table: str) -> str:
+    """A table in which 1.102e+04 is 11,020."""
+    return re.sub(r"\b\d\.\d+e\+\d+", lambda match: f"{float(match[0]):,.0f}", table)
 
 
 def measured(record: Record) -> str:

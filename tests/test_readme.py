@@ -53,7 +53,7 @@ def test_commands_then_python(directory):
     for page in RUN:
         commands = first + [line for block in blocks(page, "sh") for line in block.splitlines()]
         first = []
-        assert commands, f"{page.name} shows no command"
+        assert commands or blocks(page, "python"), f"{page.name} shows no command"
         for command in commands:
             done = run(["bash", "-c", command], directory)
             assert done.returncode == 0, f"{page.name}: {command}: {done.stderr}"
@@ -77,7 +77,9 @@ def test_the_comparison_on_a_gpu_is_a_command_that_polygraphy_takes(directory):
 
 
 def test_the_readme_is_short():
-    assert len(README.read_text().splitlines()) <= 150
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 120
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
