@@ -1,74 +1,126 @@
-"""What a precision, and a decoder for ONNX Runtime alone, cost and bring: size, prefill, tokens a second, accuracy."""
+"""What a precision costs and brings on trained weights: loss, size, first token, prefill, tokens a second.
+
+The loss is of benchmarks/pretrained.py's model on English text after a real picture, against the fp32 bundle. What
+picks and answers lose is shown by the demo model too, whose pictures mean something.
+"""
 
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlavaForConditionalGeneration
+from numpy.typing import NDArray
 
-from benchmarks.checkpoints import llava_config, write_checkpoint
-from benchmarks.measure import THREADS, Timing, exported, take_turns
+from benchmarks.measure import THREADS, exported, take_turns
+from benchmarks.pretrained import write_pretrained
 from resprune import Pipeline
 from resprune.evaluation.data import Question, load_data
 from resprune.evaluation.statistics import wilson
-from resprune.runtime.backends.backend import Embedding
-from resprune.runtime.backends.onnxruntime import OrtDecoder, OrtSequence, onnxruntime_decoder
-from resprune.runtime.backends.session import OrtGraphs, SessionOptions
-from resprune.runtime.bundle.files import read_bundle
+from resprune.exporter.verify.text import every_position
+from resprune.runtime.backends.onnxruntime import OrtSequence, onnxruntime_decoder
+from resprune.runtime.backends.providers import CPU, new_session
+from resprune.runtime.backends.session import OrtGraphs, SessionOptions, session_settings
+from resprune.runtime.bench.measure import Timing
+from resprune.runtime.bundle.files import Bundle, read_bundle
+from resprune.runtime.bundle.manifest import TensorSpec
+from resprune.runtime.bundle.precisions import PRESETS
+from resprune.runtime.families.image import load_image
+from resprune.runtime.prompt.prompter import Prompter, load_tokenizer
 from resprune.runtime.prompt.splice import Spliced
+from resprune.runtime.walk import Encoded, Walk
 
+PRESET = "--preset {}"
 KINDS = {
     "fp32": ("--dtype", "fp32"),
-    "fp32, ort": ("--dtype", "fp32", "--optimize", "ort"),
     "fp16": ("--dtype", "fp16"),
     "int8": ("--dtype", "int8"),
+    "q8": ("--dtype", "q8"),
+    "q8, ort": ("--dtype", "q8", "--optimize", "ort"),
     "q4": ("--dtype", "q4"),
     "q4, ort": ("--dtype", "q4", "--optimize", "ort"),
-}
-LENGTHS = (64, 1024)
+    "q4, ort, blocks of 64": ("--dtype", "q4", "--optimize", "ort", "--block", "64"),
+    "q4, ort, blocks of 128": ("--dtype", "q4", "--optimize", "ort", "--block", "128"),
+} | {PRESET.format(name): ("--preset", name) for name in PRESETS if name != "gpu"}
+"""The preset for GPUs is fp16."""
+DEMO_KINDS = ("fp32", "int8", "q8", "q4", PRESET.format("cpu"))
+K = 64
+PICTURES = ("shapes", "easy-vqa")
+HALF = 531
+"""Tokens of the text after each picture."""
+QUESTION = "What is in the picture? Write a page."
+PROMPTS = (
+    "What is the capital of France?",
+    "Name three colours.",
+    "Why is the sky blue?",
+    "Write a sentence about a dog.",
+    "How many days has a week?",
+    "What do bees make?",
+    "Who wrote Hamlet?",
+    "What is two plus three?",
+    "Tell me about the ocean.",
+    "What is a bridge for?",
+    "How do I boil an egg?",
+    "Describe a winter morning.",
+    "What is the largest planet?",
+    "Give me a word that means happy.",
+    "What is water made of?",
+    "Why do leaves fall?",
+    "What does a baker do?",
+    "Explain what a map is.",
+    "What comes after Monday?",
+    "Say something about trains.",
+)
+ANSWER_TOKENS = 16
 STEPS = 8
 REPEATS = 7
 DEMO_K = 48
 DEMO_QUESTIONS = {"easy-VQA": ("easyvqa", 202), "scenes": ("scenes", 400)}
 BATCH = 50
-TOWER = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-    "projection_dim": 16,
-}
-LLAMA = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 4096,
-}
+ENGLISH = Path(__file__).with_name("texts") / "english.txt"
+DEMO_PICTURES = Path(__file__).parents[1] / "demo" / "pictures"
 
 
-@dataclass
-class _Decoder:
-    """A decoder whose cache holds a prompt of some length, to be stepped on."""
+class _Opened:
+    """A bundle on the CPU, with a prompt in its cache to be stepped on."""
 
-    decoder: OrtDecoder
-    embeds: np.ndarray[Any, Any]
-    sequence: OrtSequence | None = None
+    def __init__(self, bundle: Bundle) -> None:
+        options = SessionOptions(threads=THREADS)
+        self.bundle = bundle
+        self.prompter = Prompter(bundle)
+        self.walk = Walk(bundle, OrtGraphs(bundle, options))
+        self.decoder = onnxruntime_decoder(bundle, self.walk.embed_tokens, options)
+        self.sequence: OrtSequence | None = None
 
-    def prefill(self) -> None:
-        length = self.embeds.shape[1]
-        ones = np.ones((1, length), np.int64)
+    def spliced(self, picture: str) -> Spliced:
+        """The prompt of QUESTION about a picture, of which K tokens are kept."""
+        prompt = self.prompter.prompt(QUESTION, 1)
+        embeds = self.walk.embed([prompt])[0]
+        pixels = self.walk.preprocessor(load_image(DEMO_PICTURES / f"{picture}.png"))
+        words = self.walk.keywords(prompt, embeds)
+        (kept,) = self.walk.select(Encoded([pixels], None), [words], [K])
+        return self.walk.splice([embeds], [prompt], [[kept]])
+
+    def with_text(self, picture: str, ids: NDArray[np.int64]) -> Spliced:
+        """The same, and text after it."""
+        prompt = self.spliced(picture)
+        length = prompt.inputs_embeds.shape[1] + len(ids)
+        embeds = np.concatenate([prompt.inputs_embeds, self.walk.embed_tokens(ids[None])], axis=1)
+        following = prompt.position_ids[:, -1:] + 1 + np.arange(len(ids))
+        return Spliced(
+            embeds, np.concatenate([prompt.position_ids, following], axis=1), np.ones((1, length), np.int64)
+        )
+
+    def first_token(self) -> None:
+        self.prefill(self.spliced(PICTURES[0]))
+
+    def prefill(self, spliced: Spliced) -> None:
         self.sequence = None  # the cache before goes before the new one is made
-        self.sequence = self.decoder.start(Spliced(self.embeds, np.arange(length)[None], ones))
+        self.sequence = self.decoder.start(spliced)
 
     def steps(self) -> None:
         assert self.sequence is not None
@@ -77,49 +129,131 @@ class _Decoder:
 
 
 def run(work: Path) -> dict[str, Any]:
-    """A random Llama of some 250 M parameters in every precision, in turn; and the demo model's answers in each."""
-    checkpoint = work / "llama-mid"
-    if not checkpoint.exists():
-        config = llava_config(TOWER, LLAMA)
-        write_checkpoint(
-            checkpoint, LlavaForConditionalGeneration, config, dtype=torch.float16, image_side=28
-        )
-    figures: dict[str, Any] = {"decoder": {}, "prefill": {}, "steps": {}, "demo": {}}
-    bundles = {
-        name: exported(checkpoint, work / f"llama-mid-{name.replace(', ', '-')}", "-k", "4", *options)
-        for name, options in KINDS.items()
-    }
-    settings = SessionOptions(threads=THREADS)
-    decoders: dict[str, _Decoder] = {}
-    for name, path in bundles.items():
+    """The trained model in every precision, in turn; and the demo model's answers in some."""
+    checkpoint = write_pretrained(work / "pretrained")
+    figures: dict[str, Any] = {"trained": {}}
+    reference: dict[str, Any] = {}
+    opened: dict[str, _Opened] = {}
+    for name, options in KINDS.items():
+        path = exported(checkpoint, work / f"pretrained-{_file_name(name)}", "-k", str(K), *options)
         bundle = read_bundle(path, check_hashes=False)
-        graph = bundle.graph_path("decoder_model_merged")
-        figures["decoder"][name] = sum(part.stat().st_size for part in graph.parent.glob(f"{graph.name}*"))
-        model = onnxruntime_decoder(bundle, Embedding(OrtGraphs(bundle, settings)), settings)
-        decoders[name] = _Decoder(model, np.empty(0))
-    for length in LENGTHS:
-        embeds = np.random.default_rng(0).standard_normal((1, length, LLAMA["hidden_size"]))
-        for decoder in decoders.values():
-            decoder.embeds = embeds.astype(np.float32)
-        figures["prefill"][str(length)] = take_turns(
-            {name: decoder.prefill for name, decoder in decoders.items()}, REPEATS
-        )
-        # Every cache now holds the prompt, and grows by the same steps in each turn.
-        figures["steps"][str(length)] = take_turns(
-            {name: decoder.steps for name, decoder in decoders.items()}, REPEATS
-        )
-    decoders.clear()
+        opened[name] = one = _Opened(bundle)
+        found = _answers(path) | _logits(one)
+        reference = reference or found
+        figures["trained"][name] = _sizes(bundle) | _losses(bundle, found, reference)
+        print(name, figures["trained"][name], flush=True)  # the parts of it are long
+    ids = _text(next(iter(opened.values())).bundle)[0]
+    prompts = {name: one.with_text(PICTURES[0], ids) for name, one in opened.items()}
+    figures["first token"] = take_turns({name: one.first_token for name, one in opened.items()}, REPEATS)
+    figures["prefill"] = take_turns(
+        {name: lambda one=one, name=name: one.prefill(prompts[name]) for name, one in opened.items()},  # type: ignore[misc]
+        REPEATS,
+    )
+    figures["steps"] = take_turns({name: one.steps for name, one in opened.items()}, REPEATS)
+    figures["prompt"] = prompts["fp32"].inputs_embeds.shape[1]
+    opened.clear()
     gc.collect()
     figures["demo"] = _demo(work)
     return figures
 
 
+def _file_name(kind: str) -> str:
+    return kind.replace("--preset ", "").replace(", ", "-").replace(" ", "-")
+
+
+def _text(bundle: Bundle) -> list[NDArray[np.int64]]:
+    """Token ids of the text after each picture, HALF each."""
+    ids = load_tokenizer(bundle).encode(ENGLISH.read_text(), add_special_tokens=False).ids
+    return [np.array(ids[start : start + HALF]) for start in range(0, HALF * len(PICTURES), HALF)]
+
+
+def _answers(path: Path) -> dict[str, Any]:
+    """What it writes, greedily, and which tokens of a picture it keeps."""
+    with Pipeline.load(path) as vlm:
+        answers = [
+            vlm.ask(
+                DEMO_PICTURES / f"{PICTURES[number % len(PICTURES)]}.png",
+                question,
+                max_new_tokens=ANSWER_TOKENS,
+                stream=False,
+            )
+            for number, question in enumerate(PROMPTS)
+        ]
+    return {
+        "tokens": [answer.token_ids for answer in answers],
+        "picks": [set(answer.images[0].kept_indices.tolist()) for answer in answers],
+    }
+
+
+def _logits(opened: _Opened) -> dict[str, Any]:
+    """Logits [S, vocabulary] of the text after each picture, and the tokens that followed in truth."""
+    wide = every_position(opened.bundle.graph_path("decoder_model_merged"))
+    try:
+        session: Any = new_session(str(wide), session_settings(THREADS), [CPU])
+    finally:
+        wide.unlink()
+    logits, wanted = [], []
+    for picture, ids in zip(PICTURES, _text(opened.bundle), strict=True):
+        whole = opened.with_text(picture, ids)
+        feeds = {tensor.name: _empty(tensor) for tensor in opened.bundle.graph("decoder_model_merged").inputs}
+        feeds |= {
+            "inputs_embeds": whole.inputs_embeds,
+            "attention_mask": whole.attention_mask,
+            "position_ids": whole.position_ids,
+        }
+        (rows,) = session.run(["logits"], feeds)
+        logits.append(torch.from_numpy(rows[0, -len(ids) : -1]).float())
+        wanted.append(torch.from_numpy(ids[1:]))
+    return {"logits": torch.cat(logits), "wanted": torch.cat(wanted)}
+
+
+def _empty(tensor: TensorSpec) -> NDArray[Any]:
+    """An input of a batch of one without a past."""
+    shape = [size if isinstance(size, int) else int(size == "batch_size") for size in tensor.shape]
+    return np.zeros(shape, dtype=tensor.dtype)
+
+
+def _sizes(bundle: Bundle) -> dict[str, int]:
+    """Bytes of all graphs, and of the decoder."""
+    graph = bundle.graph("decoder_model_merged").file
+    files = {name: spec.size for name, spec in bundle.manifest.files.items() if name.startswith("onnx/")}
+    return {
+        "graphs": sum(files.values()),
+        "decoder": sum(size for name, size in files.items() if name.startswith(graph)),
+    }
+
+
+def _losses(bundle: Bundle, found: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    logits, wanted = found["logits"], reference["logits"]
+    noise = float((logits - wanted).double().square().sum())
+    tokens = [
+        sum(np.cumprod(np.equal(one[: len(other)], other[: len(one)])))
+        for one, other in zip(found["tokens"], reference["tokens"], strict=True)
+    ]
+    kept = [len(one & other) for one, other in zip(found["picks"], reference["picks"], strict=True)]
+    vision = Path(bundle.graph("vision_select").file).stem
+    outputs = bundle.manifest.parity["outputs"]
+    return {
+        "perplexity": math.exp(torch.nn.functional.cross_entropy(logits, found["wanted"])),
+        "agreement": float((logits.argmax(1) == wanted.argmax(1)).double().mean()),
+        "snr": None if noise == 0 else 10 * math.log10(float(wanted.double().square().sum()) / noise),
+        "image snr": outputs[vision]["image_features"]["snr"],
+        "positions": len(logits),
+        "equal tokens": int(sum(tokens)),
+        "tokens": sum(map(len, reference["tokens"])),
+        "whole answers": sum(
+            one == other for one, other in zip(found["tokens"], reference["tokens"], strict=True)
+        ),
+        "picks": sum(kept) / sum(map(len, reference["picks"])),
+    }
+
+
 def _demo(work: Path) -> dict[str, Any]:
     asked = {name: load_data(data).spread(limit) for name, (data, limit) in DEMO_QUESTIONS.items()}
     figures: dict[str, Any] = {}
-    for name, options in KINDS.items():
-        path = work / f"demo-{name.replace(', ', '-')}"
-        exported("demo", path, "-k", str(DEMO_K), "--positions", "original", *options)
+    for name in DEMO_KINDS:
+        path = work / f"demo-{_file_name(name)}"
+        exported("demo", path, "-k", str(DEMO_K), "--positions", "original", *KINDS[name])
         with Pipeline.load(path) as vlm:
             figures[name] = {kind: _exact_match(vlm, questions) for kind, questions in asked.items()}
             parity = vlm.manifest.parity
@@ -141,18 +275,32 @@ def _exact_match(vlm: Pipeline, questions: Sequence[Question]) -> dict[str, Any]
 
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
+    trained = result["trained"]
+    plain = trained["fp32"]
     lines = [
-        f"A random Llama of {LLAMA['num_hidden_layers']} layers of {LLAMA['hidden_size']}; tokens a second after a "
-        f"prompt of {' and of '.join(map(str, LENGTHS))} tokens.\n",
-        "| decoder | MB | " + " | ".join(f"prefill {n} | tokens/s at {n}" for n in LENGTHS) + " |",
-        "|---" * (2 + 2 * len(LENGTHS)) + "|",
+        f"SmolLM2-135M behind DINOv2-small with {K} of 256 tokens; {plain['positions']} positions of English after a "
+        f"picture, {len(PROMPTS)} answers of up to {ANSWER_TOKENS} tokens, a prefill of {result['prompt']} rows.\n",
+        "| | graphs, MB | decoder, MB | perplexity | of fp32's | most likely token as fp32's | SNR of logits "
+        "| SNR of image tokens | picks as fp32's | greedy tokens as fp32's | first token | prefill | tokens/s |",
+        "|---" * 13 + "|",
     ]
-    for name, size in result["decoder"].items():
-        cells = []
-        for length in map(str, LENGTHS):
-            steps: Timing = result["steps"][length][name]
-            cells += [f"{result['prefill'][length][name]} ms", f"{1e3 * STEPS / steps.median:.1f}"]
-        lines.append(f"| {name} | {size / 1e6:.0f} | {' | '.join(cells)} |")
+    for name, row in trained.items():
+        steps: Timing = result["steps"][name]
+        cells = [
+            f"{row['graphs'] / 1e6:.0f}",
+            f"{row['decoder'] / 1e6:.0f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['perplexity'] / plain['perplexity']:.4f}",
+            f"{100 * row['agreement']:.1f} %",
+            "" if row["snr"] is None else f"{row['snr']:.0f} dB",
+            f"{row['image snr']:.0f} dB",
+            f"{100 * row['picks']:.1f} %",
+            f"{row['equal tokens']} of {row['tokens']}",
+            f"{result['first token'][name]} ms",
+            f"{result['prefill'][name]} ms",
+            f"{1e3 * STEPS / steps.median:.0f}",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         f"\nThe demo model with {DEMO_K} of 144 tokens, original positions.\n",
         "| precision | easy-VQA | scenes | picks as PyTorch's | greedy tokens as PyTorch's |",
