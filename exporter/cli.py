@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from resprune.runtime.bundle.manifest import ATTENTION, BODIES, FORMS, OPTIMIZE, POSITIONS, SCALES
-from resprune.runtime.errors import require_packages, require_python
+from resprune.runtime.bundle.precisions import PRESETS, parse_dtype, words
+from resprune.runtime.errors import ResPruneError, require_packages, require_python
 
 NEEDED = ("torch", "transformers", "onnx", "onnxscript", "huggingface_hub", "filelock", "tqdm")
 POSIX = (("fcntl",), "it is part of Python on Linux and macOS, so on Windows take WSL")
@@ -40,9 +41,26 @@ def register_export(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("fp32", "fp16", "bf16", "int8", "q4"),
-        default="fp32",
-        help="precision of the weights; q4 is the decoder's only",
+        type=_dtype,
+        metavar="WORD",
+        help=f"precision of the weights: {words()}, or one for each component, as in vision=int8,decoder=q4,embed=q8 "
+        "(default fp32)",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="by where it will run, in place of --dtype and --optimize: "
+        + "; ".join(
+            f"{name}: --dtype {preset.dtype}{f' --optimize {preset.optimize}' if preset.optimize else ''}"
+            for name, preset in PRESETS.items()
+        ),
+    )
+    parser.add_argument(
+        "--block",
+        type=int,
+        choices=(32, 64, 128),
+        default=32,
+        help="numbers of a packed weight that share a scale: more are smaller and lose more (default 32)",
     )
     parser.add_argument(
         "--optimize", choices=OPTIMIZE, help="a decoder of ONNX Runtime's own operators, for it alone"
@@ -117,12 +135,14 @@ def run_export(arguments: argparse.Namespace) -> int:
     require_free(arguments.out, force=arguments.force)
     require_model(arguments.model, revision=arguments.revision)
     from resprune.exporter.export import Options, export
-    from resprune.exporter.verify.verifier import ParityError
+    from resprune.exporter.verify.difference import ParityError
 
+    dtype, optimize = _precision(arguments.preset, arguments.dtype, arguments.optimize)
     options = Options(
         **arguments.k,
-        dtype=arguments.dtype,
-        optimize=arguments.optimize,
+        dtype=dtype,
+        block=arguments.block,
+        optimize=optimize,
         split=arguments.split,
         alpha=arguments.alpha,
         scale=arguments.scale,
@@ -163,6 +183,25 @@ def _budget(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(
             f"{text} is neither a number of tokens nor a share like 11%"
         ) from None
+
+
+def _precision(preset: str | None, dtype: str | None, optimize: str | None) -> tuple[str, str | None]:
+    """What `--dtype` and `--optimize` are: those given, or the preset's; `ResPruneError` for both."""
+    if preset is None:
+        return dtype or "fp32", optimize
+    if dtype or optimize:
+        raise ResPruneError(
+            f"--preset {preset} says what --dtype and --optimize are; give the preset or those, not both"
+        )
+    return PRESETS[preset].dtype, PRESETS[preset].optimize
+
+
+def _dtype(text: str) -> str:
+    try:
+        parse_dtype(text)
+    except ResPruneError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _strength(text: str) -> float:

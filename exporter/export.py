@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,10 +14,12 @@ from threading import Thread
 from time import perf_counter
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from resprune.exporter.checkpoint.checkpoint import Checkpoint, family_of, resolve
 from resprune.exporter.checkpoint.draft import write_draft
 from resprune.exporter.checkpoint.language_checkpoint import LanguageCheckpoint, language_checkpoint
-from resprune.exporter.checkpoint.shards import passed_over, read_soon
+from resprune.exporter.checkpoint.shards import StoredTensor, passed_over, read_soon
 from resprune.exporter.checkpoint.side_files import check_side_files, read_template
 from resprune.exporter.checkpoint.weightless import fake_mode
 from resprune.exporter.components import Component, Components
@@ -25,18 +28,19 @@ from resprune.exporter.families import split_model
 from resprune.exporter.language import proportional
 from resprune.exporter.language_models import LANGUAGE_MODELS
 from resprune.exporter.memory import available_memory
-from resprune.exporter.trace import precision
 from resprune.exporter.trace.ahead import traced_ahead
 from resprune.exporter.trace.grouped_query import optimize_decoder
 from resprune.exporter.trace.packed import pack
-from resprune.exporter.trace.quantize import quantize
+from resprune.exporter.trace.precision import ELEMENTS
+from resprune.exporter.trace.quantize import BLOCK, BLOCK_SIZES, quantize
 from resprune.exporter.trace.tracer import Traced
 from resprune.exporter.trace.weights import bytes_needed, find_weights
 from resprune.exporter.trace.writer import GraphWriter, ahead, progress_bar
 from resprune.exporter.transaction import new_directory, require_space
-from resprune.exporter.verify import verifier as verify
+from resprune.exporter.verify.difference import TEXT, Counted, Difference, ParityError, require, verdict
 from resprune.exporter.verify.ort_worker import OrtWorker
-from resprune.exporter.verify.verifier import Counted, Difference, ParityError, Verifier
+from resprune.exporter.verify.text import ids_of
+from resprune.exporter.verify.verifier import Verifier
 from resprune.graphs import attach_selection, choose_form, token_select_model
 from resprune.runtime.bundle.files import describe_files, write_manifest
 from resprune.runtime.bundle.manifest import (
@@ -47,6 +51,7 @@ from resprune.runtime.bundle.manifest import (
     Selection,
     share_of,
 )
+from resprune.runtime.bundle.precisions import TABLE, Choice, parse_dtype
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.table import Family
 
@@ -67,6 +72,7 @@ class Options:
     k: int | None = None
     share: float | None = None
     dtype: str = "fp32"
+    block: int = BLOCK
     optimize: str | None = None
     split: bool = False
     alpha: float | None = None
@@ -102,7 +108,9 @@ def export(model: str, out: Path, options: Options, report: Report = print) -> P
         raise ResPruneError(
             f"-k {100 * options.share:g}% is no share of the visual tokens to keep; give more than 0% and at most 100%"
         )
-    if options.optimize and options.dtype == "bf16":
+    if options.block not in BLOCK_SIZES:
+        raise ResPruneError(f"--block {options.block}: the sizes are {', '.join(map(str, BLOCK_SIZES))}")
+    if options.optimize and parse_dtype(options.dtype).element == "bfloat16":
         raise ResPruneError(
             "--optimize ort makes a decoder of ONNX Runtime's operators, and its CPU kernels of them know no bf16; "
             "give --dtype fp16 or fp32, or leave it out"
@@ -145,7 +153,8 @@ class _Export:
         self.attention = self.options.attention or plain
         check_side_files(checkpoint)
         mode = fake_mode()
-        dtype = precision.DTYPES[self.options.dtype]
+        choice = parse_dtype(self.options.dtype)
+        dtype = ELEMENTS[choice.element]
         components = split_model(checkpoint, dtype, mode)
         if self.options.early is not None:
             self.early = Request.parse(self.options.early).of(components.vision, family.title)
@@ -161,38 +170,40 @@ class _Export:
             self.report(note)
         language = language_checkpoint(components.model, stored) if self.options.language_checkpoint else None
         extra = 0 if language is None else language.nbytes
-        needed = bytes_needed(components, self.options.dtype, split=self.options.split)
+        needed = bytes_needed(components, choice, self.options.block, split=self.options.split)
         require_space(self.work.parent, needed + extra)
         parameters = sum(tensor.numel() for tensor in components.model.parameters())
         size = sum(tensor.nbytes for tensor in checkpoint.weights.values())
         self._line("checkpoint", size, f"{family.title}, {parameters / 1e6:,.1f} M parameters")
 
         parts = (components.embed, components.vision, components.decoder)
-        writer = GraphWriter(self.work, self.options.dtype, stored)
+        writer = GraphWriter(self.work, choice, stored)
         with (
             ahead() as in_turn,
             traced_ahead(parts, components.model, mode) as graphs,
-            OrtWorker(widened=self.options.dtype == "bf16") as worker,
+            OrtWorker(widened=choice.element == "bfloat16", packed=_packed(choice)) as worker,
             writer,
         ):
             room = available_memory() // 2
             Thread(target=read_soon, args=(stored.values(), room), daemon=True).start()
-            write = partial(self._write, components, graphs, selection, writer)
+            write = partial(self._write, components, graphs, selection, writer, choice, stored)
             written = in_turn(partial(write, part) for part in parts)
-            verifier = Verifier(components, stored, self.options.dtype, self.options.verify)
+            tokenizer = Tokenizer.from_file(str(self.work / "tokenizer.json"))
+            text = ids_of(tokenizer, int(components.decoder.outputs[0].shape[2]))
+            verifier = Verifier(components, stored, choice, text, self.options.verify)
             verifier.prepare(selection)  # while the first graphs are traced
             self._embed(next(written), components, verifier, worker)
             self._vision(next(written), components, selection, verifier, worker)
             self._decoder(next(written), components, verifier, worker)
-            verify.require(self.differences, self.counts, exact=verifier.exact)
+            require(self.differences, self.counts, exact=verifier.exact, least=verifier.least)
             self._weights(writer)
             note = "not compared: the decoder was, by layers"
             if verifier.has_decoder:
                 paths = {name: self.work / spec.file for name, spec in writer.graphs.items()}
                 equal = verifier.compare_greedy(worker, paths, selection, positions)
-                note = self._count({"greedy tokens": equal})
+                note = f"{self._count({'greedy tokens': equal})}: {verdict(equal)}"
             self._line("generation", None, note)
-            verify.require(self.differences, self.counts, exact=verifier.exact)
+            require(self.differences, self.counts, exact=verifier.exact, least=verifier.least)
 
         if language is not None:
             self._language(language)
@@ -207,6 +218,8 @@ class _Export:
         graphs: Iterator[Traced],
         selection: Selection,
         writer: GraphWriter,
+        choice: Choice,
+        stored: Mapping[str, StoredTensor],
         component: Component,
     ) -> list[Path]:
         """Write the next of `graphs`, which is of `component`; returns the paths of what it becomes.
@@ -216,8 +229,9 @@ class _Export:
         traced = next(graphs)
         if self.options.optimize and component is components.decoder:
             traced = pack(traced)
-        if (form := precision.precision_of(component.name, self.options.dtype)) in precision.QUANTIZED:
-            traced = quantize(traced, form)
+        row = choice.of(component.name)
+        if row.word != TABLE[choice.element_word].word:
+            traced = quantize(traced, row, self.options.block, stored)
         if component is not components.vision:
             return [writer.write(component.name, traced)]
         how: Any = {name: getattr(selection, name) for name in ("alpha", "scale", "body", "form")}
@@ -261,7 +275,10 @@ class _Export:
     ) -> None:
         (path,) = paths
         if verifier.has_decoder:
-            self._compared(path, verifier.compare(worker, components.decoder, path), "")
+            differences, counted = verifier.compare_text(worker, path)
+            equal, total = counted[TEXT]
+            note = f"{self._count(counted)} ({100 * equal / total:.0f} %)"
+            self._compared(path, [*verifier.compare(worker, components.decoder, path), *differences], note)
         else:
             differences, self.layers = verifier.compare_layers(worker, path)
             layers = " and ".join(map(str, self.layers))
@@ -291,7 +308,7 @@ class _Export:
         size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
         text = _lost(_worst(differences)) if differences else ""
         self._line(path.name, size, "   ".join(part for part in (text, note) if part))
-        if self.options.dtype == "fp32":
+        if all(row.least_snr >= TABLE["fp32"].snr for row in differences):
             return
         caches = [row for row in differences if row.output.startswith("present.")]
         for row in (row for row in differences if row not in caches):
@@ -365,6 +382,8 @@ class _Export:
             outputs = parity["outputs"].setdefault(row.graph, {})
             if row.output not in outputs or row.max_diff > outputs[row.output]["max_diff"]:
                 outputs[row.output] = {"max_diff": row.max_diff, "scale": row.scale, "atol": row.atol}
+                if math.isfinite(row.snr):
+                    outputs[row.output]["snr"] = round(row.snr, 1)
         if self.layers:
             parity["layers"] = self.layers
         parity |= {what.replace(" ", "_"): f"{equal}/{total}" for what, (equal, total) in self.counts.items()}
@@ -396,12 +415,18 @@ class _Export:
         )
 
 
+def _packed(choice: Choice) -> bool:
+    """Whether a component's weights are packed."""
+    return any(TABLE[word].bits for word in (choice.vision, choice.decoder, choice.embed))
+
+
 def _worst(differences: list[Difference]) -> Difference:
     return max(differences, key=lambda row: row.max_diff / max(1.0, row.scale))
 
 
 def _lost(row: Difference) -> str:
-    return f"max diff {row.max_diff:.1e} (atol {row.atol * max(1.0, row.scale):.0e})"
+    noise = "" if math.isinf(row.snr) else f", SNR {row.snr:.0f} dB"
+    return f"max diff {row.max_diff:.1e} (atol {row.atol * max(1.0, row.scale):.0e}){noise}"
 
 
 def _versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ from resprune.evaluation.model import open_bundle
 from resprune.exporter.export import Options, export
 from resprune.exporter.language import Rows
 from resprune.exporter.tensorrt.engines import build
-from resprune.exporter.verify.verifier import ParityError
+from resprune.exporter.verify.difference import ParityError
 from resprune.runtime.answer import Answer
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.pipeline import Pipeline

@@ -45,12 +45,13 @@ from resprune.runtime.bundle.manifest import (
     Profile,
     axis_size,
 )
+from resprune.runtime.bundle.precisions import TABLE
 from resprune.runtime.errors import ResPruneError, one_line
 
 TIMING_CACHE = "timing.cache"
 NEW = ".new-"
 # The quantised graphs' operators are those of ONNX Runtime, or quantise activations as they come.
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = tuple(row.word for row in TABLE.values() if row.tensorrt)
 Report = Callable[[str], None]
 
 

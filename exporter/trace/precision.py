@@ -16,25 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resprune.exporter.checkpoint.weightless import fake_parameter
 
-DTYPES = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "int8": torch.float32,
-    "q4": torch.float32,
-}
-"""What each --dtype is traced in; int8 and q4 are made of the float32 graph afterwards (quantize.py)."""
-QUANTIZED = {
-    "int8": ("vision_select", "vision_encoder", "decoder_model_merged"),
-    "q4": ("decoder_model_merged",),
-}
-"""The graphs that these two change; the others of the bundle are fp32."""
-SUFFIXES = {"fp32": "", "fp16": "_fp16", "bf16": "_bf16", "int8": "_quantized", "q4": "_q4"}
-
-
-def precision_of(graph: str, dtype: str) -> str:
-    """Precision of one graph of a bundle that was exported with `--dtype dtype`."""
-    return "fp32" if graph not in QUANTIZED.get(dtype, (graph,)) else dtype
+ELEMENTS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""The element types of the table of precisions."""
 
 
 class _HalfLinear(nn.Linear):

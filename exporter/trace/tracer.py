@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resprune.exporter.checkpoint.weightless import is_fake
 from resprune.exporter.components import Component
+from resprune.exporter.trace.blocks import Blocks
 from resprune.exporter.trace.repeat import expand, firsts_alike, stand_in, traced_once
 from resprune.runtime.bundle.manifest import TensorSpec
 
@@ -44,13 +45,16 @@ class Weight:
     """One initializer: which parameter of the Hugging Face model it is, and whether it is stored transposed.
 
     Several parameters are one below the other, as they are in the checkpoint (packed.py), and transposed as a whole.
-    `part` names what of a quantized parameter it is (quantize.py); "" is the parameter itself.
+    `part` names what of a quantized parameter it is (quantize.py), "" the parameter itself; `blocks` is how it is cut.
+    `largest` is the largest magnitude that its numbers, or the products of them, can have in the graph.
     """
 
     parameters: tuple[str, ...]
     dtype: torch.dtype
     transposed: bool
     part: str = ""
+    blocks: Blocks | None = None
+    largest: float = math.inf
 
     @property
     def name(self) -> str:
@@ -192,7 +196,8 @@ def _inputs_to_weights(graph: ir.Graph, pending: dict[str, str]) -> Iterator[tup
             for node in users:
                 ir.convenience.replace_all_uses_with(node.outputs[0], value)
                 graph.remove(node, safe=True)
-        weight = Weight((parameter,), _torch_dtype(value.dtype), transposed)
+        dtype = _torch_dtype(value.dtype)
+        weight = Weight((parameter,), dtype, transposed, largest=torch.finfo(dtype).max)
         value.name = weight.name
         shape = value.shape.numpy()
         value.const_value = ir.ExternalTensor(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import cycle
@@ -21,10 +21,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from resprune.exporter.checkpoint.checkpoint import Checkpoint
 from resprune.exporter.checkpoint.shards import DTYPES, FLOATS, StoredTensor
 from resprune.exporter.components import Component, Components
-from resprune.exporter.trace.precision import QUANTIZED, precision_of
-from resprune.exporter.trace.quantize import quantized_bytes, quantized_chunks
+from resprune.exporter.trace.quantize import packed_bytes, packed_chunks
 from resprune.exporter.trace.tracer import Traced, Weight
 from resprune.runtime.bundle.manifest import FileSpec
+from resprune.runtime.bundle.precisions import Choice
 from resprune.runtime.errors import ResPruneError
 
 PAGE = 4096
@@ -109,27 +109,29 @@ def _renamer(model: Any, parameters: Mapping[str, Any]) -> Callable[[str], str]:
     return current
 
 
-def bytes_needed(components: Components, dtype: str, *, split: bool) -> int:
+def bytes_needed(components: Components, choice: Choice, block: int, *, split: bool) -> int:
     """Upper bound of a bundle's size; each graph carries its own copy of the weights that it uses."""
     visions = 2 if split else 1
     weights = [
-        _weight_bytes(components, component, dtype)
+        _weight_bytes(components, component, choice, block)
         for component in (components.vision, components.embed, components.decoder)
     ]
     return OVERHEAD_BYTES + visions * weights[0] + sum(weights[1:])
 
 
-def _weight_bytes(components: Components, component: Component, dtype: str) -> int:
-    """Bytes of a component's weights in the precision that `--dtype dtype` gives it; tied ones are one."""
-    form = precision_of(component.name, dtype)
+def _weight_bytes(components: Components, component: Component, choice: Choice, block: int) -> int:
+    """Bytes of a component's weights in the precision that it is to have, at most; tied ones are one."""
+    row = choice.of(component.name)
     sizes: dict[int, int] = {}
     for layer in component.module.modules():
         if component is components.decoder and isinstance(layer, nn.Embedding):
             continue  # its input is embedded already; a tied head is counted as a linear layer
         for name, tensor in layer.named_parameters(recurse=False):
-            quantized = form in QUANTIZED and isinstance(layer, nn.Linear) and name == "weight"
-            N, K = tensor.shape if quantized else (0, 0)
-            sizes[id(tensor)] = quantized_bytes(form, K, N) if quantized else tensor.nbytes
+            packed = (row.bits or row.word == "int8") and isinstance(layer, nn.Linear) and name == "weight"
+            N, K = tensor.shape if packed else (0, 0)
+            size = packed_bytes(row, K, N, block) if packed else tensor.nbytes
+            # The head is the one that may have more bits than its component.
+            sizes[id(tensor)] = size * ((row.head_bits or 1) // (row.bits or 1) if packed and row.bits else 1)
     return sum(sizes.values())
 
 
@@ -175,7 +177,7 @@ def write_weights(
     places = [*_layout(traced.model)]
     weights = [traced.weights[tensor.name] for tensor, *_ in places]
     with one_thread(), _HashedFile(_data_path(path)) as file:
-        sources = _read_ahead([{name: stored[name] for name in weight.parameters} for weight in weights])
+        sources = _read_ahead(weights, stored)
         for (tensor, padding, _, end), weight, tensors in zip(places, weights, sources, strict=True):
             file.write(bytes(padding))
             for chunk in _chunks(weight, tensors, buffers):
@@ -186,23 +188,23 @@ def write_weights(
     return {_data_path(path): file.spec}
 
 
-def _read_ahead(places: Sequence[Mapping[str, StoredTensor]]) -> Iterator[list[Tensor]]:
+def _read_ahead(weights: Iterable[Weight], stored: Mapping[str, StoredTensor]) -> Iterator[list[Tensor]]:
     """The parameters of each weight, while a thread already reads those of the next one."""
 
-    def read(stored: Mapping[str, StoredTensor]) -> list[Tensor]:
-        return [_finite(name, place) for name, place in stored.items()]
+    def read(weight: Weight) -> list[Tensor]:
+        return [_in_range(name, stored[name], weight.largest) for name in weight.parameters]
 
     with ThreadPoolExecutor(1) as thread:
         following: deque[Future[list[Tensor]]] = deque()
-        for parameters in places:
-            following.append(thread.submit(read, parameters))
+        for weight in weights:
+            following.append(thread.submit(read, weight))
             if len(following) > 1:
                 yield following.popleft().result()
         yield from (future.result() for future in following)
 
 
-def _finite(name: str, place: StoredTensor) -> Tensor:
-    """A weight as it is stored; `ResPruneError` if a number of it is none, with which no answer would be one either."""
+def _in_range(name: str, place: StoredTensor, largest: float) -> Tensor:
+    """A weight as it is stored; `ResPruneError` if a number of it is none, or its magnitude is past the `largest`."""
     weight = place.read()
     if weight.numel():
         low, high = (float(end) for end in torch.aminmax(weight))  # one pass, and NaN goes through it
@@ -211,6 +213,11 @@ def _finite(name: str, place: StoredTensor) -> Tensor:
             raise ResPruneError(
                 f"{name} in {place.file} has {what}, so every answer would be void; take the checkpoint from before "
                 "its training failed, or download it again"
+            )
+        if max(-low, high) > largest:
+            raise ResPruneError(
+                f"{name} in {place.file} has a number of magnitude {max(-low, high):,.0f}, and the largest that its "
+                f"precision can hold is {largest:,.0f}; export with --dtype bf16 or fp32"
             )
     return weight
 
@@ -280,7 +287,7 @@ def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
 def _chunks(weight: Weight, tensors: Sequence[Tensor], buffers: Iterator[Tensor]) -> Iterator[Tensor]:
     """The weight made of `tensors`, in its final dtype and layout, flat, a few megabytes at a time."""
     if weight.part:
-        yield from quantized_chunks(weight.part, tensors)
+        yield from packed_chunks(weight, tensors)
     elif weight.transposed:
         yield from _transposed(tensors, weight.dtype, buffers)
     else:

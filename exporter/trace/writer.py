@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from resprune.exporter.checkpoint.shards import StoredTensor
-from resprune.exporter.trace import precision
 from resprune.exporter.trace.tracer import Traced, tensor_specs
 from resprune.exporter.trace.weights import data_size, write_graph, write_weights
 from resprune.exporter.verify.weights import Comparison
 from resprune.runtime.bundle.manifest import FileSpec, GraphSpec
+from resprune.runtime.bundle.precisions import Choice
 
 Result = TypeVar("Result")
 
@@ -49,15 +49,17 @@ def ahead() -> Iterator[Callable[[Iterable[Callable[[], Result]]], Iterator[Resu
 
 
 class GraphWriter:
-    """Writes graphs in `--dtype dtype` into `folder`/onnx; a context manager, which ends what is still being written.
+    """Writes graphs in the precisions of `choice` into `folder`/onnx.
+
+    A context manager, which ends what is still being written.
 
     `graphs` and `files` are what the manifest says of them.
     """
 
-    def __init__(self, folder: Path, dtype: str, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, folder: Path, choice: Choice, stored: Mapping[str, StoredTensor]) -> None:
         self.graphs: dict[str, GraphSpec] = {}
         self.files: dict[Path, FileSpec] = {}
-        self._folder, self._dtype, self._stored = folder, dtype, stored
+        self._folder, self._choice, self._stored = folder, choice, stored
         self._comparisons: dict[Path, Comparison] = {}
         self._stack = ExitStack()
         self._over = Event()
@@ -65,8 +67,8 @@ class GraphWriter:
 
     def write(self, name: str, traced: Traced) -> Path:
         """Write a graph and its weights; returns its path. Raises `OSError` if the disk is full."""
-        kind = precision.precision_of(name, self._dtype)
-        path = self._folder / "onnx" / f"{name}{precision.SUFFIXES[kind]}.onnx"
+        kind = self._choice.of(name)
+        path = self._folder / "onnx" / f"{name}{kind.suffix}.onnx"
         self.files |= write_graph(traced, path)
         self._comparisons[path] = comparison = self._stack.enter_context(Comparison(path, self._stored))
         with progress_bar(name, data_size(traced)) as bar:
@@ -80,7 +82,7 @@ class GraphWriter:
             self.files |= write_weights(traced, path, self._stored, progress)
         self.graphs[name] = GraphSpec(
             file=path.relative_to(self._folder).as_posix(),
-            precision=kind,
+            precision=kind.word,
             inputs=tensor_specs(traced.model.graph.input),
             outputs=tensor_specs(traced.model.graph.output),
         )

@@ -16,7 +16,6 @@ from typing import Any
 
 import onnx
 import onnx.utils
-import torch
 from torch import Tensor
 
 from resprune.exporter.checkpoint.shards import StoredTensor
@@ -41,13 +40,8 @@ def chosen_layers(config: Any, plane_layers: tuple[int, ...] = ()) -> list[int]:
     return sorted({*first, *(len(kinds) - 1 - kinds[::-1].index(kind) for kind in set(kinds))})
 
 
-def reference_outputs(
-    components: Components, stored: Mapping[str, StoredTensor], chosen: list[int], inputs: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """Logits and presents of a Hugging Face model with the `chosen` layers only, by its own code, in float32.
-
-    `inputs` are the decoder's, as `of_layers` leaves them.
-    """
+def reference_of(components: Components, stored: Mapping[str, StoredTensor], chosen: list[int]) -> Any:
+    """A Hugging Face model with the `chosen` layers only, in float32; its inputs are what `of_layers` leaves."""
     config: Any = copy.deepcopy(components.model.config)
     config._attn_implementation = "sdpa"
     text = config.text_config
@@ -65,8 +59,7 @@ def reference_outputs(
         name: stored[LAYER.sub(lambda found: f"layers.{chosen[int(found[1])]}.", name)] for name in names
     }
     fill(model, numbered, names)
-    with torch.no_grad():
-        return components.decoder.reference(model, inputs)
+    return model
 
 
 def of_layers(component: Component, chosen: list[int], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

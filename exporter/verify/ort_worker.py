@@ -31,15 +31,17 @@ class OrtWorker:
     """Runs graphs on the CPU in a process of its own; use it as a context manager.
 
     `widened`: bfloat16 graphs as `graphs.widen` makes them, with float32 in place of bfloat16 at their borders.
+    `packed`: graphs whose weights are packed, which compute in another way where their kernels may not rearrange them.
     """
 
-    def __init__(self, *, widened: bool = False) -> None:
+    def __init__(self, *, widened: bool = False, packed: bool = False) -> None:
         command = [
             sys.executable,
             "-m",
             "resprune.exporter.verify.ort_worker",
             str(os.getpid()),
             *(["widened"] if widened else []),
+            *(["packed"] if packed else []),
         ]
         # In a process group of its own: the terminal's Ctrl-C is for the exporter, which ends this one.
         self._process = subprocess.Popen(
@@ -102,10 +104,11 @@ def _session(path: str, *, once: bool = False) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # a warning about each initializer that it folds is of no use here
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch runs in turn with it
-    if once:  # rearranging the weights for the kernels takes longer than it saves
+    # Rearranging the weights for the kernels takes longer than it saves; packed ones compute otherwise without it.
+    if once and "packed" not in sys.argv:
         options.add_session_config_entry("session.disable_prepacking", "1")
     graph: str | bytes = path
-    if sys.argv[2:] == ["widened"]:
+    if "widened" in sys.argv:
         import onnx
 
         from resprune.graphs.widen import widen

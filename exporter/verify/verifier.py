@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +19,13 @@ from resprune.exporter.checkpoint.shards import StoredTensor
 from resprune.exporter.checkpoint.weightless import blank, fill, lay_over
 from resprune.exporter.components import Component, Components
 from resprune.exporter.memory import available_memory
-from resprune.exporter.trace.precision import SUFFIXES, precision_of
+from resprune.exporter.verify.answer import Where, generate, splice
+from resprune.exporter.verify.difference import TEXT, Counted, Difference, ParityError, difference
 from resprune.exporter.verify.layers import (
     chosen_layers,
     cut_out,
     of_layers,
-    reference_outputs,
+    reference_of,
     unlike_layers,
 )
 from resprune.exporter.verify.ort_worker import OrtWorker
@@ -39,7 +40,9 @@ from resprune.exporter.verify.reference import (
     residual_select,
     text_gain,
 )
+from resprune.exporter.verify.text import after_text, agreeing, every_logit, every_position, whole_text
 from resprune.runtime.bundle.manifest import Selection
+from resprune.runtime.bundle.precisions import Choice
 
 SIZES = {"batch_size": 3, "sequence_length": 4, "past_sequence_length": 6}
 """Other than while tracing, so that an axis that was taken for a constant shows."""
@@ -48,14 +51,10 @@ SEEDS = (20, 21, 22)
 picture is tried. A graph that is wrong misses with all."""
 PROMPT_TOKENS = 8
 GREEDY_TOKENS = 32
+TEXT_ATOL = 2.0
+"""As of any difference: of so many logits the largest says little, and the noise as a whole is what counts."""
 SELECTED = ("early picks", "picks", "kept counts", "split picks", "split counts")
 COUNTED = (*SELECTED, "greedy tokens")
-ATOL = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 1e-1, "int8": 0.5, "q4": 0.75}
-"""Largest difference allowed, relative to the largest magnitude of the output where that is above 1."""
-
-
-Counted = tuple[int, int]
-"""How many are equal, and how many there are."""
 _Question = tuple[tuple[Tensor, ...], Tensor, Tensor]
 """Pictures, nouns and their mask."""
 
@@ -73,37 +72,24 @@ class _Selected(NamedTuple):
     early: Tensor | None = None
 
 
-class ParityError(Exception):
-    """A graph differs from PyTorch by more than it may; the text is a table of outputs. The CLI exits with 1."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far one output of one graph is from PyTorch's."""
-
-    graph: str
-    output: str
-    max_diff: float
-    scale: float
-    atol: float
-
-    @property
-    def within(self) -> bool:
-        """Whether it may be; a NaN may not."""
-        return self.max_diff <= self.atol * max(1.0, self.scale)
-
-
 class Verifier:
     """The Hugging Face model with its real weights, filled in as far as memory allows, beside ONNX Runtime."""
 
     def __init__(
-        self, components: Components, stored: Mapping[str, StoredTensor], precision: str, level: str = "auto"
+        self,
+        components: Components,
+        stored: Mapping[str, StoredTensor],
+        choice: Choice,
+        text: Tensor,
+        level: str = "auto",
     ) -> None:
+        """`text` are token ids [T] of running text for the decoder."""
         self._components, self._stored = components, stored
-        self._precision = precision
+        self._choice, self._text = choice, text
         self.exact: Collection[str] = ()
-        if precision_of("vision_select", precision) == "fp32":
-            self.exact = COUNTED if precision == "fp32" else SELECTED
+        if choice.vision == "fp32":
+            self.exact = COUNTED if choice.decoder == choice.embed == "fp32" else SELECTED
+        self.least = {TEXT: choice.of("decoder_model_merged").agreement}
         config: Any = copy.deepcopy(components.model.config)
         config._attn_implementation = "sdpa"
         self._config: Any = config
@@ -112,7 +98,7 @@ class Verifier:
         parts = (components.vision, components.embed, components.decoder)
         self._names = names = {component.name: _parameter_names(component, components) for component in parts}
         # The decoder is held twice, here in float32 and by ONNX Runtime, which keeps half a weight beside it widened.
-        width = 10 if precision in ("fp16", "bf16") else 8
+        width = 8 if choice.element == "float32" else 10
         needed = width * sum(math.prod(stored[name].shape) for name in set().union(*names.values()))
         self.has_decoder = needed < available_memory() if level == "auto" else level == "full"
         # Where memory is short a picture at a time is enough: the graphs were traced with two.
@@ -151,6 +137,8 @@ class Verifier:
         """One graph against PyTorch on seeded inputs."""
         sizes = {**SIZES, "batch_size": self._pictures} if component is self._components.vision else SIZES
         inputs = component.samples(sizes, torch.Generator().manual_seed(SEEDS[0]))
+        if component is self._components.decoder:
+            inputs = self._after_text(self._holding(component))
         names = [spec.name for spec in component.inputs]
         feeds = dict(zip(names, map(_numpy, inputs), strict=True))
         # A tower that selects is compared by its own picks, which are judged in `compare_selection`.
@@ -191,9 +179,38 @@ class Verifier:
         """The layers that are run, the whole decoder's inputs, and the outputs of a decoder of those layers."""
         chosen = chosen_layers(self._config.text_config, self._components.plane_layers)
         component = self._components.decoder
-        inputs = component.samples(SIZES, torch.Generator().manual_seed(SEEDS[0]))
-        run = of_layers(component, chosen, inputs)
-        return chosen, inputs, reference_outputs(self._components, self._stored, chosen, run)
+        model = reference_of(self._components, self._stored, chosen)
+        inputs = self._after_text(model, chosen)
+        with torch.no_grad():
+            return chosen, inputs, component.reference(model, of_layers(component, chosen, inputs))
+
+    def _after_text(self, model: Any, chosen: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+        """The decoder's inputs after some text, by a `model` of all layers or of the `chosen` ones."""
+        component = self._components.decoder
+        layers = range(self._config.text_config.num_hidden_layers) if chosen is None else chosen
+        present = [f"present.{layer}.{part}" for layer in layers for part in ("key", "value")]
+
+        def prefill(inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+            run = inputs if chosen is None else of_layers(component, list(chosen), inputs)
+            with torch.no_grad():
+                return dict(zip(present, component.reference(model, run)[1:], strict=True))
+
+        return after_text(component, SIZES, SEEDS[0], self._embeds(self._text), prefill)
+
+    def compare_text(self, worker: OrtWorker, graph: Path) -> tuple[list[Difference], dict[str, Counted]]:
+        """The decoder's logits at every position of running text, and how many have PyTorch's most likely token."""
+        component = self._components.decoder
+        inputs = whole_text(component, self._embeds(self._text))
+        want = every_logit(component, self._holding(component), inputs)
+        wide = every_position(graph)
+        try:
+            names = [spec.name for spec in component.inputs]
+            got = worker.run(wide, dict(zip(names, map(_numpy, inputs), strict=True)))["logits"][0]
+        finally:
+            wide.unlink()
+        same = agreeing(torch.from_numpy(got), want)
+        row = replace(self._difference(graph.stem, "logits of text", got, want), atol=TEXT_ATOL)
+        return [row], {TEXT: (sum(same), len(same))}
 
     def compare_selection(
         self, worker: OrtWorker, graph: Path, selection: Selection
@@ -332,23 +349,25 @@ class Verifier:
         places = (torch.arange(count), count)
         if self._components.places is not None:
             places = self._components.places(images)
-        where = (picks, counts, places, positions)
+        where = Where(picks, counts, *places, positions, self._components.two_way)
+        decoder, text_config = self._components.decoder, self._config.text_config
         with torch.no_grad():
-            wanted = self._generate(*self._splice(self._embeds(prompt), kept, *where))
+            whole = splice(self._embeds(prompt), kept, where)
+            wanted = generate(
+                decoder, self._holding(decoder), text_config, self._embeds, whole, GREEDY_TOKENS
+            )
         embeds = worker.run(graphs["embed_tokens"], {"input_ids": _numpy(prompt)})["inputs_embeds"]
-        spliced = self._splice(
-            torch.from_numpy(embeds), [torch.from_numpy(selected[name]) for name in self._features], *where
-        )
-        whole, prompt_mask, position_ids, *rows = map(_numpy, spliced)
-        row_inputs = [spec.name for spec in self._components.decoder.inputs][3 : 3 + len(rows)]
+        planes = [torch.from_numpy(selected[name]) for name in self._features]
+        rows, prompt_mask, position_ids, *more = map(_numpy, splice(torch.from_numpy(embeds), planes, where))
+        row_inputs = [spec.name for spec in decoder.inputs][3 : 3 + len(more)]
         got = worker.greedy(
             graphs["embed_tokens"],
             graphs["decoder_model_merged"],
-            whole,
+            rows,
             prompt_mask,
             position_ids,
             GREEDY_TOKENS,
-            dict(zip(row_inputs, rows, strict=True)),
+            dict(zip(row_inputs, more, strict=True)),
         )
         return int((got == wanted).sum())
 
@@ -438,81 +457,8 @@ class Verifier:
             return candidates
         return ~protected if candidates is None else candidates & ~protected
 
-    def _splice(
-        self,
-        embeds: Tensor,
-        planes: list[Tensor],
-        picks: Tensor,
-        counts: Tensor,
-        places: tuple[Tensor, int],
-        positions: str,
-    ) -> tuple[Tensor, ...]:
-        """The decoder's inputs up to the past, for a prompt with the picture's rows in the middle.
-
-        They are the embeddings, the mask [1, S], each row's position [1, S] or [3, 1, S], and what more is said of
-        each row.
-        `places` is where its N tokens stand, counted from the first, and how far the text after them does.
-        """
-        half = embeds.shape[1] // 2
-        kept = picks[0][picks[0] >= 0].sort().values
-
-        def spliced(text: Tensor, rows: Tensor) -> Tensor:
-            return torch.cat([text[:, :half], rows[:, : len(kept)], text[:, half:]], dim=1)
-
-        whole = spliced(embeds, planes[0])
-        rows = [spliced(torch.zeros_like(embeds), plane) for plane in planes[1:]]
-        mask = torch.ones(whole.shape[:2], dtype=torch.int64)
-        mask[:, half : half + len(kept)] = counts[:, : len(kept)]
-        if self._components.two_way:
-            rows.append(torch.zeros_like(mask).index_fill_(1, half + torch.arange(len(kept)), 1))
-        if positions == "contiguous":
-            return whole, mask, torch.arange(whole.shape[1])[None], *rows
-        offsets, advance = places
-        before = torch.arange(half).expand(*offsets.shape[:-1], -1)
-        after = (torch.arange(embeds.shape[1] - half) + half + advance).expand(*offsets.shape[:-1], -1)
-        where = torch.cat([before, half + offsets[..., kept], after], dim=-1)[..., None, :]
-        return whole, mask, where, *rows
-
-    def _generate(self, embeds: Tensor, mask: Tensor, positions: Tensor, *rows: Tensor) -> NDArray[np.int64]:
-        config, decoder = self._config.text_config, self._components.decoder
-        shape = (1, config.num_key_value_heads, 0, decoder.outputs[1].shape[3])
-        past = tuple(torch.zeros(*map(int, shape)) for _ in range(2 * config.num_hidden_layers))
-        tokens: list[int] = []
-        while len(tokens) < GREEDY_TOKENS:
-            logits, *past_list = decoder.reference(
-                self._holding(decoder), (embeds, mask, positions, *rows, *past)
-            )
-            past = tuple(past_list)
-            tokens.append(int(logits[0, -1].argmax()))
-            embeds = self._embeds(torch.tensor([tokens[-1:]]))
-            mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
-            positions = positions[..., -1:] + 1
-            rows = tuple(torch.zeros_like(row[:, :1]) for row in rows)
-        return np.array(tokens)
-
     def _difference(self, graph: str, output: str, got: NDArray[Any], want: Tensor) -> Difference:
-        name = graph.removesuffix(SUFFIXES[self._precision])
-        atol = ATOL[precision_of(name, self._precision)]
-        if got.shape != tuple(want.shape):
-            return Difference(graph, output, float("nan"), 0.0, atol)
-        gap = torch.from_numpy(got.astype(np.float32)) - want
-        return Difference(graph, output, float(gap.abs().max()), float(want.abs().max()), atol)
-
-
-def require(
-    differences: Iterable[Difference], counts: Mapping[str, Counted], *, exact: Collection[str]
-) -> None:
-    """`ParityError` with a table if a difference is too large or, of a count in `exact`, fewer agree than there are."""
-    rows = list(differences)
-    short = any(equal < total for what, (equal, total) in counts.items() if what in exact)
-    if short or not all(row.within for row in rows):
-        table = [f"  {'graph':24} {'output':24} {'max diff':>10} {'allowed':>10}"]
-        for row in rows:
-            allowed = row.atol * max(1.0, row.scale)
-            mark = "" if row.within else "  <-"
-            table.append(f"  {row.graph:24} {row.output:24} {row.max_diff:10.1e} {allowed:10.1e}{mark}")
-        table += [f"  {what:49} {equal} of {total} equal" for what, (equal, total) in counts.items()]
-        raise ParityError("the graphs differ from PyTorch, so no bundle was written\n" + "\n".join(table))
+        return difference(graph, output, got, want, self._choice.of_file(graph))
 
 
 def _kept_early(got: Mapping[str, NDArray[Any]]) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from resprune.exporter.checkpoint.shards import StoredTensor
 from resprune.exporter.trace.tracer import PACKED
 
 TRANSPOSED = "T"
-SCALES = "_scales"
+SCALES, ZEROS = "_scales", "_zeros"
 DTYPES: dict[int, torch.dtype] = {
     onnx.TensorProto.FLOAT: torch.float32,
     onnx.TensorProto.FLOAT16: torch.float16,
@@ -78,7 +78,7 @@ class Comparison:
 
     def _end(self, name: str) -> int:
         """Where in the file the weight ends, with the scales that it is compared with."""
-        parts = [self._written[part] for part in (name, name + SCALES) if part in self._written]
+        parts = [self._written[part] for part in (name, name + SCALES, name + ZEROS) if part in self._written]
         return max(place.offset + place.nbytes for place in parts)
 
 
@@ -95,15 +95,20 @@ def _place(tensor: onnx.TensorProto, folder: Path) -> StoredTensor:
 
 def _same(name: str, written: Mapping[str, StoredTensor], stored: Mapping[str, StoredTensor]) -> bool:
     stem, _, part = name.rpartition(".")
-    if part.endswith(SCALES):
-        return name.removesuffix(SCALES) in written  # with which they are compared
+    for ending in (SCALES, ZEROS):
+        if part.endswith(ending):
+            return name.removesuffix(ending) in written  # with which they are compared
     parameters = (stem if part == TRANSPOSED or part in ROUNDED else name).split(PACKED)
     if not stored.keys() >= set(parameters):
         return False
     sources = [stored[parameter] for parameter in parameters]
     ours = [_split(written[name], sources, axis=1 if part in (TRANSPOSED, "int8") else 0)]
     if part in ROUNDED:
-        ours.append(_split(written[name + SCALES], sources, axis=0))
+        ours += [
+            _split(written[name + ending], sources, axis=0)
+            for ending in (SCALES, ZEROS)
+            if name + ending in written
+        ]
     compare: Callable[..., bool] = ROUNDED.get(part) or partial(_equal, transposed=part == TRANSPOSED)
     return all(map(len, ours)) and all(
         compare(*parts, source.read())  # pyright: ignore[reportCallIssue] - two parts where there are scales
@@ -149,27 +154,68 @@ def _int8_rounded(numbers: Tensor, scales: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _int4_rounded(numbers: Tensor, scales: Tensor, weight: Tensor) -> bool:
-    """Numbers [N, blocks, 16] uint8, the first of two in the low bits, eight being zero; scales [N, blocks]."""
+def _q8_rounded(numbers: Tensor, scales: Tensor, weight: Tensor) -> bool:
+    """Numbers [N, blocks, size] uint8, or as a table [N, K], 128 being zero; scales [N, blocks] half."""
     return all(
         _within(
-            torch.stack([numbers[rows] & 15, numbers[rows] >> 4], dim=-1).flatten(1).float() - 8,
-            scales[rows].repeat_interleave(2 * numbers.shape[2], dim=1),
-            torch.nn.functional.pad(weight[rows].float(), (0, -weight.shape[1] % (2 * numbers.shape[2]))),
-            clipped=7,
+            numbers[rows].flatten(1).float() - 128,
+            scales[rows].float().repeat_interleave(numbers.shape[1:].numel() // scales.shape[1], dim=1),
+            _filled_up(weight[rows].float(), numbers.shape[1:].numel()),
         )
         for rows in _rows(weight.shape[0])
     )
+
+
+def _q4_rounded(numbers: Tensor, scales: Tensor, zeros: Tensor, weight: Tensor) -> bool:
+    """Numbers [N, blocks, size / 2] uint8, or as a table [N, K / 2]; scales [N, blocks] half; zeros [N, blocks / 2].
+
+    Of two in a byte the first is in the low bits. Blocks past those of the weight are of one offset for each of those.
+    """
+    N, K = weight.shape
+    count = scales.shape[1]
+    size = 2 * numbers.shape[1:].numel() // count
+    blocks = -(-K // size)
+
+    def within(rows: slice) -> bool:
+        steps = scales[rows].float()  # [N, count]
+        levels = _apart(numbers[rows].flatten(1)).view(-1, count, size).float()
+        middle = _apart(zeros[rows])[:, :count].float()
+        values = (levels - middle[..., None]) * steps[..., None]  # [N, count, size]
+        allowed = (0.5 + SLACK) * steps[:, :blocks].abs()
+        main = values[:, :blocks]
+        if count > blocks:
+            offsets = values[:, blocks:].flatten(1)[:, :blocks]
+            main = main + offsets[..., None]
+            # The last level of a block of offsets is a whole step away at most, any other half a step.
+            allowed = allowed + steps[:, blocks:].abs().repeat_interleave(size, dim=1)[:, :blocks] * (
+                1 + SLACK
+            )
+        gap = (main - _filled_up(weight[rows].float(), blocks * size).view(-1, blocks, size)).abs()
+        # Levels at either end stand for whatever lies past them: up to a whole step, by the rounding of the zero.
+        ends = (levels[:, :blocks] == 0) | (levels[:, :blocks] == 15)
+        inner = torch.where(ends, torch.zeros_like(gap), gap)
+        past = steps[:, :blocks].abs() * (1 + SLACK) + allowed
+        return bool((inner <= allowed[..., None]).all() and (gap <= past[..., None]).all())
+
+    return all(within(rows) for rows in _rows(N))
+
+
+def _apart(packed: Tensor) -> Tensor:
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+
+
+def _filled_up(weight: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(weight, (0, width - weight.shape[1]))
 
 
 def _rows(count: int) -> list[slice]:
     return [slice(start, start + ROWS) for start in range(0, count, ROWS)]
 
 
-def _within(numbers: Tensor, scales: Tensor, weight: Tensor, clipped: int | None = None) -> bool:
-    """Whether all numbers stand for the weight to within half a step, or a whole one where they were `clipped`."""
-    steps = torch.where(numbers == clipped, 1.0, 0.5) if clipped is not None else 0.5
+def _within(numbers: Tensor, scales: Tensor, weight: Tensor) -> bool:
+    """Whether all numbers stand for the weight to within half a step; a little more at ±127 of a scale in half."""
+    steps = torch.where(numbers.abs() == 127, 0.5 + 127 * torch.finfo(torch.float16).eps, 0.5)
     return bool(((numbers * scales - weight.float()).abs() <= (steps + SLACK) * scales.abs()).all())
 
 
-ROUNDED: dict[str, Callable[[Tensor, Tensor, Tensor], bool]] = {"int8": _int8_rounded, "q4": _int4_rounded}
+ROUNDED: dict[str, Callable[..., bool]] = {"int8": _int8_rounded, "q8": _q8_rounded, "q4": _q4_rounded}

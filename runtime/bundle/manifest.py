@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, TypeVar, cast
 
+from resprune.runtime.bundle import precisions
 from resprune.runtime.errors import ResPruneError, shown
 
 FORMAT_VERSION = 3
@@ -31,7 +32,6 @@ MAX_TOKENS = 1 << 20
 MAX_ID = (1 << 31) - 1
 
 DTYPES = ("float32", "float16", "bfloat16", "int64", "bool")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "q4", "q4f16")
 SCALES = ("minmax", "clamp", "shifted")
 BODIES = ("loop", "unrolled")
 FORMS = ("quadratic", "linear")
@@ -333,7 +333,7 @@ def _graph_spec(name: str, value: object) -> GraphSpec:
     table, where = _expect(f"graphs.{name}", value, dict), f"graphs.{name}."
     return GraphSpec(
         file=_field(table, "file", str, where),
-        precision=_choice(table, "precision", PRECISIONS, where),
+        precision=_choice(table, "precision", precisions.TABLE, where),
         inputs=tuple(_tensor_specs(table, "inputs", where)),
         outputs=tuple(_tensor_specs(table, "outputs", where)),
     )

@@ -72,5 +72,5 @@ def test_a_parity_miss_is_status_1_with_a_table_and_no_bundle(tiny_checkpoint, t
     monkeypatch.setattr(writer_module, "write_weights", wrong)
     status, told = run(capsys, tiny_checkpoint("clip-llama"), tmp_path / "out", "-k", 16, "--alpha", 0)
     assert status == 1
-    assert re.search(r"vision_select +image_features +\S+ +\S+ +<-|picks +\d+ of 48 equal", told)
+    assert re.search(r"vision_select +image_features .*<-|picks +\d+ of 48 equal", told)
     assert list(tmp_path.iterdir()) == []

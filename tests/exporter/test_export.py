@@ -21,10 +21,11 @@ from resprune.exporter import language
 from resprune.exporter.export import Options, export
 from resprune.exporter.language import _Decoder as Decoder
 from resprune.exporter.trace import writer as writer_module
-from resprune.exporter.verify.verifier import Difference, ParityError
+from resprune.exporter.verify.difference import Difference, ParityError
 from resprune.graphs import functions, selection
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.bundle.manifest import TensorSpec
+from resprune.runtime.bundle.precisions import TABLE
 from resprune.runtime.errors import ResPruneError
 
 Checkpoint = Callable[[str], Path]
@@ -171,7 +172,7 @@ def test_what_a_lower_precision_loses_is_printed_output_by_output(dtype, tmp_pat
     path = tmp_path / "decoder_model_merged.onnx"
     path.touch()
     differences = [
-        Difference(path.stem, output, max_diff, scale, 0.05)
+        Difference(path.stem, output, max_diff, scale, 0.05, 30, TABLE[dtype].snr)
         for output, max_diff, scale in (
             ("logits", 0.25, 20.0),
             ("present.0.key", 0.002, 0.5),
@@ -182,13 +183,13 @@ def test_what_a_lower_precision_loses_is_printed_output_by_output(dtype, tmp_pat
     ]
     under_way._compared(path, differences, "32/32")
     line, *losses = (" ".join(line.split()) for line in lines)
-    assert line.endswith("max diff 2.5e-01 (atol 1e+00) 32/32")
+    assert line.endswith("max diff 2.5e-01 (atol 1e+00), SNR 30 dB 32/32")
     assert losses == (
         []
         if dtype == "fp32"
         else [
-            "logits max diff 2.5e-01 (atol 1e+00)",
-            "present.0.value max diff 4.0e-03 (atol 5e-02) the worst of present.*",
+            "logits max diff 2.5e-01 (atol 1e+00), SNR 30 dB",
+            "present.0.value max diff 4.0e-03 (atol 5e-02), SNR 30 dB the worst of present.*",
         ]
     )
     assert all(line.startswith("      ") for line in lines[1:])

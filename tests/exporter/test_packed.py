@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from resprune.exporter.checkpoint.shards import StoredTensor
 from resprune.exporter.trace.packed import pack
-from resprune.exporter.trace.quantize import int4_blocks, int8_scales, quantize
+from resprune.exporter.trace.quantize import quantize
 from resprune.exporter.trace.tracer import Traced, Weight, unwritten
 from resprune.exporter.trace.weights import write_graph, write_weights
 from resprune.exporter.verify.weights import Comparison
 from resprune.runtime.bundle.files import read_bundle
+from resprune.runtime.bundle.precisions import TABLE, Precision
 from tests.exporter.test_grouped_query import KEPT
 
 K = 70  # of q4 two blocks of 32 and a part of one
@@ -115,15 +117,19 @@ def test_one_product_where_there_were_three(dtype, stored, tmp_path, monkeypatch
 def test_what_is_quantized_is_the_same_to_the_bit(form, stored, tmp_path, monkeypatch):
     monkeypatch.setattr("resprune.exporter.trace.quantize.CHUNK_BYTES", 4000)
     plain, packed = tmp_path / "plain" / "graph.onnx", tmp_path / "packed" / "graph.onnx"
-    assert written(quantize(traced(), form), plain, stored)[0] == []
-    assert written(quantize(pack(traced()), form), packed, stored) == ([], 6)
+    assert written(quantize(traced(), as_layers(form)), plain, stored)[0] == []
+    assert written(quantize(pack(traced()), as_layers(form)), packed, stored) == (
+        [],
+        9 if form == "q4" else 6,
+    )
     one, other = numbers(plain), numbers(packed)
-    for part, axis in ((form, 1 if form == "int8" else 0), (f"{form}_scales", 0)):
+    for part, axis in (
+        (form, 1 if form == "int8" else 0),
+        (f"{form}_scales", 0),
+        *([("q4_zeros", 0)] if form == "q4" else []),
+    ):
         side_by_side = np.concatenate([one[f"{name}.{part}"] for name in PARTS], axis=axis)
         np.testing.assert_array_equal(other[f"a+b+c.{part}"], side_by_side)
-    weights = [stored[name].read().float() for name in PARTS]
-    quantized = [int8_scales(weight) if form == "int8" else int4_blocks(weight)[1] for weight in weights]
-    np.testing.assert_array_equal(other[f"a+b+c.{form}_scales"], torch.cat(quantized).numpy())
     for ours, theirs in zip(run(packed), run(plain), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -131,7 +137,7 @@ def test_what_is_quantized_is_the_same_to_the_bit(form, stored, tmp_path, monkey
 @pytest.mark.parametrize("form", ["fp32", "int8", "q4"])
 def test_parameters_in_each_other_s_place_are_found(form, stored, tmp_path):
     """b and c are of one shape: nothing but their numbers tells them apart."""
-    graph = pack(traced()) if form == "fp32" else quantize(pack(traced()), form)
+    graph = pack(traced()) if form == "fp32" else quantize(pack(traced()), as_layers(form))
     path, name = tmp_path / "packed" / "graph.onnx", "a+b+c." + ("T" if form == "fp32" else form)
     assert written(graph, path, stored)[0] == []
     assert compared(path, stored | {"b": stored["c"], "c": stored["b"]})[0] == [name]
@@ -139,6 +145,11 @@ def test_parameters_in_each_other_s_place_are_found(form, stored, tmp_path):
     assert name in compared(path, {key: stored[key] for key in stored if key != "c"})[0], (
         "not in the checkpoint"
     )
+
+
+def as_layers(form: str) -> Precision:
+    """The precision, for graphs whose products are all outputs: they are no heads."""
+    return replace(TABLE[form], head_bits=TABLE[form].bits)
 
 
 def names(module: str, projections: Sequence[str], layer: int, ending: str) -> str:
@@ -174,7 +185,8 @@ def test_four_products_a_layer(
             ("mlp", ("down",)),
         )
     ]
-    assert products == [*wanted, f"lm_head.weight{ending}"]
+    head = {"q4": ".q8"}.get(dtype, ending)
+    assert products == [*wanted, f"lm_head.weight{head}"]
     splits = [node for node in model.graph.node if node.op_type == "Split" and ".packed" in node.input[0]]
     assert len(splits) == 2 * layers
     equal, total = bundle.manifest.parity["weights"].split("/")
@@ -199,4 +211,4 @@ def test_onnx_runtime_still_recognises_what_it_fuses(
     layers = counts["GroupQueryAttention"]
     assert counts["SimplifiedLayerNormalization"] == 2 * layers + 1
     assert counts["QuickGelu"] == layers
-    assert counts["DynamicQuantizeMatMul"] == 4 * layers + 1
+    assert counts["MatMulInteger"] == 4 * layers + 1

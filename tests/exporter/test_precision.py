@@ -7,8 +7,9 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto
 
-from resprune.exporter.trace.precision import precision_of
+from resprune.exporter.cli import _precision
 from resprune.runtime.bundle.files import Bundle, read_bundle
+from resprune.runtime.bundle.precisions import COMPONENTS, PRESETS, TABLE, parse_dtype
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
 
@@ -65,15 +66,63 @@ def test_a_provider_without_bf16_is_one_sentence(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("graph", "dtype", "precision"),
+    ("dtype", "graph", "word"),
     [
-        ("decoder_model_merged", "q4", "q4"),
-        ("vision_select", "q4", "fp32"),
-        ("vision_select", "int8", "int8"),
-        ("embed_tokens", "int8", "fp32"),
-        ("token_select", "int8", "fp32"),
-        ("embed_tokens", "bf16", "bf16"),
+        ("q4", "decoder_model_merged", "q4"),
+        ("q4", "vision_select", "fp32"),
+        ("q4", "embed_tokens", "fp32"),
+        ("int8", "vision_select", "int8"),
+        ("int8", "embed_tokens", "fp32"),
+        ("q8", "token_select", "fp32"),
+        ("q4f16", "embed_tokens", "fp16"),
+        ("bf16", "embed_tokens", "bf16"),
+        ("vision=int8,decoder=q4,embed=q8", "vision_encoder", "int8"),
+        ("decoder=q4", "embed_tokens", "fp32"),
+        ("decoder=q4f16", "vision_select", "fp16"),
     ],
 )
-def test_which_graphs_a_precision_changes(graph, dtype, precision):
-    assert precision_of(graph, dtype) == precision
+def test_which_graphs_a_precision_changes(dtype: str, graph: str, word: str) -> None:
+    assert parse_dtype(dtype).of(graph).word == word
+
+
+@pytest.mark.parametrize(
+    ("dtype", "says"),
+    [
+        ("q5", "q5 is no precision; --dtype takes fp32, fp16, bf16, int8, q8, q4, q4f16"),
+        ("tower=q4", "each part should be a component"),
+        ("decoder=q4,decoder=q8", "each at most once"),
+        ("vision=fp16,decoder=q4", "with decoder=q4 the tower can be fp32, int8, q8, q4"),
+        ("embed=int8", "they are no product"),
+        ("decoder=q4,embed=bf16", "the embeddings can be fp32, fp16, q8 or q4"),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(dtype: str, says: str) -> None:
+    with pytest.raises(ResPruneError) as raised:
+        parse_dtype(dtype)
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_every_row_is_whole() -> None:
+    """Its suffix is its own, and what it stands for alone can be asked for by component."""
+    assert len({row.suffix for row in TABLE.values()}) == len(TABLE)
+    for row in TABLE.values():
+        spelled = ",".join(f"{part}={word}" for part, word in zip(COMPONENTS, row.alone, strict=True))
+        assert parse_dtype(spelled) == parse_dtype(row.word)
+        assert 0 < row.atol < 1
+        assert row.snr > 2.5, "an output that lost three quarters has 2.5 dB"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_precision_and_a_decoder(name: str) -> None:
+    preset = PRESETS[name]
+    assert parse_dtype(preset.dtype)
+    assert _precision(name, None, None) == (preset.dtype, preset.optimize)
+    for given in (("q8", None), (None, "ort")):
+        with pytest.raises(ResPruneError, match=f"--preset {name} says what --dtype and --optimize are"):
+            _precision(name, *given)
+
+
+def test_without_a_preset_both_are_as_given() -> None:
+    assert _precision(None, None, None) == ("fp32", None)
+    assert _precision(None, "q4", "ort") == ("q4", "ort")

@@ -14,6 +14,8 @@ from transformers import AutoModelForImageTextToText
 
 from resprune.exporter.checkpoint.shards import open_weights, passed_over
 from resprune.exporter.export import Options, export
+from resprune.runtime.bundle.files import read_bundle
+from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
 from tests import tiny
@@ -136,3 +138,45 @@ def test_a_weight_that_is_no_number_is_named(place, dtype, value, tiny_checkpoin
         export(str(root), tmp_path / "out", Options(k=3, dtype=dtype))
     assert "\n" not in str(told.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("place", "dtype", "value", "largest"), [
+    (PLACES[1], "fp16", 1e5, "65,504"),
+    (PLACES[0], "fp16", -1e5, "65,504"),
+    (PLACES[1], "q4f16", 1e5, "65,504"),  # what a packed number stands for is half there
+    (PLACES[0], "decoder=q4,embed=q8", 1e5, "65,504"),  # and what is looked up, everywhere
+    (PLACES[1], "q4", 1e6, "458,528"),  # its scale would be past half's range
+])  # fmt: skip
+def test_a_weight_that_its_precision_cannot_hold_is_named(
+    place, dtype, value, largest, tiny_checkpoint, tmp_path, capsys
+):
+    root = shutil.copytree(tiny_checkpoint("siglip-mistral"), tmp_path / "model")
+    key = spoil_bf16(root, place, value)
+    assert main(["export", str(root), str(tmp_path / "out"), "-k", "3", "--dtype", dtype]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert f"{place} in " in told, key
+    assert f"the largest that its precision can hold is {largest}; export with --dtype bf16 or fp32" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_bf16_holds_it(tiny_checkpoint, tmp_path):
+    root = shutil.copytree(tiny_checkpoint("siglip-mistral"), tmp_path / "model")
+    spoil_bf16(root, PLACES[1], 1e5)
+    bundle = read_bundle(export(str(root), tmp_path / "out", Options(k=3, dtype="bf16")))
+    equal, total = bundle.manifest.parity["weights"].split("/")
+    assert equal == total
+
+
+def spoil_bf16(root, place, value):
+    """Give the last number of the weight that ends in `place` a `value`, in the bf16 checkpoint `root`; its name."""
+    file, key = next(
+        (file, name)
+        for file in root.glob("*.safetensors")
+        for name in load_file(file)
+        if name.endswith(place)
+    )
+    weights = load_file(file)
+    assert weights[key].dtype == torch.bfloat16
+    weights[key].view(-1)[-1] = value
+    save_file(weights, file, {"format": "pt"})
+    return key

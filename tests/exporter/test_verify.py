@@ -1,6 +1,7 @@
 """What counts as a miss."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,13 @@ from resprune.exporter.families import split_model
 from resprune.exporter.language import proportional
 from resprune.exporter.trace.weights import find_weights
 from resprune.exporter.verify import verifier as verify
+from resprune.exporter.verify.difference import Difference, ParityError, difference, require, verdict
 from resprune.exporter.verify.reference import keep, kept_counts
-from resprune.exporter.verify.verifier import SEEDS, Difference, ParityError, Verifier, require
+from resprune.exporter.verify.verifier import SEEDS, Verifier
 from resprune.runtime.bundle.manifest import Selection
+from resprune.runtime.bundle.precisions import TABLE, parse_dtype
+
+FP32, TEXT = parse_dtype("fp32"), torch.arange(30)
 
 
 def test_nan_is_a_miss():
@@ -29,16 +34,36 @@ def test_nan_is_a_miss():
     require([Difference("graph", "output", np.inf, 1.0, np.inf)], {"picks": (63, 64)}, exact=[])
 
 
+def test_a_graph_that_loses_three_quarters_of_an_output_fails_in_every_precision():
+    want = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(40, 50, generator=torch.Generator().manual_seed(1))
+    for row in TABLE.values():
+        assert difference("graph", "logits", want.numpy(), want, row).within, row.word
+        bad = difference("graph", "logits", (want + 0.75 * noise).numpy(), want, replace(row, atol=9))
+        assert 2 < bad.snr < 3
+        with pytest.raises(ParityError, match=r"dB  <-"):
+            require([bad], {}, exact=[])
+        with pytest.raises(ParityError, match=r"text positions +\d+ of 256 equal  <-"):
+            require([], {"text positions": (20, 256)}, exact=[], least={"text positions": row.agreement})
+
+
+def test_a_count_of_tokens_has_a_verdict():
+    assert verdict((32, 32)) == "word for word"
+    assert verdict((20, 32)) == "mostly the same words"
+    assert verdict((14, 32)) == "begins alike, then says it in other words"
+    assert verdict((0, 32)) == "another answer"
+
+
 def test_what_is_prepared_is_not_computed_again(
     tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ):
     """And what ONNX Runtime returns, here zeros, is compared with it all the same."""
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
     components = split_model(checkpoint, torch.float32, mode)
-    verifier = Verifier(components, find_weights(checkpoint, components.model), "fp32", "layers")
+    verifier = Verifier(components, find_weights(checkpoint, components.model), FP32, TEXT, "layers")
     selection = Selection(5, 16, 1.0, "minmax", "loop")
     verifier.prepare(selection)
-    for name in ("residual_select", "reference_outputs", "blank"):
+    for name in ("residual_select", "reference_of", "blank"):
         monkeypatch.delattr(verify, name)
     zeros = dict.fromkeys(("pick_order", "kept_indices"), np.zeros((1, 5), np.int64))
     zeros["image_features"] = np.zeros((1, 5, components.vision.outputs[0].shape[2]), np.float32)
@@ -58,7 +83,7 @@ def test_another_picture_is_tried_before_picks_and_counts_count_as_wrong(
     """The stand-in for ONNX Runtime reverses them in its first runs, as ties within rounding would."""
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
     components = proportional(split_model(checkpoint, torch.float32, mode))
-    verifier = Verifier(components, find_weights(checkpoint, components.model), "fp32")
+    verifier = Verifier(components, find_weights(checkpoint, components.model), FP32, TEXT)
     selection = Selection(5, 16, 1.0, "minmax", "loop")
     runs: list[Path] = []
 

@@ -6,7 +6,8 @@ import torch
 from onnx import TensorProto, helper
 
 from resprune.exporter.checkpoint.shards import StoredTensor
-from resprune.exporter.trace.quantize import int4_blocks, int8_scales
+from resprune.exporter.trace.blocks import FITS, Blocks
+from resprune.exporter.trace.quantize import int8_scales
 from resprune.exporter.verify.weights import ROUNDED, Comparison
 
 
@@ -40,16 +41,20 @@ def test_bits_are_compared_after_the_cast_whatever_they_are(tmp_path):
     assert differing("weight.T") == ["weight.T"]
 
 
-@pytest.mark.parametrize("form", ["int8", "q4"])
-def test_a_quantized_number_that_is_off_by_one_shows(form):
-    weight = torch.randn(40, 70, generator=torch.Generator().manual_seed(1))
-    if form == "int8":
-        scales = int8_scales(weight)
-        numbers = (weight.t() / scales).round().to(torch.int8)
+@pytest.mark.parametrize("fit", ["int8", "q8", *FITS])
+@pytest.mark.parametrize("width", [70, 96])
+def test_a_quantized_number_that_is_off_by_one_shows(fit: str, width: int):
+    weight = torch.randn(40, width, generator=torch.Generator().manual_seed(1))
+    weight[5], weight[6] = 0, 1e-9
+    if fit == "int8":
+        form, scales = "int8", int8_scales(weight)
+        packed = ((weight.t() / scales).round().to(torch.int8), scales)
         place, one = (11, 7), 1
     else:
-        numbers, scales = int4_blocks(weight)
-        place, one = (7, 1, 3), 0x10
-    assert ROUNDED[form](numbers, scales, weight)
+        form = "q8" if fit == "q8" else "q4"
+        packed = Blocks(8, 32).pack(weight)[:2] if fit == "q8" else Blocks(4, 32, fit).pack(weight)
+        place, one = (7, 1, 3), 1 if fit == "q8" else 0x10
+    assert ROUNDED[form](*packed, weight)
+    numbers = packed[0]
     numbers[place] += one if numbers[place] < 100 else -one
-    assert not ROUNDED[form](numbers, scales, weight)
+    assert not ROUNDED[form](*packed, weight)

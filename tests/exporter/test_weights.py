@@ -18,7 +18,7 @@ from resprune.exporter.checkpoint.weightless import fake_mode, fake_parameter
 from resprune.exporter.components import Component
 from resprune.exporter.families import split_model
 from resprune.exporter.trace import weights as weights_module
-from resprune.exporter.trace.precision import DTYPES
+from resprune.exporter.trace.precision import ELEMENTS
 from resprune.exporter.trace.tracer import Traced, trace
 from resprune.exporter.trace.weights import (
     OVERHEAD_BYTES,
@@ -33,6 +33,7 @@ from resprune.exporter.trace.weights import (
 from resprune.exporter.verify.weights import Comparison
 from resprune.runtime.bundle.files import describe_files, read_bundle
 from resprune.runtime.bundle.manifest import TensorSpec
+from resprune.runtime.bundle.precisions import parse_dtype
 from resprune.runtime.errors import ResPruneError
 
 WIDE = 160  # 160 × 160 float32 is above the size from which weights lie on pages
@@ -191,8 +192,9 @@ def test_the_bytes_needed_are_at_least_those_written_and_not_many_more(
     variant, options, tiny_checkpoint, tiny_bundle
 ):
     checkpoint, dtype = resolve(str(tiny_checkpoint(variant))), options.get("dtype", "fp32")
-    components = split_model(checkpoint, DTYPES[dtype], fake_mode())
-    needed = bytes_needed(components, dtype, split=options.get("split", False))
+    choice = parse_dtype(dtype)
+    components = split_model(checkpoint, ELEMENTS[choice.element], fake_mode())
+    needed = bytes_needed(components, choice, 32, split=options.get("split", False))
     bundle = read_bundle(tiny_bundle(variant, **options))
     graphs = [onnx.load(bundle.graph_path(name), load_external_data=False) for name in bundle.manifest.graphs]
     stored = [tensor for graph in graphs for tensor in weights_module._external(graph)]

@@ -9,7 +9,7 @@ import pytest
 from resprune.exporter.export import Options, export
 from resprune.exporter.trace import writer
 from resprune.exporter.trace.writer import ahead
-from resprune.exporter.verify.verifier import ParityError
+from resprune.exporter.verify.difference import ParityError
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])

@@ -1,0 +1,96 @@
+"""How far a graph may be from PyTorch, and the table of what is further."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from resprune.runtime.bundle.precisions import Precision
+
+Counted = tuple[int, int]
+"""How many are equal, and how many there are."""
+TEXT = "text positions"
+"""What is counted of running text: positions with PyTorch's most likely token."""
+
+
+class ParityError(Exception):
+    """A graph differs from PyTorch by more than it may; the text is a table of outputs. The CLI exits with 1."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one output of one graph is from PyTorch's: the largest difference, and the noise as a whole."""
+
+    graph: str
+    output: str
+    max_diff: float
+    scale: float
+    atol: float
+    snr: float = math.inf
+    """Signal-to-noise ratio in dB."""
+    least_snr: float = 0.0
+
+    @property
+    def within(self) -> bool:
+        """Whether it may be; a NaN may not."""
+        return self.max_diff <= self.atol * max(1.0, self.scale) and self.snr >= self.least_snr
+
+
+def difference(graph: str, output: str, got: NDArray[Any], want: Tensor, row: Precision) -> Difference:
+    """The difference of one output, judged by the precision of its graph."""
+    if got.shape != tuple(want.shape):
+        return Difference(graph, output, math.nan, 0.0, row.atol, math.nan, row.snr)
+    gap = torch.from_numpy(got.astype("float32")) - want
+    signal, noise = float(want.double().square().sum()), float(gap.double().square().sum())
+    snr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
+    # What is nothing but rounding has no signal of its own: an atol of nothing is then all there is to judge by.
+    if float(gap.abs().max()) <= 1e-5:
+        snr = math.inf
+    return Difference(graph, output, float(gap.abs().max()), float(want.abs().max()), row.atol, snr, row.snr)
+
+
+def require(
+    differences: Iterable[Difference],
+    counts: Mapping[str, Counted],
+    *,
+    exact: Collection[str],
+    least: Mapping[str, float] | None = None,
+) -> None:
+    """`ParityError` with a table if a difference is too large or a count too small.
+
+    Of those in `exact` all must be equal, of those in `least` that share.
+    """
+    rows = list(differences)
+    shares = dict.fromkeys(exact, 1.0) | dict(least or {})
+    missed = [what for what, (equal, total) in counts.items() if equal < shares.get(what, 0.0) * total]
+    if missed or not all(row.within for row in rows):
+        table = [f"  {'graph':24} {'output':24} {'max diff':>10} {'allowed':>10} {'SNR':>8} {'at least':>8}"]
+        for row in rows:
+            allowed = row.atol * max(1.0, row.scale)
+            mark = "" if row.within else "  <-"
+            table.append(
+                f"  {row.graph:24} {row.output:24} {row.max_diff:10.1e} {allowed:10.1e} "
+                f"{row.snr:5.0f} dB {row.least_snr:5.0f} dB{mark}"
+            )
+        for what, (equal, total) in counts.items():
+            mark = "  <-" if what in missed else ""
+            table.append(f"  {what:49} {equal} of {total} equal{mark}")
+        raise ParityError("the graphs differ from PyTorch, so no bundle was written\n" + "\n".join(table))
+
+
+def verdict(counted: Counted) -> str:
+    """A count of greedy tokens in words."""
+    equal, total = counted
+    if equal == total:
+        return "word for word"
+    if 2 * equal >= total:
+        return "mostly the same words"
+    if equal:
+        return "begins alike, then says it in other words"
+    return "another answer"

@@ -1,0 +1,243 @@
+"""The precisions, one row each: exporter, verification, manifest and command line all read this table.
+
+A precision is given for each component, `--dtype vision=int8,decoder=q4,embed=q8`, or as one word, which stands for
+the three that its row names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from resprune.runtime.errors import ResPruneError
+
+COMPONENTS = ("vision", "decoder", "embed")
+GRAPHS = {
+    "vision_select": "vision",
+    "vision_encoder": "vision",
+    "decoder_model_merged": "decoder",
+    "embed_tokens": "embed",
+}
+"""The component of each graph that holds weights; any other graph is fp32."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One row: what a word does to a component, and how far it may take it from PyTorch in float32."""
+
+    word: str
+    title: str
+    suffix: str
+    """Of a graph's file name, before ".onnx"; transformers.js looks for the same."""
+    element: str
+    """Type of what the products by weights take and return, and of the decoder's KV cache; the rest is float32."""
+    bits: int | None
+    """Of a weight that is packed in blocks for MatMulNBits; None for one that is not."""
+    head_bits: int | None
+    """As `bits`, of the output head: rounding it to 4 bits costs more than rounding all layers."""
+    alone: tuple[str, str, str]
+    """What the word stands for if it is given alone, for each of COMPONENTS."""
+    atol: float
+    """Largest difference of an output, relative to its largest magnitude where that is above 1; of 4 bits it says
+    little, and the noise as a whole is what judges."""
+    snr: float
+    """Least signal-to-noise ratio of an output in dB: 20 is a noise of a tenth, 6 of a half."""
+    agreement: float
+    """Least share of positions in running text with PyTorch's most likely token. It catches a graph that is wrong:
+    random weights, whose logits are all alike, reach no more, and trained ones far more (docs/precision.md)."""
+    runs: str
+    """Where it runs."""
+    tensorrt: bool = False
+    """Whether TensorRT takes its operators."""
+
+
+TABLE = {
+    row.word: row
+    for row in (
+        Precision(
+            "fp32",
+            "as the checkpoint was trained",
+            "",
+            "float32",
+            None,
+            None,
+            ("fp32", "fp32", "fp32"),
+            atol=1e-4,
+            snr=60,
+            agreement=0.99,
+            runs="everywhere",
+            tensorrt=True,
+        ),
+        Precision(
+            "fp16",
+            "half weights and products",
+            "_fp16",
+            "float16",
+            None,
+            None,
+            ("fp16", "fp16", "fp16"),
+            atol=5e-2,
+            snr=30,
+            agreement=0.9,
+            runs="GPUs, TensorRT; a CPU widens it",
+            tensorrt=True,
+        ),
+        Precision(
+            "bf16",
+            "bfloat16 weights and products",
+            "_bf16",
+            "bfloat16",
+            None,
+            None,
+            ("bf16", "bf16", "bf16"),
+            atol=1e-1,
+            snr=15,
+            agreement=0.6,
+            runs="TensorRT, CUDA",
+            tensorrt=True,
+        ),
+        Precision(
+            "int8",
+            "8-bit weights by 8-bit rows, a scale for each",
+            "_int8",
+            "float32",
+            None,
+            None,
+            ("int8", "int8", "fp32"),
+            atol=0.35,
+            snr=8,
+            agreement=0.3,
+            runs="CPUs; standard ONNX",
+        ),
+        Precision(
+            "q8",
+            "8-bit weights in blocks",
+            "_quantized",
+            "float32",
+            8,
+            8,
+            ("q8", "q8", "q8"),
+            atol=0.15,
+            snr=14,
+            agreement=0.6,
+            runs="ONNX Runtime: CPU, CUDA, WebGPU",
+        ),
+        Precision(
+            "q4",
+            "4-bit weights in blocks, the head in 8 bits",
+            "_q4",
+            "float32",
+            4,
+            8,
+            ("fp32", "q4", "fp32"),
+            atol=1.0,
+            snr=4,
+            agreement=0.2,
+            runs="ONNX Runtime: CPU, CUDA, WebGPU",
+        ),
+        Precision(
+            "q4f16",
+            "q4 in half arithmetic",
+            "_q4f16",
+            "float16",
+            4,
+            8,
+            ("fp16", "q4f16", "fp16"),
+            atol=1.0,
+            snr=4,
+            agreement=0.2,
+            runs="ONNX Runtime: CUDA, WebGPU",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What to export for one kind of device: words for `--dtype`, and whether the decoder is for ONNX Runtime alone."""
+
+    dtype: str
+    optimize: str | None
+    title: str
+
+
+PRESETS = {
+    "cpu": Preset("vision=int8,decoder=q4,embed=q8", "ort", "ONNX Runtime on a CPU"),
+    "gpu": Preset("fp16", None, "a GPU, by ONNX Runtime or TensorRT"),
+    "web": Preset("q4f16", None, "ONNX Runtime Web and transformers.js"),
+}
+"""Chosen by the table in docs/precision.md."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A precision for each component."""
+
+    vision: str
+    decoder: str
+    embed: str
+
+    @property
+    def element(self) -> str:
+        """Of tower and decoder, which are one model while they are traced."""
+        return TABLE[self.decoder].element
+
+    @property
+    def element_word(self) -> str:
+        """The word that changes nothing of what is traced in `element`."""
+        return next(row.word for row in TABLE.values() if row.element == self.element and not row.bits)
+
+    def of(self, graph: str) -> Precision:
+        """The row for one graph of the bundle."""
+        return TABLE[getattr(self, GRAPHS[graph]) if graph in GRAPHS else "fp32"]
+
+    def of_file(self, stem: str) -> Precision:
+        """The row for a graph by its file's name, without ".onnx"."""
+        return next(
+            (row for graph in GRAPHS if stem == graph + (row := self.of(graph)).suffix), TABLE["fp32"]
+        )
+
+
+def words(rows: Iterable[Precision] = TABLE.values()) -> str:
+    """The words that `--dtype` takes, for errors and help."""
+    return ", ".join(row.word for row in rows)
+
+
+def parse_dtype(text: str) -> Choice:
+    """What `--dtype text` asks for: one word, or one for each component, where one left out is fp32.
+
+    Raises `ResPruneError` for an unknown word or component, or element types that do not go together.
+    """
+    if "=" not in text:
+        return Choice(*_row(text).alone)
+    chosen = dict.fromkeys(COMPONENTS, "")
+    for part in text.split(","):
+        component, _, word = part.partition("=")
+        if component not in chosen or chosen[component]:
+            raise ResPruneError(
+                f"--dtype {text}: each part should be a component and its precision, as in "
+                f"vision=int8,decoder=q4,embed=q8; the components are {', '.join(COMPONENTS)}, each at most once"
+            )
+        chosen[component] = _row(word).word
+    element = TABLE[chosen["decoder"] or chosen["vision"] or "fp32"].element
+    plain = next(row.word for row in TABLE.values() if row.element == element)
+    choice = Choice(**{component: word or plain for component, word in chosen.items()})
+    if TABLE[choice.vision].element != element:
+        fitting = words(row for row in TABLE.values() if row.element == element)
+        raise ResPruneError(
+            f"--dtype {text}: with decoder={choice.decoder} the tower can be {fitting}; the two are traced as one "
+            "model, so their arithmetic is of one type"
+        )
+    if TABLE[choice.embed].element != element and choice.embed not in ("fp16", "q8", "q4"):
+        raise ResPruneError(f"--dtype {text}: with these the embeddings can be {plain}, fp16, q8 or q4")
+    if choice.embed == "int8":
+        raise ResPruneError(
+            f"--dtype {text}: the embeddings can be {plain}, fp16, q8 or q4; they are no product"
+        )
+    return choice
+
+
+def _row(word: str) -> Precision:
+    if word not in TABLE:
+        raise ResPruneError(f"{word or 'nothing'} is no precision; --dtype takes {words()}")
+    return TABLE[word]
