@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,26 +50,72 @@ def tiny_checkpoint(made_once: Make) -> Callable[[str], Path]:
     """Name of a variant of the modules `tests.tiny*` → its checkpoint; to be copied before it is changed."""
     from tests import tiny, tiny_gemma, tiny_qwen, tiny_tiles
 
+    warm: list[str] = []
+
     def checkpoint(variant: str) -> Path:
-        module: Any = next(
-            one for one in (tiny, tiny_gemma, tiny_qwen, tiny_tiles) if variant in one.VARIANTS
-        )
-        return made_once(variant, lambda root: module.write_checkpoint(root, module.VARIANTS[variant]))
+        modules: tuple[Any, ...] = (tiny, tiny_gemma, tiny_qwen, tiny_tiles)
+        module = next(one for one in modules if variant in one.VARIANTS)
+        root = made_once(variant, lambda root: module.write_checkpoint(root, module.VARIANTS[variant]))
+        if not warm:
+            _warm_tracer(root)
+            warm.append(variant)
+        return root
 
     return checkpoint
+
+
+def _warm_tracer(root: Path) -> None:
+    """Have the tracer load and make what it needs once a process: the process that traces is forked for each export."""
+    import torch
+
+    from resprune.exporter.checkpoint.checkpoint import resolve
+    from resprune.exporter.checkpoint.weightless import fake_mode
+    from resprune.exporter.families import split_model
+    from resprune.exporter.trace.tracer import trace
+
+    mode = fake_mode()
+    components = split_model(resolve(str(root)), torch.float32, mode)
+    trace(components.embed, components.model, mode)
+
+
+# Fields of `Options` that come after tracing: exports that differ in nothing else have the same graphs traced once.
+AFTER_TRACING = ("k", "share", "split", "alpha", "scale", "positions", "body", "form", "verify")
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Callable[[str], Path], made_once: Make) -> Callable[..., Path]:
     """Variant and the fields of `exporter.export.Options` → the bundle exported from it, once a session."""
-    from resprune.exporter.export import Options, export
+    from resprune.exporter import export as exporter
+
+    traced_ahead = exporter.traced_ahead
 
     def bundle(variant: str, **options: Any) -> Path:
-        asked = Options(**options)
-        key = hashlib.sha256(repr(asked).encode()).hexdigest()[:12]
-        return made_once(f"{variant}-{key}", lambda out: export(str(tiny_checkpoint(variant)), out, asked))
+        asked, plain = exporter.Options(**options), exporter.Options()
+        seen = replace(asked, **{name: getattr(plain, name) for name in AFTER_TRACING})
+
+        @contextmanager
+        def traced_once(*model: Any) -> Iterator[Iterator[Any]]:
+            def write(folder: Path) -> None:
+                folder.mkdir()
+                with traced_ahead(*model) as graphs:
+                    (folder / "graphs").write_bytes(pickle.dumps([*graphs]))
+
+            folder = made_once(f"{variant}-traced-{_key(seen)}", write)
+            yield iter(pickle.loads((folder / "graphs").read_bytes()))
+
+        def write(out: Path) -> None:
+            checkpoint = str(tiny_checkpoint(variant))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(exporter, "traced_ahead", traced_once)
+                exporter.export(checkpoint, out, asked)
+
+        return made_once(f"{variant}-{_key(asked)}", write)
 
     return bundle
+
+
+def _key(options: Any) -> str:
+    return hashlib.sha256(repr(options).encode()).hexdigest()[:12]
 
 
 @pytest.fixture(scope="session")
