@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from resprune.exporter.components import Components
     from resprune.exporter.language import Rows
 
-NEEDED = ("torch", "transformers", "onnxscript", "huggingface_hub", "safetensors")
+NEEDED = ("torch", "transformers", "accelerate", "onnxscript", "huggingface_hub")
 
 
 def open_checkpoint(

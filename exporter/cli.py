@@ -14,7 +14,7 @@ from resprune.runtime.bundle.manifest import ATTENTION, BODIES, FORMS, OPTIMIZE,
 from resprune.runtime.bundle.precisions import PRESETS, parse_dtype, words
 from resprune.runtime.errors import ResPruneError, require_packages, require_python
 
-NEEDED = ("torch", "transformers", "onnx", "onnxscript", "huggingface_hub", "filelock", "tqdm")
+NEEDED = ("torch", "transformers", "accelerate", "onnx", "onnxscript", "huggingface_hub", "filelock", "tqdm")
 POSIX = (("fcntl",), "it is part of Python on Linux and macOS, so on Windows take WSL")
 """For `require_packages`: folders are flushed as POSIX does it, here and for `build`, `eval` and `lmms`."""
 

@@ -10,7 +10,16 @@ ROOT = Path(__file__).parent.parent
 # room → what its files may never import
 FORBIDDEN = {
     "runtime": (
-        *("torch", "torchvision", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"),
+        *(
+            "torch",
+            "torchvision",
+            "transformers",
+            "onnx",
+            "onnxscript",
+            "onnx_ir",
+            "safetensors",
+            "accelerate",
+        ),
         *("huggingface_hub", "resprune.exporter", "resprune.evaluation", "resprune.graphs"),
         *("resprune.serving", "demo", "benchmarks", "tests"),
     ),
@@ -28,7 +37,16 @@ FORBIDDEN = {
     "exporter": ("resprune.evaluation", "resprune.serving", "demo", "benchmarks", "tests"),
     "evaluation": ("resprune.graphs", "resprune.serving", "demo", "benchmarks", "tests"),
     "serving": (
-        *("torch", "torchvision", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"),
+        *(
+            "torch",
+            "torchvision",
+            "transformers",
+            "onnx",
+            "onnxscript",
+            "onnx_ir",
+            "safetensors",
+            "accelerate",
+        ),
         *("huggingface_hub", "resprune.exporter", "resprune.evaluation", "resprune.graphs"),
         *("demo", "benchmarks", "tests"),
     ),

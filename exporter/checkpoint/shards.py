@@ -2,6 +2,11 @@
 
 The format is https://huggingface.co/docs/safetensors: eight bytes with the header's length, a JSON header, then the
 data. Nothing here ever holds more than one weight.
+
+By hand, because the safetensors library does not say where in a file a weight lies, which is what hints to the system,
+copies of bytes and views of a few rows need. Measured with safetensors 0.8 on 145 bf16 weights of 518 MB, each read
+once on one thread: a file that `safe_open` holds open ends resident as a whole (800 MB for 470 here); opened anew for
+each weight it takes 0.19 s of processor time for 0.12 here. Its header takes 0.16 ms for 0.35, once an export.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
 """A Hugging Face model without its weights: the right classes, shapes and computed buffers, and no memory.
 
 Parameters are fake tensors, which have shape and dtype but no data, so a model of any size can be traced. Buffers
-that the model computes when it is built (rotary frequencies, position ids) are real, for no checkpoint holds them.
+that the model computes when it is built (rotary frequencies, position ids) are real, for no checkpoint holds them:
+under transformers' own context, `torch.device("meta")`, they would be lost. accelerate's keeps them, and costs nothing:
+transformers imports accelerate wherever it is installed, and a 7 B shape is built in the same 0.03 s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers.initialization import no_init_weights
@@ -25,7 +27,7 @@ def fake_mode() -> FakeTensorMode:
 
 def blank(model_class: Any, config: Any) -> nn.Module:
     """`model_class(config)` with parameters on the meta device; tied ones are one tensor."""
-    with _parameters_on_meta(), no_init_weights():
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model: Any = model_class(config).eval()
         model.tie_weights()  # no_init_weights skips it
     whole: nn.Module = model
@@ -80,21 +82,3 @@ def fake_parameter(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
 def is_fake(tensor: object) -> bool:
     """Whether a tensor has a shape and no data."""
     return isinstance(tensor, FakeTensor)
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Every parameter that a module registers moves to the meta device at once; buffers stay real."""
-    register = nn.Module.register_parameter
-    patched: Any = nn.Module
-
-    def register_on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(self, name, parameter)
-
-    patched.register_parameter = register_on_meta
-    try:
-        yield
-    finally:
-        patched.register_parameter = register
