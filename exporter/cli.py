@@ -13,6 +13,7 @@ from typing import Any
 from resprune.runtime.bundle.manifest import ATTENTION, BODIES, FORMS, OPTIMIZE, POSITIONS, SCALES
 from resprune.runtime.bundle.precisions import PRESETS, parse_dtype, words
 from resprune.runtime.errors import ResPruneError, require_packages, require_python
+from resprune.runtime.families.table import aliases
 
 NEEDED = ("torch", "transformers", "accelerate", "onnx", "onnxscript", "huggingface_hub", "filelock", "tqdm")
 POSIX = (("fcntl",), "it is part of Python on Linux and macOS, so on Windows take WSL")
@@ -22,12 +23,15 @@ POSIX = (("fcntl",), "it is part of Python on Linux and macOS, so on Windows tak
 def register_export(subparsers: Any) -> None:
     """Add the subcommand `export`."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "export", help="turn a checkpoint into a bundle", description="Turn a checkpoint into a bundle."
+        "export",
+        help="turn a checkpoint into a bundle",
+        description="Turn a checkpoint into a bundle.",
+        epilog=f"aliases: demo, {', '.join(sorted(aliases()))}",
     )
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="demo, another alias (an unknown name lists them), a hub id, or a directory",
+        help="demo, another alias (see below), a hub id, or a directory",
     )
     parser.add_argument(
         "out", metavar="OUT", type=Path, help="the bundle's directory, which must not exist yet"
@@ -37,14 +41,14 @@ def register_export(subparsers: Any) -> None:
         type=_budget,
         required=True,
         metavar="K",
-        help="visual tokens to keep for each picture, or their share, as in 11%%",
+        help="visual tokens to keep for each image, or their share, as in 11%%",
     )
     parser.add_argument(
         "--dtype",
         type=_dtype,
         metavar="WORD",
         help=f"precision of the weights: {words()}, or one for each component, as in vision=int8,decoder=q4,embed=q8 "
-        "(default fp32)",
+        "(default: fp32)",
     )
     parser.add_argument(
         "--preset",
@@ -53,17 +57,20 @@ def register_export(subparsers: Any) -> None:
         + "; ".join(
             f"{name}: --dtype {preset.dtype}{f' --optimize {preset.optimize}' if preset.optimize else ''}"
             for name, preset in PRESETS.items()
-        ),
+        )
+        + " (default: none)",
     )
     parser.add_argument(
         "--block",
         type=int,
         choices=(32, 64, 128),
         default=32,
-        help="numbers of a packed weight that share a scale: more are smaller and lose more (default 32)",
+        help="numbers of a packed weight that share a scale: more are smaller and lose more (default: 32)",
     )
     parser.add_argument(
-        "--optimize", choices=OPTIMIZE, help="a decoder of ONNX Runtime's own operators, for it alone"
+        "--optimize",
+        choices=OPTIMIZE,
+        help="a decoder of ONNX Runtime's own operators, for it alone (default: portable)",
     )
     parser.add_argument(
         "--split", action="store_true", help="also write encoder and selector apart: encode once, ask often"
@@ -74,9 +81,13 @@ def register_export(subparsers: Any) -> None:
         help="strength of the question's guidance, 0 for none (default: the family's, mostly 1)",
     )
     parser.add_argument(
-        "--scale", choices=SCALES, default="minmax", help="how relevance is scaled (default minmax)"
+        "--scale", choices=SCALES, default="minmax", help="how relevance is scaled (default: minmax)"
     )
-    parser.add_argument("--positions", choices=POSITIONS, help="position ids of the pruned prompt")
+    parser.add_argument(
+        "--positions",
+        choices=POSITIONS,
+        help="position ids of the pruned prompt (default: the family's, mostly contiguous)",
+    )
     parser.add_argument(
         "--attention",
         choices=ATTENTION,
@@ -88,7 +99,9 @@ def register_export(subparsers: Any) -> None:
         help="a first selection inside the vision tower: after LAYER blocks only TOKENS of an image or tile go on, as "
         "in 8:288 or 33%%:50%% (default: none)",
     )
-    parser.add_argument("--body", choices=BODIES, default="loop", help="selection in Loops, or unrolled")
+    parser.add_argument(
+        "--body", choices=BODIES, default="loop", help="selection in Loops, or unrolled (default: loop)"
+    )
     parser.add_argument(
         "--form",
         choices=FORMS,
@@ -98,21 +111,22 @@ def register_export(subparsers: Any) -> None:
         "--for",
         dest="runtime",
         choices=("trtllm",),
-        help="also write the language model as trtllm-build and vLLM take it, in language_model/",
+        help="also write the language model as trtllm-build and vLLM take it, in language_model/ "
+        "(default: none)",
     )
     parser.add_argument(
         "--max-pixels",
         type=int,
         metavar="PIXELS",
-        help="largest picture, for families that take any size (default: the checkpoint's own limit)",
+        help="largest image, for families that take any size (default: the checkpoint's own limit)",
     )
     parser.add_argument(
         "--chat-template",
         type=Path,
         metavar="FILE",
-        help="a chat template in Jinja, in place of the checkpoint's",
+        help="a chat template in Jinja (default: the checkpoint's)",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id (default: main)")
     parser.add_argument(
         "--verify",
         choices=("auto", "full", "layers"),

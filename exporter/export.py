@@ -24,6 +24,7 @@ from resprune.exporter.checkpoint.side_files import check_side_files, read_templ
 from resprune.exporter.checkpoint.weightless import fake_mode
 from resprune.exporter.components import Component, Components
 from resprune.exporter.early import Request, with_early
+from resprune.exporter.estimate import estimate
 from resprune.exporter.families import split_model
 from resprune.exporter.language import proportional
 from resprune.exporter.language_models import LANGUAGE_MODELS
@@ -174,6 +175,7 @@ class _Export:
         require_space(self.work.parent, needed + extra)
         parameters = sum(tensor.numel() for tensor in components.model.parameters())
         size = sum(tensor.nbytes for tensor in checkpoint.weights.values())
+        self.report(estimate(components, choice, needed + extra, size, self.options.verify))
         self._line("checkpoint", size, f"{family.title}, {parameters / 1e6:,.1f} M parameters")
 
         parts = (components.embed, components.vision, components.decoder)
@@ -312,10 +314,10 @@ class _Export:
             return
         caches = [row for row in differences if row.output.startswith("present.")]
         for row in (row for row in differences if row not in caches):
-            self.report(f"      {row.output:28} {_lost(row)}")
+            self.report(_fitted(f"      {row.output:28}", _lost(row)))
         if caches:
             worst = _worst(caches)
-            self.report(f"      {worst.output:28} {_lost(worst)}   the worst of present.*")
+            self.report(_fitted(f"      {worst.output:28}", f"{_lost(worst)}   the worst of present.*"))
 
     def _count(self, counted: Mapping[str, Counted]) -> str:
         self.counts |= counted
@@ -328,7 +330,7 @@ class _Export:
         stages = 7 + 2 * self.options.split + self.options.language_checkpoint
         megabytes = "" if size is None else f"{size / 1e6:,.1f} MB"
         seconds = f"{self.since - before:.1f} s"
-        self.report(f"[{self.stage}/{stages}] {what:28} {seconds:>8} {megabytes:>12}   {note}")
+        self.report(_fitted(f"[{self.stage}/{stages}] {what:28} {seconds:>8} {megabytes:>12}", note))
 
     def _limit_pixels(self, checkpoint: Checkpoint, family: Family) -> Checkpoint:
         if self.options.max_pixels is None:
@@ -435,3 +437,14 @@ def _versions() -> dict[str, str]:
 
     packages = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"python": sys.version.split()[0], **packages, "onnxruntime": onnxruntime.__version__}
+
+
+def _fitted(head: str, note: str) -> str:
+    """A line of 80 columns at most: its parts, which three spaces divide, go on in the next where they do not fit."""
+    lines = [head]
+    for part in note.split("   "):
+        if len(lines[-1]) + 3 + len(part) <= 80:
+            lines[-1] += f"   {part}"
+        else:
+            lines.append(f"         {part}")
+    return "\n".join(lines)

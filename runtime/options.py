@@ -122,7 +122,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the settings of `Sampling`, which `sampling_options` reads; one left out is as the checkpoint says."""
     group = parser.add_argument_group(
         "how tokens are chosen",
-        "What is left out is as the checkpoint's generation_config.json says; where that says nothing, as given here.",
+        "What is left out is as the checkpoint's generation_config.json says;\nwhere that says nothing, as given here.",
     )
     for name, kind, value, text in (
         ("--max-new-tokens", int, "N", "longest answer (default: 64)"),

@@ -18,6 +18,7 @@ import pytest
 
 from resprune.exporter import export as export_module
 from resprune.exporter import language
+from resprune.exporter.estimate import needs
 from resprune.exporter.export import Options, export
 from resprune.exporter.language import _Decoder as Decoder
 from resprune.exporter.trace import writer as writer_module
@@ -29,6 +30,8 @@ from resprune.runtime.bundle.precisions import TABLE
 from resprune.runtime.errors import ResPruneError
 
 Checkpoint = Callable[[str], Path]
+
+ROOT = Path(__file__).parents[2]
 
 
 def changed(root: Path, copy: Path, name: str, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -153,7 +156,11 @@ def test_stage_lines(tiny_checkpoint, tmp_path, monkeypatch):
     lines: list[str] = []
     options = Options(k=5, body="unrolled", form="linear", positions="original")
     export(str(tiny_checkpoint("clip-llama")), tmp_path / "out", options, lines.append)
+    needs, *lines = lines
+    assert re.fullmatch(r"needs up to \d+ MB of disk; on two cores about \d+ MB of memory and \d+ s", needs)
     assert [line[:5] for line in lines] == [f"[{stage}/7]" for stage in range(1, 8)]
+    assert max(len(row) for line in lines[:-1] for row in line.splitlines()) <= 80
+    lines = [" ".join(line.split()) for line in lines]
     stage = r"\[3/7\] vision_select\.onnx +[\d.]+ s +[\d.]+ MB +max diff \S+ \(atol \S+\) +picks 5/5"
     assert re.fullmatch(stage, lines[2])
     assert "layers 0 and 1, the others like them" in lines[3]
@@ -373,3 +380,14 @@ def test_a_killed_export_leaves_the_old_bundle_and_the_next_cleans_up(tiny_check
         export(checkpoint, tmp_path / "out", Options(k=99, force=True))
     assert leftovers(tmp_path) == []
     assert read_bundle(tmp_path / "out").manifest.selection.k == 7
+
+
+def test_what_an_export_needs_is_near_what_was_measured():
+    """Of benchmarks/results/export_size.json: within a third for the time and the memory."""
+    measured = json.loads((ROOT / "benchmarks/results/export_size.json").read_text())["figures"]
+    numbers = {"llava15-7b": (7063e6, 312e6, 131e6, 32), "qwen25vl-3b": (3755e6, 669e6, 311e6, 36)}
+    for name, (total, vision, table, layers) in numbers.items():
+        for run, packed in (("export", False), ("quantized", True)):
+            seconds, memory = needs(measured[name]["bytes"], packed, total, vision, table, layers)
+            assert seconds == pytest.approx(measured[name][run]["seconds"], rel=1 / 3)
+            assert memory == pytest.approx(measured[name][run]["peak_bytes"], rel=1 / 3)

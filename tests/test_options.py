@@ -1,0 +1,31 @@
+"""Every option says its default, and docs/options.md is what the help texts say."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from docs.options import PAGE, commands, options, page
+
+
+@pytest.mark.parametrize("name", commands())
+def test_help_says_every_default_in_80_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = commands()[name]
+    for form, _, default in options(parser):
+        assert default, f"{form} says no default"
+    assert max(map(len, parser.format_help().splitlines())) <= 80
+
+
+def test_the_page_is_what_the_help_says() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "python -m docs.options writes it"
+
+
+def test_export_lists_the_aliases() -> None:
+    words = [sys.executable, "-m", "resprune", "export", "--help"]
+    done = subprocess.run(
+        words, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "80"}
+    )
+    for alias in ("demo", "llava15", "qwen25vl-7b", "smolvlm2-256m"):
+        assert alias in done.stdout
