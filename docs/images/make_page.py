@@ -1,4 +1,5 @@
-"""Makes serve.png, serve-phone.png and serve.webp from the page of `resprune serve` in Debian's Chromium.
+"""Makes serve.png, serve-phone.png and serve.webp from the page of `resprune serve` in Debian's Chromium, and
+browser.png from that of examples/web, where `npm ci` has been run.
 
 Run: python -m docs.images.make_page BUNDLE (of the demo model, with --split and -k 144), after make_hero.
 """
@@ -95,6 +96,34 @@ def pictures(url: str) -> None:
             image.convert("RGB").save(HERE / name, optimize=True)
 
 
+def browser(bundle: str) -> None:
+    """browser.png: the page that runs the bundle itself."""
+    command = [sys.executable, ROOT / "examples" / "web" / "serve.py", bundle]
+    command += ["--samples", ROOT / "demo" / "pictures", "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        steps: list[Step] = [
+            {"do": "goto", "url": server.stdout.readline().strip()},
+            {"do": "see", "at": "#samples button:nth-child(6)"},
+            {"do": "file", "at": "#file", "path": str(HERE / "scene.jpg")},
+            {"do": "fill", "at": "#question", "value": STAR},
+            {"do": "see", "at": "#ask:not(:disabled)"},
+            {"do": "click", "at": "#ask"},
+            {"do": "wait", "until": "document.querySelector('#answer').dataset.ids"},
+            *slid(16),
+            {
+                "do": "wait",
+                "until": "JSON.parse(document.querySelector('#stage').dataset.picks).length === 16",
+            },
+            {"do": "screenshot", "path": str(HERE / "browser.png")},
+        ]
+        drive(steps, {"width": 1120, "height": 850})
+    finally:
+        server.terminate()
+        server.wait()
+
+
 def recording(url: str) -> None:
     """serve.webp: an image, a question as it is typed, its answer, and the slider from many tokens to few."""
     with tempfile.TemporaryDirectory() as folder:
@@ -136,9 +165,11 @@ def main() -> None:
     """Serve the bundle, and take them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", help="of the demo model")
-    with served(parser.parse_args().bundle) as url:
+    bundle = parser.parse_args().bundle
+    with served(bundle) as url:
         pictures(url)
         recording(url)
+    browser(bundle)
 
 
 if __name__ == "__main__":
