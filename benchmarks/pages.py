@@ -71,7 +71,7 @@ def write(parts: Sequence[str]) -> None:
 
 def _accuracy(record: Record) -> str:
     """Exact match alone; the full tables, by type of question and with tests, are twenty times as long."""
-    sections = []
+    sections = ["![Exact match by tokens kept, one line a selector](../benchmarks/accuracy-all.png)"]
     for title, sheets in record["figures"]["scores"].items():
         columns = [(sheet["data"], k) for sheet in sheets for k in BUDGETS]
         exact = {
