@@ -79,6 +79,14 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--server-deadline", type=float, metavar="SECONDS", help="longest whole answer (default: 600)"
     )
+    parser.add_argument(
+        "--gguf",
+        metavar="FILE",
+        help="let llama.cpp answer with the language model in this file (default: the bundle's own)",
+    )
+    parser.add_argument(
+        "--gpu-layers", type=int, metavar="N", help="layers of the GGUF file on the GPU, -1: all (default: 0)"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--provider",
@@ -172,7 +180,8 @@ def _ids(text: str) -> tuple[int, ...]:
 
 
 def _backend(arguments: argparse.Namespace) -> "BackendFactory | None":
-    """What the options ask to answer: a server, or None for the bundle's own decoder."""
+    """What the options ask to answer: a server, llama.cpp, or None for the bundle's own decoder."""
+    from resprune.runtime.backends.llama_cpp import llamacpp
     from resprune.runtime.backends.servers import server
 
     named = {
@@ -186,9 +195,15 @@ def _backend(arguments: argparse.Namespace) -> "BackendFactory | None":
         for option, name in named.items()
         if getattr(arguments, name) is not None
     }
+    if arguments.server is not None and arguments.gguf is not None:
+        raise ResPruneError("--server and --gguf both say who answers; leave one of them out")
     if arguments.server is not None:
         return server(arguments.server, **given)
     if given:
         option = "--" + named[next(iter(given))].replace("_", "-")
         raise ResPruneError(f"{option} is for --server; give its address as well, or leave the option out")
+    if arguments.gguf is not None:
+        return llamacpp(arguments.gguf, gpu_layers=arguments.gpu_layers or 0)
+    if arguments.gpu_layers is not None:
+        raise ResPruneError("--gpu-layers is for --gguf; give its file as well, or leave the option out")
     return None

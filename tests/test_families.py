@@ -29,8 +29,12 @@ BRANDS = (
     "lfm2",
 )
 NAMED = re.compile("|".join(BRANDS), re.IGNORECASE)
-# The table of language models, and the names of layouts that are refused.
-ELSEWHERE = ("exporter/language_models.py", "exporter/checkpoint/layouts.py")
+# The tables of language models, and the names of layouts that are refused.
+ELSEWHERE = (
+    "exporter/language_models.py",
+    "exporter/checkpoint/layouts.py",
+    "runtime/backends/gguf_names.py",
+)
 
 
 def product_files() -> Iterator[Path]:

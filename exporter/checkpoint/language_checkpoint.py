@@ -77,15 +77,20 @@ def language_checkpoint(model: Any, stored: Mapping[str, StoredTensor]) -> Langu
             f"the language model {config.model_type} has no class of its own: TensorRT-LLM and SGLang take it in the "
             f"whole checkpoint, so give them that, and leave out --for"
         )
+    return LanguageCheckpoint(config, language_weights(model, stored))
+
+
+def language_weights(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The weights of the language model in `stored`, by the names of a causal language model."""
     inside = decoder_prefix(model)
     weights = {
         OUTSIDE + name.removeprefix(inside): tensor
         for name, tensor in stored.items()
         if name.startswith(inside)
     }
-    if not config.tie_word_embeddings:
+    if not model.config.text_config.tie_word_embeddings:
         weights |= {name: tensor for name, tensor in stored.items() if name.startswith(HEAD)}
-    return LanguageCheckpoint(config, weights)
+    return weights
 
 
 def plain_config(config: Any, dtype: str) -> dict[str, Any]:

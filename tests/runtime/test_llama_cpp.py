@@ -1,0 +1,68 @@
+"""llama.cpp as a backend, as far as it goes where it is not installed; tests/hosts has the real one."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from resprune.runtime.backends.llama_cpp import llamacpp
+from resprune.runtime.cli import main
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.pipeline import Pipeline
+from tests.runtime.bundles import one_sentence
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """What begins as a GGUF file."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + bytes(64))
+    return path
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Callable[..., Path]) -> Path:
+    return tiny_bundle("clip-llama", k=7, split=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--gguf", "{model}", "--server", "http://127.0.0.1:9"], "--server and --gguf both say who answers"),
+        (["--gpu-layers", "3"], "--gpu-layers is for --gguf"),
+        (["--gguf", "{model}", "--gpu-layers", "-2"], "gpu_layers"),
+        (["--gguf", "{model}.not"], "cannot be read"),
+        (["--gguf", "{bundle}/resprune.json"], "is not a GGUF file"),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    options: list[str], said: str, bundle: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.format(model=model, bundle=bundle) for word in options]
+    assert main(["ask", str(bundle), "photo.png", "what?", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_package_is_one_line(bundle: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(
+        ResPruneError, match=r"needs llama-cpp-python; pip install 'resprune\[llamacpp\]'"
+    ) as caught:
+        Pipeline.load(bundle, generator=llamacpp(model))
+    one_sentence(caught.value)
+
+
+def test_positions_with_gaps_are_refused(tiny_bundle: Callable[..., Path], model: Path) -> None:
+    with pytest.raises(ResPruneError, match="takes no gaps between the positions") as caught:
+        Pipeline.load(tiny_bundle("clip-llama", k=7, positions="original"), generator=llamacpp(model))
+    one_sentence(caught.value)
+
+
+def test_proportional_attention_is_refused(tiny_bundle: Callable[..., Path], model: Path) -> None:
+    bundle = tiny_bundle("clip-llama", k=7, split=True, attention="proportional")
+    with pytest.raises(ResPruneError, match=r"llama\.cpp attends to every row alike") as caught:
+        Pipeline.load(bundle, generator=llamacpp(model))
+    one_sentence(caught.value)
