@@ -152,9 +152,9 @@ class _TorchStages:
         import torch
 
         rows: list[Features] = []
-        # One by one: pictures differ in size, and what one needs is bounded.
+        # One by one: images differ in size, and what one needs is bounded.
         for image, picture in zip(images, pictures, strict=True):
-            with _faults("encode a picture", self._model.device), torch.inference_mode():
+            with _faults("encode an image", self._model.device), torch.inference_mode():
                 if self._components.planes:
                     rows.append(self._with_planes(picture))
                     continue

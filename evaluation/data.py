@@ -25,9 +25,9 @@ CROWD_TYPES = ("color", "shape", "existence", "position")
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture, and the answers that count as right.
+    """A question about an image, and the answers that count as right.
 
-    `picture` is the same for questions about the same picture, and `load` gives it; `type` may be empty.
+    `picture` is the same for questions about the same image, and `load` gives it; `type` may be empty.
     """
 
     number: int
@@ -44,9 +44,9 @@ class Question:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Questions in the order of their pictures; `fingerprint` changes when any of them does.
+    """Questions in the order of their images; `fingerprint` changes when any of them does.
 
-    Of the user's pictures it has size and time, of those that are drawn or come in a package the pixels of a few.
+    Of the user's images it has size and time, of those that are drawn or come in a package the pixels of a few.
     """
 
     name: str
@@ -75,7 +75,7 @@ def load_data(name: str) -> DataSet:
 def read_jsonl(path: Path) -> DataSet:
     """One object a line: `image` (a path, relative ones from the file's directory), `question`, `answer` or `answers`.
 
-    `type` is optional and groups the scores. `ResPruneError` names the line that is malformed or whose picture is
+    `type` is optional and groups the scores. `ResPruneError` names the line that is malformed or whose image is
     missing.
     """
     try:
@@ -118,10 +118,10 @@ def _parse(line: bytes, number: int, path: Path) -> Question:
     picture = path.parent / row["image"]
     try:
         there = picture.is_file()
-    except OSError as error:  # the name is too long, as a picture in base64 is, or a folder is closed to us
-        raise fault(f'"image" should be the path of a picture ({error.strerror})') from None
+    except OSError as error:  # the name is too long, as an image in base64 is, or a folder is closed to us
+        raise fault(f'"image" should be the path of an image ({error.strerror})') from None
     if not there:
-        raise fault(f"there is no picture {picture}")
+        raise fault(f"there is no image {picture}")
     return Question(
         number, str(picture), lambda: picture, row["question"], tuple(answers), row.get("type", "")
     )
@@ -148,10 +148,10 @@ def _easy_type(answer: str) -> str:
 
 
 def _scenes(name: str) -> DataSet:
-    """Two questions about each of a thousand held-out pictures.
+    """Two questions about each of a thousand held-out images.
 
-    `scenes`: those of the training's kind, its types of question in its proportions. `crowd`: eight small objects a
-    picture, and questions about one of them, so that few tokens matter and the question says which.
+    `scenes`: those of the training's kind, its types of question in its proportions. `crowd`: eight small objects an
+    image, and questions about one of them, so that few tokens matter and the question says which.
     """
     _need(name, "skimage", "sklearn")
     demo_questions, scenes = (_from_checkout(f"demo.{module}", name) for module in ("questions", "scenes"))
@@ -172,7 +172,7 @@ def _scenes(name: str) -> DataSet:
 
 
 def _fingerprinted(name: str, questions: Sequence[Question]) -> DataSet:
-    """Of every question, and of the pixels of a few pictures from all over the set."""
+    """Of every question, and of the pixels of a few images from all over the set."""
     words = [(question.picture, question.text, question.answers, question.type) for question in questions]
     digest = hashlib.sha256(json.dumps(words).encode())
     data = DataSet(name, "", tuple(questions))

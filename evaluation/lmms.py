@@ -1,4 +1,4 @@
-"""A model plugin for lmms-eval: a bundle, or a checkpoint in PyTorch, that keeps K tokens of every picture.
+"""A model plugin for lmms-eval: a bundle, or a checkpoint in PyTorch, that keeps K tokens of every image.
 
 lmms-eval finds it by the entry point `lmms_eval.models` and calls it by `--model resprune --model_args model=…,k=…`.
 """
@@ -30,7 +30,7 @@ from resprune.runtime.prompt.splice import Ints
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 
-# What tasks write below a question; its nouns ("word", "phrase", "letter") are not in the picture.
+# What tasks write below a question; its nouns ("word", "phrase", "letter") are not in the image.
 INSTRUCTION = re.compile(r"\n(?:Answer |Please answer |When the provided information ).*", re.DOTALL)
 
 
@@ -109,10 +109,10 @@ class ResPrune(lmms):  # type: ignore[misc]
         pictures = visuals(self.task_dict[task][split][document])
         if not pictures:
             raise ResPruneError(
-                f"question {document} of {task} has no picture; choose tasks whose questions all have"
+                f"question {document} of {task} has no image; choose tasks whose questions all have"
             )
         if not all(isinstance(picture, Image.Image | str) for picture in pictures):
-            raise ResPruneError(f"question {document} of {task} has more than pictures; choose another task")
+            raise ResPruneError(f"question {document} of {task} has more than images; choose another task")
         encoded = self._model.look(pictures)
         question = INSTRUCTION.sub("", context)
         about = [question[start:end] for start, end in question_terms(question)]

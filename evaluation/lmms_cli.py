@@ -32,7 +32,7 @@ def register_lmms(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "lmms",
         help="run published benchmarks through lmms-eval",
-        description="Answer the questions of lmms-eval's tasks with K visual tokens of each picture.",
+        description="Answer the questions of lmms-eval's tasks with K visual tokens of each image.",
     )
     parser.add_argument(
         "model",

@@ -28,7 +28,7 @@ def index(names: list[str]) -> TaskManager:
 
 
 def find_tasks(names: list[str], manager: TaskManager, limit: int | None, work: Path) -> list[str | Task]:
-    """What lmms-eval takes for each name; the pictures of this project's own tasks are written under `work`.
+    """What lmms-eval takes for each name; the images of this project's own tasks are written under `work`.
 
     `limit` is how many questions of its own tasks are taken, at even distances as `resprune eval` takes them.
     Raises `ResPruneError` for a name that nothing is known by, and for a file that is no task.

@@ -171,7 +171,7 @@ def write(directory: Path, sheets: Sequence[Sheet], plan: Plan, model: Model) ->
 def panel(sheet: Sheet, plan: Plan, num_tokens: int | None, intervals: Sequence[str] | None = None) -> Panel:
     """A data set's curves; a band is the interval of `intervals` (None: of the selector named first).
 
-    A share of the tokens stands where it does for a picture of N tokens. Where N varies all budgets are shares
+    A share of the tokens stands where it does for an image of N tokens. Where N varies all budgets are shares
     (`evaluate` refuses a mix) or all are numbers.
     """
     percent = num_tokens is None and any(budget.share is not None for budget in plan.budgets)

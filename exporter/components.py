@@ -79,7 +79,7 @@ class Components:
     max_tokens: int | None = None
     """The largest N there is, where it varies."""
     places: Callable[[tuple[Tensor, ...]], tuple[Tensor, int]] | None = None
-    """For M-RoPE: the vision graph's inputs → where its picture's tokens stand, [3, N] from the first, and how far
+    """For M-RoPE: the vision graph's inputs → where its image's tokens stand, [3, N] from the first, and how far
     the text after them does."""
     plane_layers: tuple[int, ...] = ()
     """The decoder layers that planes are added after, one a plane. Plane i is the vision's output `plane_features.i`
@@ -89,7 +89,7 @@ class Components:
     protected: Callable[[tuple[Tensor, ...]], Tensor] | None = None
     """For families whose rows may be protected: the vision graph's inputs → which rows are, [B, N] bool."""
     padding: str | None = None
-    """The vision graph's int64 input [batch_size, N], or [batch_size, N, T], that is below 0 where a picture of the
+    """The vision graph's int64 input [batch_size, N], or [batch_size, N, T], that is below 0 where an image of the
     batch has no token."""
     proportional: bool = False
     """Whether the decoder's mask takes counts, and the selection is to give them (`language.proportional`)."""

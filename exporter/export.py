@@ -61,7 +61,7 @@ PACKAGES = ("resprune", "torch", "transformers", "onnx", "onnxscript")
 
 @dataclass(frozen=True)
 class Options:
-    """What the user may choose: `k` tokens a picture, or a `share` of its tokens, above 0 and at most 1.
+    """What the user may choose: `k` tokens an image, or a `share` of its tokens, above 0 and at most 1.
 
     `early` is a first selection inside the vision tower, as `early.Request.parse` reads it.
     `alpha`, `positions` and `attention` None mean the family's default, `max_pixels` None the checkpoint's own limit,
@@ -337,11 +337,11 @@ class _Export:
             return checkpoint
         if not family.any_size:
             raise ResPruneError(
-                f"{family.title} brings every picture to sizes of its own; leave out --max-pixels"
+                f"{family.title} brings every image to sizes of its own; leave out --max-pixels"
             )
         if self.options.max_pixels < 1:
             raise ResPruneError(
-                f"--max-pixels {self.options.max_pixels} is no size of a picture; give a number from 1"
+                f"--max-pixels {self.options.max_pixels} is no size of an image; give a number from 1"
             )
         return replace(checkpoint, image_processor={"max_pixels": self.options.max_pixels})
 
@@ -351,12 +351,12 @@ class _Export:
         k = options.k or share_of(options.share or 0.0, n)  # the other one is None
         if k > n:
             most = "the" if components.num_tokens else "the at most"
-            raise ResPruneError(f"-k {k} is more than {most} {n} visual tokens of a picture; give 1 to {n}")
+            raise ResPruneError(f"-k {k} is more than {most} {n} visual tokens of an image; give 1 to {n}")
         if self.early is not None and components.num_tokens:
             left = n - self.early.of + self.early.tokens
             if k > left:
                 raise ResPruneError(
-                    f"-k {k} is more than the {left} visual tokens that --early leaves of a picture; give 1 to {left}"
+                    f"-k {k} is more than the {left} visual tokens that --early leaves of an image; give 1 to {left}"
                 )
         return Selection(
             k,

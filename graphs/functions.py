@@ -167,8 +167,8 @@ def residual_select_function(
 def kept_counts_function(*, opset: int) -> ir.Function:
     """`KeptCounts`: visual [B,N,D], token_mask [B,N], kept_indices [B,K] ascending, −1 for none → counts [B,K] int64.
 
-    How many of a picture's tokens each kept one stands for: itself, and every dropped token whose largest cosine with
-    a kept one is the one with it. The counts add up to the picture's tokens; where there is no index, 0.
+    How many of an image's tokens each kept one stands for: itself, and every dropped token whose largest cosine with
+    a kept one is the one with it. The counts add up to the image's tokens; where there is no index, 0.
     """
 
     def body(op: Any, visual: Any, token_mask: Any, kept_indices: Any) -> Any:
@@ -250,7 +250,7 @@ def _loop(op: Any, state: Any, fixed: _Fixed) -> tuple[Any, Any]:
     left = op.Sub(op.Size(fixed.tokens), fixed.first)
     trips = op.Min(
         op.Max(left, 0), fixed.steps
-    )  # a picture of fewer than k tokens needs no more steps than it has
+    )  # an image of fewer than k tokens needs no more steps than it has
     at = fixed.first  # in the names too, so that nobody has to keep those of two Loops apart
     rows = ir.Shape(["batch_size", "num_tokens"])
     carried = {"energy": rows, "fill": rows, "columns": ir.Shape(["batch_size", fixed.steps, "num_tokens"])}

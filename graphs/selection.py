@@ -121,7 +121,7 @@ def attach_selection(
     `token_select_model`; its inputs `text_embeds`, `text_mask` and, with `counts`, `num_kept`, with `protected`,
     `protected_mask` are added.
     Tensors in external files stay there: only their references are copied. `padding` names an int64 input
-    [batch_size, N] of the encoder, or [batch_size, N, T], that is below 0 where a picture with fewer tokens than the
+    [batch_size, N] of the encoder, or [batch_size, N, T], that is below 0 where an image with fewer tokens than the
     others has none; without it every token is a candidate. If the encoder has an output `token_mask` [batch_size, N]
     bool, that says which tokens are, and stays an output.
 

@@ -45,8 +45,8 @@ class Row:
 class Batch:
     """One or more answers that a backend writes together; it goes on only as far as one of them is read.
 
-    What ends it before its end is kept: every answer of it raises that from then on, so none reads as a whole one.
-    Of Ctrl-C, which whoever reads then gets, later readers are told by a `ResPruneError`.
+    An error that ends the batch early is kept: every answer of it raises that error from then on, so that none looks
+    complete. Ctrl-C reaches only the thread that reads; later readers get a `ResPruneError`.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class Answer:
 
     @property
     def timings(self) -> dict[str, float]:
-        """Milliseconds of each stage; for a batch, those of the whole batch."""
+        """Milliseconds of each stage: pixels, prompt, vision, prefill, decode. Of a batch, those of the whole batch."""
         self.finish()
         return dict(self._batch.timings)
 

@@ -1,4 +1,4 @@
-"""How many tokens of a picture to keep: a number, a share, or all."""
+"""How many tokens of an image to keep: a number, a share, or all."""
 
 from dataclasses import dataclass
 
@@ -32,7 +32,7 @@ class Budget:
 
     @property
     def everything(self) -> bool:
-        """Whether nothing is left out."""
+        """Whether all tokens are kept."""
         return self.k is None and self.share is None
 
     def of(self, num_tokens: int) -> int:

@@ -10,7 +10,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class ResPruneError(Exception):
-    """Something the user can put right; its text is one sentence that says how. The CLI exits with 2."""
+    """An error that the user can correct. Its text is one line that says how; the CLI exits with status 2."""
 
 
 class UnavailableError(ResPruneError):
@@ -57,7 +57,7 @@ def tokenizer_panics(what: str) -> Iterator[None]:
 
 @contextmanager
 def permission_faults() -> Iterator[None]:
-    """Turn a file that this user may not use into one sentence."""
+    """Turn a `PermissionError` into a `ResPruneError` that names the file."""
     try:
         yield
     except PermissionError as error:

@@ -1,4 +1,4 @@
-"""From images and a question to an answer: the runtime's front door."""
+"""From images and a question to an answer: what a program that answers begins with."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ class Pipeline:
     ) -> Pipeline:
         """Check a bundle and open it.
 
-        `check_hashes=False` leaves out the SHA-256 of the files; `providers` and `threads` as in `SessionOptions`;
-        a picture of more than `max_pixels` is refused before it is decoded; `engines`, a
-        flavour of TensorRT, takes the bundle's engines for the GPU at hand in place of ONNX Runtime; `generator` opens
-        what answers, and the bundle's decoder is left alone if that is something else.
-        Raises `ResPruneError` for a bundle that is incomplete, altered or made by a newer resprune.
+        `check_hashes=False` skips the SHA-256 of the files. `providers` and `threads` are those of `SessionOptions`.
+        An image of more than `max_pixels` is refused before it is decoded. `engines` ("tensorrt" or "tensorrt-rtx")
+        runs the bundle's engines for the GPU at hand instead of ONNX Runtime. `generator` opens another backend, such
+        as `servers.server(url)`; the bundle's decoder is then not opened.
+        Raises `ResPruneError` if the bundle is incomplete, altered, or made by a newer resprune.
         """
         start = perf_counter()
         options = SessionOptions(providers, threads)
@@ -108,7 +108,7 @@ class Pipeline:
 
     @property
     def manifest(self) -> Manifest:
-        """What the bundle says of itself."""
+        """The contents of the bundle's `resprune.json`."""
         return self._bundle.manifest
 
     def ask(
@@ -165,7 +165,7 @@ class Pipeline:
         )
         if not len(listed) == len(questions) == len(terms):
             raise ResPruneError(
-                f"a batch has one picture (or list of pictures) a question: "
+                f"a batch has one image (or list of images) a question: "
                 f"got {len(listed)} for {len(questions)} questions"
                 + ("" if about is None else f" and {len(terms)} entries of about")
             )
@@ -197,7 +197,10 @@ class Pipeline:
         return View(self, Encoded([], None))
 
     def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
-        """Where each visual token lies in an image of `image_size` (width, height) pixels; None for nowhere."""
+        """Where each visual token lies in an image of `image_size` (width, height): left, top, right, bottom in pixels.
+
+        None for a token that shows no part of the image, such as the newline after a row of tiles.
+        """
         size = [
             whole(side, "each side of image_size", 1) for side in items(image_size, "image_size", "a pair")
         ]
@@ -208,7 +211,7 @@ class Pipeline:
         return self._walk.preprocessor.boxes((size[0], size[1]))
 
     def close(self) -> None:
-        """Free the sessions; nothing can be asked afterwards, nor an answer be read further."""
+        """Free the sessions. Asking afterwards, or reading on in an open answer, raises `ResPruneError`."""
         if self._closed:
             return
         self._closed = True
@@ -390,7 +393,7 @@ class View:
         return answer if stream else answer.finish()
 
     def chat(self) -> Chat:
-        """A conversation about these pictures, which begins empty."""
+        """A conversation about these images, which begins empty."""
         return Chat(self)
 
 
@@ -464,7 +467,7 @@ def _wanted(tokens: Tokens, pictures: Sequence[Picture]) -> list[int | None]:
 def _listed(image: Images) -> list[ImageSource]:
     listed: list[ImageSource] = list(image) if isinstance(image, list | tuple) else [image]
     if not listed:
-        raise ResPruneError("there is no picture; give at least one")
+        raise ResPruneError("there is no image; give at least one")
     return listed
 
 

@@ -45,7 +45,7 @@ def drawing_paths(path: str, sources: Sequence[object]) -> list[Path]:
             if not os.access(target if target.exists() else target.parent, os.W_OK):
                 raise ResPruneError(f"{target} cannot be written; draw to another path")
             if any(_same_file(target, source) for source in sources):
-                raise ResPruneError(f"the drawing would replace the picture {target}; draw to another path")
+                raise ResPruneError(f"the drawing would replace the image {target}; draw to another path")
     except (OSError, ValueError) as error:  # ValueError: an empty path
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise ResPruneError(

@@ -114,7 +114,7 @@ class Walk:
         return Encoded(pictures, features)
 
     def embed(self, prompts: Sequence[Prompt]) -> list[Floats]:
-        """Input embeddings [S_b, D] of each prompt; those of its image tokens are of no meaning."""
+        """Input embeddings [S_b, D] of each prompt; the rows of its image tokens are placeholders."""
         ids = np.concatenate([prompt.ids_to_embed(self.manifest.image_token_id) for prompt in prompts])
         try:
             embeds = self.embed_tokens(ids[None])[0]  # [S_0 + S_1 + …, D]
@@ -177,7 +177,7 @@ class Walk:
             whole = self.splits and budget == picture.num_tokens
             if not (1 <= budget <= selection.k or whole):
                 raise ResPruneError(
-                    f"this bundle keeps {selection.k} tokens of a picture, so tokens should be 1 to {selection.k}, "
+                    f"this bundle keeps {selection.k} tokens of an image, so tokens should be 1 to {selection.k}, "
                     f"not {shown(budget)}; export with a larger -k for more"
                 )
             budgets.append(budget)

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and its kin: one tower, one two-layer projector, a fixed number of visual tokens for each picture."""
+"""LLaVA-1.5 and its kin: one tower, one two-layer projector, a fixed number of visual tokens for each image."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
 
 
 def tower_output(tower: nn.Module, size: tuple[int, int], mode: FakeTensorMode) -> tuple[int, int]:
-    """N and D of what a weightless tower and its projector make of pictures of `size`, height and width.
+    """N and D of what a weightless tower and its projector make of images of `size`, height and width.
 
     Raises `ResPruneError` where the tower refuses that size, or lacks a layer that the config names.
     """
@@ -94,7 +94,7 @@ def check_tower(config: Any) -> None:
 
 
 def pixel_size(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Height and width of the pictures that the runtime makes by the checkpoint's image processor."""
+    """Height and width of the images that the runtime makes by the checkpoint's image processor."""
     processor = ImageProcessor.from_config(image_processor_config(checkpoint))
     pixels = processor(Image.new("RGB", (32, 32)))
     return pixels.shape[1], pixels.shape[2]

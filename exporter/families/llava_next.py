@@ -1,6 +1,6 @@
-"""LLaVA-NeXT: the tower and projector of LLaVA over tiles, whose rows are packed into one sequence a picture.
+"""LLaVA-NeXT: the tower and projector of LLaVA over tiles, whose rows are packed into one sequence an image.
 
-Which rows a picture's sequence has depends on its size alone, so the runtime computes their numbers (in integers, as
+Which rows an image's sequence has depends on its size alone, so the runtime computes their numbers (in integers, as
 transformers does) and the graph gathers them: exact by construction, for any resolution, and the graph
 has no branch, no loop and no shape that depends on the data.
 """
@@ -38,7 +38,7 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
 
 
 def _any_resolution(checkpoint: Checkpoint, config: Any) -> AnyResolution:
-    """What the runtime will do with pictures; `ResPruneError` where the processor's resolutions are not the model's."""
+    """What the runtime will do with images; `ResPruneError` where the processor's resolutions are not the model's."""
     anyres = AnyResolution.from_config(
         image_processor_config(checkpoint), **square_tower(config.vision_config)
     )
@@ -73,9 +73,9 @@ def any_resolution_component(
     sizes_compared: Sequence[tuple[int, int]],
     mode: FakeTensorMode,
 ) -> Component:
-    """The vision component of pictures that `anyres`, the runtime's preprocessor, cuts and packs.
+    """The vision component of images that `anyres`, the runtime's preprocessor, cuts and packs.
 
-    `packing` are the graph's inputs beside `pixel_values`; `sizes_compared` the (width, height) of the pictures that it
+    `packing` are the graph's inputs beside `pixel_values`; `sizes_compared` the (width, height) of the images that it
     is compared with, in turn. `ResPruneError` where the tower's rows are not as many as the runtime packs.
     """
     tiles = Vision(
@@ -126,6 +126,6 @@ def any_resolution_component(
 
 
 def sample_sizes(anyres: AnyResolution) -> list[tuple[int, int]]:
-    """(width, height) of pictures to compare with: wide, tall, and within one tile, unpadded differently."""
+    """(width, height) of images to compare with: wide, tall, and within one tile, unpadded differently."""
     tile = anyres.tile
     return [(2 * tile, tile), (tile, 2 * tile + tile // 3), (tile // 2 + 1, tile // 2)]

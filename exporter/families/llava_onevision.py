@@ -46,7 +46,7 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
 
 
 def _interpolated(processor: LimitedResolution) -> list[tuple[int, int]]:
-    """(width, height) of the smallest picture that fills a resolution past the limit; none if there is no such."""
+    """(width, height) of the smallest image that fills a resolution past the limit; none if there is no such."""
     past = [
         (width, height) for height, width in processor.resolutions if processor.interpolates((width, height))
     ]

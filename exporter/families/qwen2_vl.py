@@ -1,4 +1,4 @@
-"""Qwen2.5-VL, and Qwen2-VL, whose tower is the same without windows: pictures of any size, and M-RoPE.
+"""Qwen2.5-VL, and Qwen2-VL, whose tower is the same without windows: images of any size, and M-RoPE.
 
 One vision graph serves every grid. Whatever depends on the grid alone comes in as integers that the runtime computes
 (runtime/families/qwen2_vl.py). Rows stay in merge order from end to end: windowed attention gathers them into its
@@ -42,11 +42,11 @@ MODELS: dict[str, tuple[Any, Any]] = {
 }
 
 MAX_SIDE = 16
-"""Merged tokens a side of a window, of which Qwen2.5-VL's have 4: the comparison's pictures hold two and more."""
+"""Merged tokens a side of a window, of which Qwen2.5-VL's have 4: the comparison's images hold two and more."""
 
 
 class _Vision(nn.Module):
-    """The patches of one picture [P, C·T·p·p] in merge order → image_features [1, N, D], N = P / merge_size².
+    """The patches of one image [P, C·T·p·p] in merge order → image_features [1, N, D], N = P / merge_size².
 
     `patch_positions` [P, 2] int64 are the row and column of each patch; for a tower with windows, `window_patches`
     [W, L] int64 are the patches of each window (−1: none) and `window_slots` [P] int64 the place of each patch in it.

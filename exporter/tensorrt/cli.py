@@ -40,11 +40,11 @@ def register_build(subparsers: Any) -> None:
         "limits", "what the engines take: one number, or the least, the usual and the most"
     )
     for option, about in (
-        ("batch", "pictures, and questions, at once (default: 1,1,4)"),
+        ("batch", "images, and questions, at once (default: 1,1,4)"),
         ("nouns", "tokens of the question's nouns (default: 1,4,64)"),
         (
             "tokens",
-            "visual tokens of a picture before the selection, where that varies (default: half of the most)",
+            "visual tokens of an image before the selection, where that varies (default: half of the most)",
         ),
         ("prompt", "tokens of a pruned prompt (default: 1, K + 32, 2 K + 512)"),
     ):

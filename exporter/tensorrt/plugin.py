@@ -19,7 +19,7 @@ from resprune.runtime.backends.cuda import gpu_at_hand
 def plugin_versions(graph: Path, flavour: str, num_tokens: int) -> tuple[dict[str, str], str]:
     """What an engine of `graph` depends on if it is to carry the kernel, else nothing; and a note on which it is.
 
-    `num_tokens` is the most visual tokens of a picture. The plugin is registered with this process, for its GPU.
+    `num_tokens` is the most visual tokens of an image. The plugin is registered with this process, for its GPU.
     """
     if flavour != "tensorrt":
         return {}, ""

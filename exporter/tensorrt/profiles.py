@@ -16,7 +16,7 @@ MOST_CONTEXT = 4096  # unless asked for: the cache of a whole context is what fi
 class Limits:
     """What engines are built for, each as least, usual, most; None is `with_defaults`' to fill in.
 
-    `batch`: pictures, and questions, at once; `nouns`: tokens of the question's nouns; `tokens`: a picture's visual
+    `batch`: images, and questions, at once; `nouns`: tokens of the question's nouns; `tokens`: an image's visual
     tokens before the selection, where that varies; `prompt`: tokens of a pruned prompt; `context`: most tokens of
     prompt and answer together.
     """
@@ -62,10 +62,8 @@ def _with_defaults(bundle: Bundle, limits: Limits) -> tuple[Range, Range, int]:
     largest = selection.num_tokens or selection.max_tokens or selection.k
     tokens = limits.tokens or (1, max(1, largest // 2), largest)
     if tokens[2] > largest:
-        raise ResPruneError(
-            f"--tokens should end at {largest}, this bundle's largest picture, not {tokens[2]}"
-        )
-    # Pruned prompts are K and a question long; twice that serves two pictures or a conversation.
+        raise ResPruneError(f"--tokens should end at {largest}, this bundle's largest image, not {tokens[2]}")
+    # Pruned prompts are K and a question long; twice that serves two images or a conversation.
     room = min(context - 1, 2 * selection.k + 512)
     prompt = limits.prompt or (1, min(room, selection.k + 32), room)
     if prompt[2] >= context:

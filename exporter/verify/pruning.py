@@ -1,6 +1,6 @@
-"""The selection by itself, for models whose sample picture has no more tokens than K, so that none is dropped.
+"""The selection by itself, for models whose sample image has no more tokens than K, so that none is dropped.
 
-A picture with more would take minutes in a tower of real size; the selection needs none.
+An image with more would take minutes in a tower of real size; the selection needs none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from resprune.runtime.bundle.manifest import Selection
 
 TEXT_TOKENS = 5
 PICKS = 128
-"""Twice a segment of the Loop: more would take minutes for the budgets of the largest pictures, and try nothing new."""
+"""Twice a segment of the Loop: more would take minutes for the budgets of the largest images, and try nothing new."""
 
 
 def pruned_picks(worker: OrtWorker, folder: Path, selection: Selection, hidden_size: int) -> tuple[int, int]:

@@ -207,7 +207,7 @@ def keep(visual: Tensor, pick_order: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kept_counts(visual: Tensor, kept_indices: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    """How many of a picture's tokens each kept one stands for: itself, and every dropped token most similar to it.
+    """How many of an image's tokens each kept one stands for: itself, and every dropped token most similar to it.
 
     Similar is the cosine; of cosines within TIE of the largest the lowest index counts.
 
@@ -217,7 +217,7 @@ def kept_counts(visual: Tensor, kept_indices: Tensor, token_mask: Tensor | None 
         token_mask: [B, N] bool, False where a row is padding, which nobody stands for.
 
     Returns:
-        [B, K] int64, 0 where there is no index. They add up to the picture's tokens.
+        [B, K] int64, 0 where there is no index. They add up to the image's tokens.
 
     """
     cosine = _cosines(visual.float(), kept_indices)
@@ -233,7 +233,7 @@ def counts_within_rounding(
     """Which of `counts` [B, K] float32 may come to, for it cannot tell cosines closer than ROUNDING: [B, K] bool.
 
     A count lies between the tokens that are its own beyond doubt and those that may be; the other arguments are those
-    of `kept_counts`. False for all of a picture whose counts do not add up to its tokens. Computed in float64.
+    of `kept_counts`. False for all of an image whose counts do not add up to its tokens. Computed in float64.
     """
     cosine = _cosines(visual.double(), kept_indices)
     best = cosine.amax(dim=2, keepdim=True)

@@ -48,7 +48,7 @@ SIZES = {"batch_size": 3, "sequence_length": 4, "past_sequence_length": 6}
 """Other than while tracing, so that an axis that was taken for a constant shows."""
 SEEDS = (20, 21, 22)
 """The first is enough, unless two scores or two logits are so close that rounding decides between them: then another
-picture is tried. A graph that is wrong misses with all."""
+image is tried. A graph that is wrong misses with all."""
 PROMPT_TOKENS = 8
 GREEDY_TOKENS = 32
 TEXT_ATOL = 2.0
@@ -56,7 +56,7 @@ TEXT_ATOL = 2.0
 SELECTED = ("early picks", "picks", "kept counts", "split picks", "split counts")
 COUNTED = (*SELECTED, "greedy tokens")
 _Question = tuple[tuple[Tensor, ...], Tensor, Tensor]
-"""Pictures, nouns and their mask."""
+"""Images, nouns and their mask."""
 
 
 class _Selected(NamedTuple):
@@ -101,7 +101,7 @@ class Verifier:
         width = 8 if choice.element == "float32" else 10
         needed = width * sum(math.prod(stored[name].shape) for name in set().union(*names.values()))
         self.has_decoder = needed < available_memory() if level == "auto" else level == "full"
-        # Where memory is short a picture at a time is enough: the graphs were traced with two.
+        # Where memory is short an image at a time is enough: the graphs were traced with two.
         self._pictures = SIZES["batch_size"] if self.has_decoder else 1
         self._selected: dict[int, tuple[_Question, _Selected]] = {}
 
@@ -319,7 +319,7 @@ class Verifier:
     def compare_greedy(
         self, worker: OrtWorker, graphs: Mapping[str, Path], selection: Selection, positions: str
     ) -> Counted:
-        """A whole answer: equal greedy tokens and all tokens, after a seeded prompt with one pruned picture."""
+        """A whole answer: equal greedy tokens and all tokens, after a seeded prompt with one pruned image."""
         for seed in SEEDS:
             equal = self._equal_tokens(worker, graphs, selection, positions, seed)
             if equal == GREEDY_TOKENS or "greedy tokens" not in self.exact:
@@ -387,9 +387,9 @@ class Verifier:
         return embeds.float()
 
     def _question(self, batch_size: int, seed: int) -> _Question:
-        """Seeded pictures, nouns [B, M, D], and their mask [B, M] with padding in the last picture's row.
+        """Seeded images, nouns [B, M, D], and their mask [B, M] with padding in the last image's row.
 
-        B is `batch_size`, or as many pictures as the vision graph takes.
+        B is `batch_size`, or as many images as the vision graph takes.
         """
         fixed = self._components.vision.outputs[0].shape[0]
         batch_size = fixed if isinstance(fixed, int) else batch_size
@@ -433,7 +433,7 @@ class Verifier:
         return _Selected(list(planes), gain, picks, left, early)
 
     def _candidates(self, images: Sequence[Tensor], left: Tensor | None = None) -> Tensor | None:
-        """Which of the N tokens each picture has, [B, N] bool; None: all of them. `left`: those that its tower left."""
+        """Which of the N tokens each image has, [B, N] bool; None: all of them. `left`: those that its tower left."""
         if left is not None:
             return left
         if self._components.padding is None:
@@ -467,7 +467,7 @@ def _kept_early(got: Mapping[str, NDArray[Any]]) -> tuple[Tensor, ...]:
 
 
 def _shares(k: int, batch_size: int) -> Tensor:
-    """Three quarters of the picks of the first picture, half of the second's …: [B] int64, each at least one."""
+    """Three quarters of the picks of the first image, half of the second's …: [B] int64, each at least one."""
     return torch.tensor([max(1, k - (picture + 1) * k // 4) for picture in range(batch_size)])
 
 

@@ -1,6 +1,6 @@
 """The Triton kernel of `ResidualSelect`: G = V Vᵀ as tiles, then K picks of the pivoted Cholesky factorisation.
 
-One launch does both. Programs of a picture first share the tiles of G's lower half; then each keeps its blocks of
+One launch does both. Programs of an image first share the tiles of G's lower half; then each keeps its blocks of
 tokens through all picks, and one barrier a pick is all they say to each other.
 
 **Bytes and floor**, from an H100 SXM's data sheet (3.35 TB/s, 50 MB of L2, 494 TFLOP/s TF32, 989 TFLOP/s FP16):
@@ -70,7 +70,7 @@ def residual_select(
 ):
     """From visual [B, N, D], gain [B, N] float32, token_mask [B, N] bool to pick_order [B, K] int64.
 
-    The grid is (programs of a picture, B); all programs of a picture must be on the GPU at the same time, at most
+    The grid is (programs of an image, B); all programs of an image must be on the GPU at the same time, at most
     MAX_PROGRAMS. Steps first_step … last_step − 1 are done: 0 is G, 1 the scores before any pick, 2 + t pick t, and
     K + 2 is the end. A launch for each step needs no barrier, and is how the interpreter runs a grid of many.
     TILE and DEPTH shape G's tiles, TOKENS is a block of tokens, STEPS a slice of earlier picks; all powers of 2.

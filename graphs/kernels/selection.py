@@ -10,10 +10,10 @@ from torch import Tensor
 from resprune.graphs.kernels import residual_select as kernel
 
 MAX_TOKENS = 32_768
-"""Of a picture: what MAX_BLOCKS blocks of TOKENS hold."""
+"""Of an image: what MAX_BLOCKS blocks of TOKENS hold."""
 
 MAX_PROGRAMS = int(kernel.MAX_PROGRAMS.value)
-"""Of a picture: what the kernel's first barrier has room for."""
+"""Of an image: what the kernel's first barrier has room for."""
 
 OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 """For the compiler."""
@@ -36,7 +36,7 @@ def constants(hidden_size: int, k: int, dtype: str) -> dict[str, int | str]:
 
 
 def scratch_words(num_tokens: Any, k: int) -> Any:
-    """float32 words a picture: header, greetings and answers, tops [2, blocks], then [N] rows and [N, K] and [N, N].
+    """float32 words an image: header, greetings and answers, tops [2, blocks], then [N] rows and [N, K] and [N, N].
 
     The rows are energy [2, N], score [2, N] and fill [N]; L is [N, K] and G is [N, N]. `num_tokens` is an int, or an
     expression of TensorRT's, and so is the result.
@@ -55,7 +55,7 @@ def residual_select(
         gain: [B, N] from TextGain, as float32.
         k: tokens to keep per image.
         token_mask: [B, N] bool, False where a row is padding and may never be picked.
-        programs: of a picture; by default as many as the GPU can hold at the same time.
+        programs: of an image; by default as many as the GPU can hold at the same time.
 
     Returns:
         [B, k] int64 token indices in the order picked, −1 where fewer than k rows are valid.
@@ -68,7 +68,7 @@ def residual_select(
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if N > MAX_TOKENS:
-        raise ValueError(f"at most {MAX_TOKENS} tokens a picture, got {N}")
+        raise ValueError(f"at most {MAX_TOKENS} tokens an image, got {N}")
     dtype = str(visual.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"visual must be one of {', '.join(DTYPES)}, got {dtype}")
@@ -77,7 +77,7 @@ def residual_select(
     if programs is None:
         programs = programs_of_a_picture(processors(visual.device), B)
     if programs > MAX_PROGRAMS:
-        raise ValueError(f"at most {MAX_PROGRAMS} programs a picture, got {programs}")
+        raise ValueError(f"at most {MAX_PROGRAMS} programs an image, got {programs}")
     picks = torch.empty((B, k), dtype=torch.int64, device=visual.device)
     scratch = torch.empty((B, scratch_words(N, k)), dtype=torch.float32, device=visual.device)
     # Programs that wait for each other: a cooperative launch begins only when all of them fit.

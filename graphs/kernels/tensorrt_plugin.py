@@ -25,8 +25,8 @@ PLUGIN = f"{DOMAIN}::{RESIDUAL_SELECT}"
 def register(*, capability: int, processors: int) -> None:
     """Register the plugin in this process, for engines of a GPU with this compute capability (87 is 8.7).
 
-    The programs of a picture wait for each other, so all must be on the GPU at once: `processors`, its number of
-    multiprocessors, is how many the pictures of a batch share. Two programs fit on one, so that two engines may run
+    The programs of an image wait for each other, so all must be on the GPU at once: `processors`, its number of
+    multiprocessors, is how many the images of a batch share. Two programs fit on one, so that two engines may run
     beside each other; who runs more of them at the same time gives a part of that number.
 
     Raises:

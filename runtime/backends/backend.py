@@ -82,11 +82,11 @@ class Place:
 
     @staticmethod
     def of(spliced: Spliced) -> "Place":
-        """At the prompt, before the prefill."""
+        """The place at the prompt, before the prefill."""
         return Place(spliced.attention_mask, spliced.position_ids)
 
     def step(self) -> None:
-        """On to one more token a row."""
+        """The place after one more token per row."""
         more = np.ones((len(self.attention_mask), 1), np.int64)
         self.attention_mask = np.concatenate([self.attention_mask, more], axis=1)
         self.position_ids = self.position_ids[..., -1:] + 1
@@ -126,7 +126,7 @@ BackendFactory = Callable[[Bundle, Embedding, SessionOptions], Backend]
 
 
 class LocalBackend:
-    """Answers from logits, which are sampled here."""
+    """A backend that samples from the logits of a local decoder."""
 
     def __init__(self, decoder: Decoder, eos: frozenset[int], image_token_id: int) -> None:
         self.decoder = decoder
@@ -178,13 +178,13 @@ def expanded_ids(request: Request, row: int, image_token_id: int) -> list[int]:
 
 
 def require_images(request: Request, title: str) -> None:
-    """`ResPruneError` for a prompt without an image, which `title` is not given here."""
+    """`ResPruneError` if a prompt has no image. `title` names the backend, which takes prompts with images only."""
     if not all(request.images):
         raise ResPruneError(f"{title} answers only about images here; give one")
 
 
 def require_plain_attention(bundle: Bundle, title: str) -> None:
-    """`ResPruneError` for a bundle whose rows count for more than themselves, which `title` cannot be told."""
+    """`ResPruneError` for a bundle with proportional attention. `title` names the backend, which ignores counts."""
     if bundle.manifest.attention != "plain":
         raise ResPruneError(
             f"{title} attends to every row alike, and this bundle was exported with --attention "

@@ -249,7 +249,7 @@ def _image_rows(rows: Floats) -> str:
 
 
 def _chat_body(question: Question, image_embeds: Callable[[str], Any]) -> dict[str, Any]:
-    """Chat completions: the conversation, its pictures in place of the template's."""
+    """Chat completions: the conversation, its images in place of the template's."""
     if question.prompt.plain_text:
         raise ResPruneError(
             "this server makes the prompt of text, in which typed special tokens are control tokens; "
@@ -344,7 +344,7 @@ def _read_chat(question: Question, events: Iterator[dict[str, Any]]) -> Iterator
 
 
 def _sglang_body(question: Question) -> dict[str, Any]:
-    """SGLang's own /generate: token ids, and one dict with the rows of all pictures and the positions of all tokens."""
+    """SGLang's own /generate: token ids, and one dict with the rows of all images and the positions of all tokens."""
     body: dict[str, Any] = {
         "input_ids": question.expanded_ids,
         "sampling_params": _settings(question.sampling, _SGLANG, "SGLang", all_ids=-1),
@@ -379,11 +379,11 @@ def _read_sglang(question: Question, events: Iterator[dict[str, Any]]) -> Iterat
 
 
 _BY_GRID = (
-    "numbers the visual tokens of {family} by the picture's grid, so those that were kept would get wrong positions; "
+    "numbers the visual tokens of {family} by the image's grid, so those that were kept would get wrong positions; "
     "serve it with SGLang (--server-format sglang), or leave out --server"
 )
 _BY_SIZE = (
-    "lays out the visual tokens of {family} by the picture's size, so fewer of them cannot be passed; serve it with "
+    "lays out the visual tokens of {family} by the image's size, so fewer of them cannot be passed; serve it with "
     "vLLM (--server-format vllm) or TensorRT-LLM (--server-format trtllm)"
 )
 APIS = {

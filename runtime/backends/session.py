@@ -146,7 +146,7 @@ class OrtGraphs:
 
 @contextmanager
 def graph_faults(graph: str) -> Iterator[None]:
-    """Turn what onnxruntime raises while a graph runs (out of memory, a shape it refuses) into one sentence."""
+    """Turn what onnxruntime raises while a graph runs (out of memory, a shape it refuses) into a `ResPruneError`."""
     try:
         yield
     except Exception as error:

@@ -64,7 +64,7 @@ def pytorch_backend(model: str | Path) -> BackendFactory:
 def engine_backend(engine: str | Path) -> BackendFactory:
     """What `Pipeline.load(bundle, generator=…)` takes to answer from an engine of trtllm-build.
 
-        `engine` is its directory, built with `--max_multimodal_len` of at least K times the pictures of a batch, for
+        `engine` is its directory, built with `--max_multimodal_len` of at least K times the images of a batch, for
     a language model with a class of its own from the `language_model/` that `resprune export --for trtllm` writes.
     """
 

@@ -26,7 +26,7 @@ HASH_BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose manifest, and unless it was asked not to, whose files have been checked."""
+    """A bundle whose manifest and files have been checked by `read_bundle`."""
 
     root: Path
     manifest: Manifest
@@ -133,7 +133,10 @@ def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
 
 
 def write_manifest(root: str | Path, manifest: Manifest) -> None:
-    """Write `resprune.json` into `root`, after reading back that this version accepts it; the old one or the new."""
+    """Write `resprune.json` into `root`, after checking that this version can read it.
+
+    A reader sees the old manifest or the new one, never a part.
+    """
     text = manifest.to_json()
     Manifest.from_json(text)
     write_whole(Path(root) / MANIFEST_NAME, text.encode())

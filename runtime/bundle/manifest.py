@@ -82,8 +82,8 @@ class Selection:
     """What the selection inside the graph was built for.
 
     `num_tokens` is N, None where it varies by image; `max_tokens` is then the largest there is. `share` is the part
-    of a picture's tokens that was asked for in place of a number, and K what it comes to for the largest picture.
-    A manifest without `form` is of a time when there was the quadratic one only.
+    of an image's tokens that was asked for in place of a number, and K what it comes to for the largest image.
+    A manifest without `form` is an old one: quadratic.
     """
 
     k: int
@@ -96,7 +96,7 @@ class Selection:
     form: str = "quadratic"
 
     def budget(self, num_tokens: int) -> int:
-        """How many tokens of a picture with `num_tokens` are kept: K, or fewer if a share of them is fewer."""
+        """How many tokens of an image with `num_tokens` are kept: K, or fewer if a share of them is fewer."""
         return self.k if self.share is None else min(self.k, share_of(self.share, num_tokens))
 
 
@@ -234,7 +234,7 @@ def axis_names(axis: int | str) -> list[str]:
 
 
 def share_of(share: float, num_tokens: int) -> int:
-    """A share of a picture's tokens, rounded up; not by the rounding errors of a decimal fraction, though."""
+    """A share of an image's tokens, rounded up; not by the rounding errors of a decimal fraction, though."""
     return max(1, math.ceil(round(share * num_tokens, 6)))
 
 

@@ -1,4 +1,4 @@
-"""Pictures → pixel values, as the checkpoint's Hugging Face processor makes them, with Pillow and numpy.
+"""Images → pixel values, as the checkpoint's Hugging Face processor makes them, with Pillow and numpy.
 
 Equal to the processors' PIL backend (transformers 5) to the last bit, but for what `load_image` says. Where
 torchvision is installed, Hugging Face resizes with it, and that differs from its own PIL backend by rounding.
@@ -27,22 +27,22 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF"
 
 ImageSource: TypeAlias = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
 LARGEST = 1e30  # of the settings' numbers: far above any in use, far below where float32 ends
-Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the picture
+Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the image
 
 
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open a picture as 8-bit RGB, turned upright by its EXIF orientation.
+    """Open an image as 8-bit RGB, turned upright by its EXIF orientation.
 
     `source` is a path, the bytes of a file, a Pillow image, or a uint8 array [H, W], [H, W, 1], [H, W, 3] or
     [H, W, 4] (RGBA); float arrays are refused, as their range cannot be known. Transparent pixels are blended
     onto white and every other mode is converted by Pillow, as the Hugging Face processors do; 16-bit grey is
     scaled to 8 bits, where they clip it to white. Of an animation the first frame is taken, as they take it.
 
-    Raises `ResPruneError` for what is no picture (a video is called one), is cut short, or has more than
+    Raises `ResPruneError` for what is no image (a video is called one), is cut short, or has more than
     `max_pixels`, which is read from the header before anything is decoded (Pillow's own limit, twice
     `PIL.Image.MAX_IMAGE_PIXELS`, stands above it). A path has to lead to a plain file: a pipe may never end.
     """
-    name = printable(str(source)) if isinstance(source, str | Path) else "the picture"
+    name = printable(str(source)) if isinstance(source, str | Path) else "the image"
     max_pixels = whole(max_pixels, "max_pixels", 1)
     try:
         with warnings.catch_warnings():  # Pillow warns of broken EXIF and of sizes that are checked below
@@ -54,20 +54,20 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
                     f"make it smaller or raise the limit"
                 )
             if 0 in image.size:
-                raise ResPruneError(f"{name} has no pixels; give a picture with some")
+                raise ResPruneError(f"{name} has no pixels; give an image with some")
             image.load()
             return _rgb(ImageOps.exif_transpose(image), name)
     except (ResPruneError, KeyboardInterrupt):
         raise
     except FileNotFoundError:
-        raise ResPruneError(f"there is no file {name}; check the path of the picture") from None
+        raise ResPruneError(f"there is no file {name}; check the path of the image") from None
     except UnidentifiedImageError:
         if _is_video(source):
             raise ResPruneError(
-                f"{name} is a video, and this model answers about pictures; give one of its frames"
+                f"{name} is a video, and this model answers about images; give one of its frames"
             ) from None
         raise ResPruneError(
-            f"{name} is not a picture that can be read (formats: {', '.join(FORMATS)})"
+            f"{name} is not an image that can be read (formats: {', '.join(FORMATS)})"
         ) from None
     except Image.DecompressionBombError:
         raise ResPruneError(
@@ -75,9 +75,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         ) from None
     except Exception as error:  # on a damaged file Pillow's decoders raise what they like
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-        raise ResPruneError(
-            f"{name} cannot be read as a picture ({reason}); give an undamaged file"
-        ) from None
+        raise ResPruneError(f"{name} cannot be read as an image ({reason}); give an undamaged file") from None
 
 
 def _open(source: ImageSource, name: str) -> Image.Image:
@@ -90,10 +88,10 @@ def _open(source: ImageSource, name: str) -> Image.Image:
     elif isinstance(source, str | Path):
         file = Path(source)
         if not stat.S_ISREG(os.stat(file).st_mode):  # noqa: PTH116 - as load_image catches its faults
-            raise ResPruneError(f"{name} is not a plain file; save the picture to one and give that")
+            raise ResPruneError(f"{name} is not a plain file; save the image to one and give that")
     else:
         raise ResPruneError(
-            f"a picture is a path, bytes, a Pillow image or a numpy array, not {type(source).__name__}"
+            f"an image is a path, bytes, a Pillow image or a numpy array, not {type(source).__name__}"
         )
     Image.init()
     return Image.open(file, formats=[known for known in FORMATS if known in Image.OPEN])
@@ -121,19 +119,19 @@ def _is_video(source: ImageSource) -> bool:
 def _from_array(array: npt.NDArray[np.uint8]) -> Image.Image:
     if array.dtype != np.uint8:
         raise ResPruneError(
-            f"a numpy picture has to be uint8 in 0..255, not {array.dtype}; "
+            f"a numpy image has to be uint8 in 0..255, not {array.dtype}; "
             f"for floats in 0..1 give (255 * array).round().astype(np.uint8)"
         )
     if array.ndim == 4:
         raise ResPruneError(
-            f"an array of the shape {list(array.shape)} is a video, and this model answers about pictures; "
-            "give one of its frames, or a list of pictures"
+            f"an array of the shape {list(array.shape)} is a video, and this model answers about images; "
+            "give one of its frames, or a list of images"
         )
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
         raise ResPruneError(
-            f"a numpy picture has the shape [H, W], [H, W, 3] or [H, W, 4], not {list(array.shape)}; transpose it"
+            f"a numpy image has the shape [H, W], [H, W, 3] or [H, W, 4], not {list(array.shape)}; transpose it"
         )
     return Image.fromarray(np.ascontiguousarray(array))
 
@@ -223,7 +221,7 @@ class ImageProcessor:
                 raise _fault("crop_size", settings.get("crop_size"))
         if crop is None and resize_to is None and not (pad_color and shortest_edge):
             raise ResPruneError(
-                "preprocessor_config.json leaves pictures of different sizes, and the vision graph takes one; "
+                "preprocessor_config.json leaves images of different sizes, and the vision graph takes one; "
                 "set do_center_crop and crop_size, or height and width in size"
             )
         rescales = settings["do_rescale"]
@@ -238,7 +236,7 @@ class ImageProcessor:
         )
 
     def __call__(self, image: Image.Image) -> npt.NDArray[np.float32]:
-        """RGB picture → `pixel_values` [3, H, W] float32."""
+        """RGB image → `pixel_values` [3, H, W] float32."""
         steps = self._steps(image.size)
         if self.pad_color is not None:
             square = Image.new("RGB", steps.padded, self.pad_color)
@@ -254,7 +252,7 @@ class ImageProcessor:
         return np.stack([values[channel][pixels[:, :, channel]] for channel in range(3)])  # [3, H, W]
 
     def patch_boxes(self, image_size: tuple[int, int], patch_size: int) -> list[Box]:
-        """Where each patch of the vision tower lies in a picture of `image_size` (width, height).
+        """Where each patch of the vision tower lies in an image of `image_size` (width, height).
 
         Row by row as the tower numbers its tokens (a class token has no place and is not counted); a patch that
         the crop or the pad puts partly outside is cut at the edge, one wholly outside has no area.
@@ -298,25 +296,25 @@ class ImageProcessor:
             short, long = min(padded), max(padded)
             longer = int(self.shortest_edge * long / short)
             resized = (self.shortest_edge, longer) if padded[0] <= padded[1] else (longer, self.shortest_edge)
-        # A picture one pixel high is small, and made a square or enlarged by its height it is not.
+        # An image one pixel high is small, and made a square or enlarged by its height it is not.
         if max(padded[0] * padded[1], resized[0] * resized[1]) > MAX_INTERMEDIATE_PIXELS:
             raise ResPruneError(
-                f"the picture is too long and thin ({width} x {height} pixels); cut a part out of it"
+                f"the image is too long and thin ({width} x {height} pixels); cut a part out of it"
             )
         size = resized if self.crop is None else (self.crop[1], self.crop[0])
-        # Floor division of a negative number: a crop larger than the picture starts outside it.
+        # Floor division of a negative number: a crop larger than the image starts outside it.
         crop_offset = ((resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2)
         return _Steps(padded, pad_offset, resized, crop_offset, size)
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """Geometry of the steps for one picture: (width, height) and (x, y) in pixels."""
+    """Geometry of the steps for one image: (width, height) and (x, y) in pixels."""
 
     padded: tuple[int, int]
-    pad_offset: tuple[int, int]  # of the picture in the padded square
+    pad_offset: tuple[int, int]  # of the image in the padded square
     resized: tuple[int, int]
-    crop_offset: tuple[int, int]  # of the crop in the resized picture; may be negative
+    crop_offset: tuple[int, int]  # of the crop in the resized image; may be negative
     size: tuple[int, int]
 
 

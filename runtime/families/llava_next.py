@@ -1,6 +1,6 @@
-"""LLaVA-NeXT's any-resolution pictures: a small view of the whole picture, and tiles of a larger one.
+"""LLaVA-NeXT's any-resolution images: a small view of the whole image, and tiles of a larger one.
 
-The picture is fitted into the best of a few resolutions and cut into tiles; each view and each tile is one picture
+The image is fitted into the best of a few resolutions and cut into tiles; each view and each tile is one image
 to the vision tower. The language model reads the rows of the whole view, then those of the tiles as one grid: without
 what the padding alone covers, and with a newline row at the end of each of its rows. Geometry, float arithmetic
 included, is that of transformers' `LlavaNextImageProcessorPil` and `LlavaNextModel.pack_image_features`.
@@ -90,7 +90,7 @@ class AnyResolution:
 
     @property
     def max_tokens(self) -> int:
-        """N of the picture that has most: one that fills the best of the resolutions."""
+        """N of the image that has most: one that fills the best of the resolutions."""
         grids = [(height // self.tile, width // self.tile) for height, width in self.resolutions]
         return self.side**2 + max(rows * self.side * (columns * self.side + 1) for rows, columns in grids)
 
@@ -99,15 +99,15 @@ class AnyResolution:
         return self.picture(image.size, np.stack([self.processor(tile) for tile in self.tiles(image)]))
 
     def picture(self, image_size: Size, pixel_values: npt.NDArray[np.float32]) -> Picture:
-        """A picture of `image_size` (width, height) whose tiles are processed already."""
+        """An image of `image_size` (width, height) whose tiles are processed already."""
         rows = self.packed_rows(image_size)
         return Picture.one_span({"pixel_values": pixel_values, "rows": rows}, np.arange(len(rows)), len(rows))
 
     def batch(self, pictures: Sequence[Picture]) -> Arrays:
         """`pixel_values` [num_tiles, 3, H, W] and `pack_indices` [B, N] int64.
 
-        The tiles of all pictures, one after another; and for each token the row that it is, of all rows of all tiles
-        with the newline row behind them. A picture with fewer tokens than another is filled up with PADDING.
+        The tiles of all images, one after another; and for each token the row that it is, of all rows of all tiles
+        with the newline row behind them. An image with fewer tokens than another is filled up with PADDING.
         """
         return pack(pictures, self.side**2)
 
@@ -125,7 +125,7 @@ class AnyResolution:
         ]
 
     def packed_rows(self, image_size: Size) -> npt.NDArray[np.int64]:
-        """[N] int64: which row of the tower's a token is, counted from the picture's first; NEWLINE for a newline."""
+        """[N] int64: which row of the tower's a token is, counted from the image's first; NEWLINE for a newline."""
         lines = np.pad(self.grid_rows(image_size), ((0, 0), (0, 1)), constant_values=NEWLINE)
         return np.concatenate([np.arange(self.side**2), lines.reshape(-1)])
 
@@ -163,7 +163,7 @@ class AnyResolution:
         return boxes
 
     def best_resolution(self, image_size: Size) -> Size:
-        """The resolution that keeps most of the picture's pixels, and among those wastes fewest."""
+        """The resolution that keeps most of the image's pixels, and among those wastes fewest."""
         width, height = image_size
         best, most, least_waste = (0, 0), 0, math.inf
         for rows, columns in self.resolutions:
@@ -180,7 +180,7 @@ class AnyResolution:
         return height // self.tile, width // self.tile
 
     def _fitted(self, image_size: Size) -> Size:
-        """Size in which the picture is put into its resolution."""
+        """Size in which the image is put into its resolution."""
         width, height = image_size
         most = self.best_resolution(image_size)
         scale_x, scale_y = most[0] / width, most[1] / height
@@ -189,7 +189,7 @@ class AnyResolution:
         return min(math.ceil(width * scale_y), most[0]), most[1]
 
     def _unpadded(self, grid: npt.NDArray[np.int64], image_size: Size) -> npt.NDArray[np.int64]:
-        """The part of a grid of patches that the picture itself covers."""
+        """The part of a grid of patches that the image itself covers."""
         width, height = image_size
         rows, columns = grid.shape
         if width / height > columns / rows:
@@ -223,7 +223,7 @@ def _fault(value: object, wanted: str) -> ResPruneError:
 
 
 def _scaled(box: Box, shift: tuple[int, int], seen: Size, image_size: Size) -> Box:
-    """A box of a view, moved by `shift` into one of size `seen` of the whole picture, in the picture's own pixels."""
+    """A box of a view, moved by `shift` into one of size `seen` of the whole image, in the image's own pixels."""
     x, y = (
         [
             min(max((edge + shift[axis]) * image_size[axis] / seen[axis], 0.0), float(image_size[axis]))

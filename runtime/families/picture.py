@@ -1,4 +1,4 @@
-"""What every family makes of a picture: arrays for its vision graph, and the places its tokens have in a prompt."""
+"""What every family makes of an image: arrays for its vision graph, and the places its tokens have in a prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,33 +56,33 @@ class Picture:
 
 
 class Preprocessor(Protocol):
-    """A family's way with pictures, made from a bundle."""
+    """A family's way with images, made from a bundle."""
 
     @property
     def pictures_a_run(self) -> int | None:
-        """How many pictures one run of the vision graph takes; None: any number."""
+        """How many images one run of the vision graph takes; None: any number."""
         ...
 
     def __call__(self, image: Image.Image) -> Picture:
-        """Prepare an RGB picture; `ResPruneError` for one that the family cannot see."""
+        """Prepare an RGB image; `ResPruneError` for one that the family cannot see."""
         ...
 
     def batch(self, pictures: Sequence[Picture]) -> Arrays:
-        """Inputs of the vision graph, by name, for pictures that go through it together."""
+        """Inputs of the vision graph, by name, for images that go through it together."""
         ...
 
     def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
-        """How long the named axes of the vision graphs' inputs get, `batch` pictures of `tokens` tokens at once."""
+        """How long the named axes of the vision graphs' inputs get, `batch` images of `tokens` tokens at once."""
         ...
 
     def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
-        """Where each of the N tokens lies in a picture of `image_size` (width, height); None for nowhere."""
+        """Where each of the N tokens lies in an image of `image_size` (width, height); None for nowhere."""
         ...
 
 
 @dataclass(frozen=True)
 class FixedGrid:
-    """LLaVA-1.5: every picture is brought to one size and has N tokens."""
+    """LLaVA-1.5: every image is brought to one size and has N tokens."""
 
     processor: ImageProcessor
     num_tokens: int
@@ -95,7 +95,7 @@ class FixedGrid:
         num_tokens = bundle.manifest.selection.num_tokens
         if num_tokens is None:
             raise ResPruneError(
-                f"{bundle.root} does not say how many visual tokens a picture has; export it again"
+                f"{bundle.root} does not say how many visual tokens an image has; export it again"
             )
         processor = ImageProcessor.from_config(image_processor_config(bundle))
         return FixedGrid(processor, num_tokens, tower_size(bundle)["patch_size"])
@@ -111,7 +111,7 @@ class FixedGrid:
         return {"pixel_values": np.stack([picture.arrays["pixel_values"] for picture in pictures])}
 
     def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
-        """Any batch; the pictures differ in nothing."""
+        """Any batch; the images differ in nothing."""
         return {"batch_size": batch, "num_tokens": (self.num_tokens, self.num_tokens, self.num_tokens)}
 
     def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:

@@ -1,4 +1,4 @@
-"""Pictures for Qwen2-VL and Qwen2.5-VL: resized to a grid of patches, and what the vision graph reads of that grid.
+"""Images for Qwen2-VL and Qwen2.5-VL: resized to a grid of patches, and what the vision graph reads of that grid.
 
 The same numbers as Hugging Face's `Qwen2VLImageProcessor` (PIL backend) and `transformers.vision_utils`. Patches stand
 in merge order: merged token by merged token, row by row, and inside a merged token its `merge_size`² patches row by
@@ -30,7 +30,7 @@ MAX_ASPECT = 200
 
 @dataclass(frozen=True)
 class Grid:
-    """The patches of one picture, `rows` by `columns`, both multiples of `merge_size`."""
+    """The patches of one image, `rows` by `columns`, both multiples of `merge_size`."""
 
     rows: int
     columns: int
@@ -48,7 +48,7 @@ class Grid:
 
     @property
     def thw(self) -> tuple[int, int, int]:
-        """The picture's row of Hugging Face's `image_grid_thw`."""
+        """The image's row of Hugging Face's `image_grid_thw`."""
         return 1, self.rows, self.columns
 
 
@@ -60,7 +60,7 @@ class DynamicResolution:
     """
 
     values: ImageProcessor
-    """All but the size, which differs from picture to picture."""
+    """All but the size, which differs from image to image."""
     min_pixels: int
     max_pixels: int
     patch_size: int
@@ -110,7 +110,7 @@ class DynamicResolution:
             window_patches < 1 or math.isqrt(window_patches) % numbers["merge_size"]
         ):
             raise _fault("merge_size", numbers["merge_size"])
-        # Of the processors that resize to a given height and width; the size is set anew for each picture.
+        # Of the processors that resize to a given height and width; the size is set anew for each image.
         fixed = {
             "image_processor_type": "SiglipImageProcessor",
             "size": {"height": 1, "width": 1},
@@ -122,15 +122,15 @@ class DynamicResolution:
 
     @property
     def max_tokens(self) -> int:
-        """The most merged tokens that `smart_resize` gives any picture, for some of which that is past `max_pixels`.
+        """The most merged tokens that `smart_resize` gives any image, for some of which that is past `max_pixels`.
 
-        It rounds the sides of a small picture up, and those of a thin one to at least one token.
+        It rounds the sides of a small image up, and those of a thin one to at least one token.
         """
         area = (self.patch_size * self.merge_size) ** 2
         most, least = self.max_pixels / area, self.min_pixels / area
-        # One row of a picture as thin as may be, of which less than a row would be left.
+        # One row of an image as thin as may be, of which less than a row would be left.
         thin = math.floor(math.sqrt(most * MAX_ASPECT)) if most < MAX_ASPECT else 0
-        # A picture that is brought up to `least`, by its rows before they are rounded up.
+        # An image that is brought up to `least`, by its rows before they are rounded up.
         thinnest = math.sqrt(least / MAX_ASPECT)
         up = max(
             (rows + 1) * (math.floor(least / max(rows, thinnest)) + 1)
@@ -139,14 +139,14 @@ class DynamicResolution:
         return max(math.floor(most), thin, up)
 
     def grid(self, image_size: tuple[int, int]) -> Grid:
-        """The grid of a picture of `image_size` (width, height).
+        """The grid of an image of `image_size` (width, height).
 
-        `ResPruneError` for a picture more than 200 times as long as wide.
+        `ResPruneError` for an image more than 200 times as long as wide.
         """
         width, height = image_size
         if max(height, width) > MAX_ASPECT * min(height, width):
             raise ResPruneError(
-                f"the picture is too long and thin ({width} x {height} pixels, at most {MAX_ASPECT} : 1); "
+                f"the image is too long and thin ({width} x {height} pixels, at most {MAX_ASPECT} : 1); "
                 "cut a part out of it"
             )
         factor = self.patch_size * self.merge_size
@@ -156,35 +156,35 @@ class DynamicResolution:
         return Grid(resized[0] // self.patch_size, resized[1] // self.patch_size, self.merge_size)
 
     def __call__(self, image: Image.Image) -> Picture:
-        """Patches, and what the graph reads of their grid; `offsets` [3, N] are (t, h, w) from the picture's first."""
+        """Patches, and what the graph reads of their grid; `offsets` [3, N] are (t, h, w) from the image's first."""
         patches, grid = self.patches(image)
         arrays: Arrays = {"pixel_values": patches, "patch_positions": patch_positions(grid)}
         if self.window_patches is not None:
             arrays["window_patches"], arrays["window_slots"] = windows(grid, self.window_patches)
-        # The text after a picture goes on from its longer side (M-RoPE).
+        # The text after an image goes on from its longer side (M-RoPE).
         return Picture.one_span(arrays, token_positions(grid), max(grid.merged))
 
     def batch(self, pictures: Sequence[Picture]) -> Arrays:
-        """The arrays of the one picture that a run takes."""
+        """The arrays of the one image that a run takes."""
         (picture,) = pictures
         return picture.arrays
 
     def patches(self, image: Image.Image) -> tuple[Floats, Grid]:
-        """RGB picture → `pixel_values` [patches, 3 · temporal · patch · patch] float32 in merge order, and its grid."""
+        """RGB image → `pixel_values` [patches, 3 · temporal · patch · patch] float32 in merge order, and its grid."""
         grid = self.grid(image.size)
         size = (grid.rows * self.patch_size, grid.columns * self.patch_size)
         pixels = replace(self.values, resize_to=size)(image)  # [3, H, W]
         rows, columns = grid.merged
         m, p = self.merge_size, self.patch_size
         patches = pixels.reshape(3, rows, m, p, columns, m, p).transpose(1, 4, 2, 5, 0, 3, 6)
-        # A still picture is a film whose frames are all the same.
+        # A still image is a film whose frames are all the same.
         patches = np.broadcast_to(
             patches[:, :, :, :, :, None], (rows, columns, m, m, 3, self.temporal_patch_size, p, p)
         )
         return patches.reshape(grid.rows * grid.columns, -1), grid
 
     def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
-        """Of one picture: its windows are fewest in whole blocks, most in one thin row, usual in a square."""
+        """Of one image: its windows are fewest in whole blocks, most in one thin row, usual in a square."""
         least, usual, most = tokens
         patches = self.merge_size**2
         side = 1 if self.window_patches is None else math.isqrt(self.window_patches) // self.merge_size
@@ -198,7 +198,7 @@ class DynamicResolution:
         }
 
     def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
-        """Where each merged token lies in a picture of `image_size` (width, height), in its pixels."""
+        """Where each merged token lies in an image of `image_size` (width, height), in its pixels."""
         rows, columns = self.grid(image_size).merged
         x = [image_size[0] * column / columns for column in range(columns + 1)]
         y = [image_size[1] * row / rows for row in range(rows + 1)]
@@ -252,7 +252,7 @@ def windows(grid: Grid, window_patches: int) -> tuple[Ints, Ints]:
 
 
 def token_positions(grid: Grid) -> Ints:
-    """[3, N]: (t, h, w) of each merged token for the language model's M-RoPE, counted from the picture's first."""
+    """[3, N]: (t, h, w) of each merged token for the language model's M-RoPE, counted from the image's first."""
     rows, columns = grid.merged
     positions = np.indices((1, rows, columns), dtype=np.int64).reshape(3, -1)
     return positions

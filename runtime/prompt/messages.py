@@ -22,7 +22,7 @@ class Turn:
 
 
 def user_message(question: str, images: int) -> Message:
-    """A user's turn: the pictures in order, then the question."""
+    """A user's turn: the images in order, then the question."""
     return {
         "role": "user",
         "content": [{"type": "image"}] * images + [{"type": "text", "text": question}],

@@ -1,4 +1,4 @@
-"""Which words of a question stand for things in the picture (method: the text is the prompt's nouns).
+"""Which words of a question stand for things in the image (method: the text is the prompt's nouns).
 
 HanTa tags the words. On the 68 questions of `tests/runtime/nouns.json` its noun F1 is 0.986. denckring-en-pos has
 0.962, needs Python 3.11 and 13 MB of packages, where HanTa is one of 14 MB. All words but stop words have 0.829, and

@@ -129,7 +129,7 @@ class Prompter:
         texts = [part["text"] for part in messages[-1]["content"] if part["type"] == "text"]
         question = _BETWEEN_TEXTS.join(texts)
         if not any(text.strip() for text in texts):
-            raise ResPruneError("the question is empty; ask something about the picture")
+            raise ResPruneError("the question is empty; ask something about the image")
         expansions = [None] * images if expansions is None else expansions
         plain = self._plain_text() if plain_text else None
         if plain is not None and not plain.types_special(spoken):
@@ -229,8 +229,8 @@ class Prompter:
         typed = next((token for part in between if token in part), self.placeholder)
         if typed != self.placeholder or len(between) != len(expansions) + 1:
             raise ResPruneError(
-                f"the question contains {typed}, which stands for a picture; "
-                "leave it out and give the picture itself"
+                f"the question contains {typed}, which stands for an image; "
+                "leave it out and give the image itself"
             )
         whole = between[0]
         for expansion, after in zip(expansions, between[1:], strict=True):

@@ -69,8 +69,8 @@ class Spliced:
         length = int(self.position_ids.max()) + 1
         if length >= context_length:
             raise ResPruneError(
-                f"the question is past the context: {length} tokens with its pictures, limit {context_length}; "
-                "ask a shorter one, about fewer pictures, or keep fewer tokens of each"
+                f"the question is past the context: {length} tokens with its images, limit {context_length}; "
+                "ask a shorter one, about fewer images, or keep fewer tokens of each"
             )
         return context_length - length
 

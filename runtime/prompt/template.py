@@ -90,8 +90,8 @@ def render(
     """The prompt's text, ending where the answer begins; `variables`: special tokens by their names.
 
     With `plain` a template made for plain text (`message['content'] + …`) is given the parts joined into a string,
-    each picture as `variables["image_token"]` and a line break. `placeholder` is what the template writes for a
-    picture, None for that token. `ResPruneError` if no form renders with as many of them as there are pictures.
+    each image as `variables["image_token"]` and a line break. `placeholder` is what the template writes for an
+    image, None for that token. `ResPruneError` if no form renders with as many of them as there are images.
     """
     image_token = placeholder or variables["image_token"]
     pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
@@ -101,7 +101,7 @@ def render(
     from resprune.runtime.prompt.sandbox import budget
 
     compiled = _compile(template)
-    fault = f"it gave no {image_token} for a picture"
+    fault = f"it gave no {image_token} for an image"
     forms = [messages, [as_string(message, image_token) for message in messages]]
     for form in forms if plain else forms[:1]:
         try:
@@ -121,7 +121,7 @@ def render(
 
 
 def as_string(message: Message, image_token: str) -> Message:
-    """A message for a template made for plain text: its parts as one string, each picture as a token and a break."""
+    """A message for a template made for plain text: its parts as one string, each image as a token and a break."""
     parts = (f"{image_token}\n" if part["type"] == "image" else part["text"] for part in message["content"])
     return {"role": message["role"], "content": "".join(parts)}
 

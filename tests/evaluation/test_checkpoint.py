@@ -127,7 +127,7 @@ def test_an_image_processor_that_transformers_cannot_make(copy, monkeypatch):
 @pytest.mark.parametrize(
     ("place", "what"),
     [
-        ("get_image_features", "encode a picture"),
+        ("get_image_features", "encode an image"),
         ("get_input_embeddings", "embed a question"),
         ("select", "select tokens"),
         ("model.language_model.forward", "go on with an answer"),

@@ -81,10 +81,10 @@ def test_a_change_of_what_is_made_is_another_fingerprint(name, monkeypatch):
         ('{"image": "0.png", "question": " ", "answer": "a"}', '"question"'),
         ('{"image": 1, "question": "q?", "answer": "a"}', '"image"'),
         ('{"image": "0.png", "question": "q?", "answer": "a", "type": 1}', '"type"'),
-        ('{"image": "none.png", "question": "q?", "answer": "a"}', "there is no picture"),
+        ('{"image": "none.png", "question": "q?", "answer": "a"}', "there is no image"),
         (
             json.dumps({"image": "aGk=" * 999, "question": "q?", "answer": "a"}),
-            "should be the path of a picture",
+            "should be the path of an image",
         ),
     ],
 )

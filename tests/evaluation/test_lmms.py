@@ -122,7 +122,7 @@ def test_answers_of_another_attention_are_not_mixed(tiny_bundle, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("visuals", "named"), [([], "has no picture"), ([np.zeros(9)], "has more than pictures")]
+    ("visuals", "named"), [([], "has no image"), ([np.zeros(9)], "has more than images")]
 )
 def test_what_is_no_picture(plugin, visuals, named):
     with pytest.raises(ResPruneError, match=named):

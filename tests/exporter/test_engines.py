@@ -318,7 +318,7 @@ def test_a_graph_that_tensorrt_refuses_is_named(tiny: Path, capsys: pytest.Captu
     [
         (["--context", "513"], "--context should be 2 to 512, this bundle's limit, not 513"),
         (["--context", "40", "--prompt", "1,8,40"], "--prompt should stay below the 40 tokens of --context"),
-        (["--tokens", "1,8,900"], "--tokens should end at 16, this bundle's largest picture, not 900"),
+        (["--tokens", "1,8,900"], "--tokens should end at 16, this bundle's largest image, not 900"),
     ],
 )
 def test_limits_that_the_bundle_cannot_have(

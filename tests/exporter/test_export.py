@@ -233,7 +233,7 @@ REFUSED: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "pictures of any shape": (
         "preprocessor_config.json",
         lambda config: config.update(do_center_crop=False),
-        "leaves pictures of different sizes",
+        "leaves images of different sizes",
     ),
     "picture size left out": (  # which is 224
         "preprocessor_config.json",

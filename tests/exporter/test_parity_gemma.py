@@ -229,7 +229,7 @@ def test_the_graphs_are_portable_and_show_draws_pooled_tokens(tiny_bundle, tmp_p
 def test_a_typed_mark_is_refused(tiny_bundle):
     with Pipeline.load(whole(tiny_bundle, "gemma3")) as vlm:
         for typed in ("<start_of_image>", "<image_soft_token>"):
-            with pytest.raises(ResPruneError, match=f"contains {typed}, which stands for a picture"):
+            with pytest.raises(ResPruneError, match=f"contains {typed}, which stands for an image"):
                 vlm.ask(image(1, (32, 32)), f"what is {typed}?", max_new_tokens=1)
             vlm.ask(image(1, (32, 32)), f"what is {typed}?", max_new_tokens=1, plain_text=True)
 

@@ -283,7 +283,7 @@ def test_max_pixels_is_refused_where_it_means_nothing(checkpoint, tiny_checkpoin
         export(str(tiny_checkpoint("clip-llama")), tmp_path / "out", Options(k=4, max_pixels=10_000))
     with pytest.raises(ResPruneError, match="max_pixels 100 is below min_pixels 784"):
         export(str(checkpoint("qwen25")), tmp_path / "out", Options(k=4, max_pixels=100))
-    with pytest.raises(ResPruneError, match="--max-pixels 0 is no size of a picture"):
+    with pytest.raises(ResPruneError, match="--max-pixels 0 is no size of an image"):
         export(str(checkpoint("qwen25")), tmp_path / "out", Options(k=4, max_pixels=0))
 
 

@@ -46,5 +46,5 @@ def test_text_alone(
             assert (answer.images, answer.prompt_tokens) == ([], ids.shape[1])
             assert len(set(answer.token_ids)) > 5, "a model that repeats itself shows nothing"
         assert answers[0].text.strip() in answers[1].prompt.text
-        with pytest.raises(ResPruneError, match="there is no picture; give at least one"):
+        with pytest.raises(ResPruneError, match="there is no image; give at least one"):
             vlm.ask([], "what is it?")  # most often a mistake: the paths that were looked for are not there

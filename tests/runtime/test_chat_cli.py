@@ -107,7 +107,7 @@ def test_what_is_wrong_is_one_line_and_the_conversation_goes_on(
             "'x' is no number of tokens",
             "/show needs a file",
             "ends as none of them",
-            "would replace the picture",
+            "would replace the image",
         ),
         *("contains <image>", "past the context", "/new takes nothing", "'-1' is no number of tokens"),
     )

@@ -127,7 +127,7 @@ def test_wrong_input_is_one_sentence(
     bundle: str, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.png"
-    text.write_text("no picture")
+    text.write_text("no image")
     cut = tmp_path / "cut.png"
     cut.write_bytes(Path(photo).read_bytes()[:-60])
     film = tmp_path / "film.mp4"
@@ -151,7 +151,7 @@ def test_wrong_input_is_one_sentence(
         (("ask", bundle, photo, "square " * 600), "past the context"),
         (("ask", bundle, str(text), QUESTION), "text.png"),
         (("ask", bundle, str(cut), QUESTION), "cut.png"),
-        (("ask", bundle, str(film), QUESTION), "film.mp4 is a video, and this model answers about pictures"),
+        (("ask", bundle, str(film), QUESTION), "film.mp4 is a video, and this model answers about images"),
         (("ask", bundle, str(tmp_path / "none.png"), QUESTION), "none.png"),
         (("ask", str(tmp_path), photo, QUESTION), "resprune.json"),
         (("inspect", str(tmp_path / "nothing")), "not a directory"),

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers.image_utils import load_image as hugging_face_load_image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -26,6 +27,7 @@ HUGGING_FACE = {
     "BitImageProcessor": BitImageProcessorPil,
     "LlavaImageProcessor": LlavaImageProcessorPil,
     "SiglipImageProcessor": SiglipImageProcessorPil,
+    "Gemma3ImageProcessor": Gemma3ImageProcessorPil,
 }
 LLAVA_15 = {
     "image_processor_type": "CLIPImageProcessor",
@@ -116,7 +118,7 @@ def test_arrays_equal_hugging_face(shape: tuple[int, ...]) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    kind=st.sampled_from(sorted(HUGGING_FACE)),
+    kind=st.sampled_from(sorted(HUGGING_FACE.keys() - {"Gemma3ImageProcessor"})),  # it never crops
     width=st.integers(1, 150),
     height=st.integers(1, 150),
     size=st.one_of(
@@ -307,7 +309,7 @@ def test_a_truncated_picture_is_refused(format: str) -> None:
     load_image(data)
     for part in (0.1, 0.5, 0.9):
         message = refused(data[: int(len(data) * part)])
-        assert "cannot be read as a picture" in message or "is not a picture" in message
+        assert "cannot be read as an image" in message or "is not an image" in message
 
 
 @settings(max_examples=150, deadline=None)
@@ -337,11 +339,9 @@ VIDEOS = {
 def test_a_video_is_refused_as_one(name: str, tmp_path: Path) -> None:
     video = VIDEOS[name] + bytes(40)
     (tmp_path / name).write_bytes(video)
-    assert refused(video).startswith("the picture is a video, and this model answers about pictures")
+    assert refused(video).startswith("the image is a video, and this model answers about images")
     message = refused(tmp_path / name)
-    assert message.endswith(
-        f"{name} is a video, and this model answers about pictures; give one of its frames"
-    )
+    assert message.endswith(f"{name} is a video, and this model answers about images; give one of its frames")
 
 
 def test_an_array_of_frames_is_a_video() -> None:
@@ -360,14 +360,14 @@ def test_of_an_animation_the_first_frame_is_taken(format: str) -> None:
 
 
 def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
-    assert "not a picture" in refused(b"")
-    assert "not a picture" in refused(b"not a picture at all")
+    assert "not an image" in refused(b"")
+    assert "not an image" in refused(b"not an image at all")
     assert "no file" in refused(tmp_path / "none.png")
     assert "not a plain file" in refused(tmp_path)
     os.mkfifo(tmp_path / "pipe.png")
     assert "pipe.png is not a plain file" in refused(tmp_path / "pipe.png")
     (tmp_path / "text.png").write_text("hello")
-    assert "text.png is not a picture" in refused(str(tmp_path / "text.png"))
+    assert "text.png is not an image" in refused(str(tmp_path / "text.png"))
     assert "cannot be read" in refused("a\0b.png")
     assert "not NoneType" in refused(None)
     assert "max_pixels should be a whole number, not str '9'" in refused(b"", max_pixels="9")
@@ -376,7 +376,7 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
 
 
 def test_ghostscript_is_never_started() -> None:
-    assert "not a picture" in refused(
+    assert "not an image" in refused(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
     )
 

@@ -336,7 +336,7 @@ def test_generation_ends_where_the_context_does(split: Path, tmp_path: Path) -> 
         answer = vlm.ask(picture(1), QUESTION, max_new_tokens=STEPS)
         assert len(answer.token_ids) == 3
         with pytest.raises(
-            ResPruneError, match=rf"past the context: \d+ tokens with its pictures, limit {limit}"
+            ResPruneError, match=rf"past the context: \d+ tokens with its images, limit {limit}"
         ):
             vlm.ask(picture(1), QUESTION + " red green", max_new_tokens=STEPS)
 
@@ -344,11 +344,11 @@ def test_generation_ends_where_the_context_does(split: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"tokens": 8}, "keeps 7 tokens of a picture, so tokens should be 1 to 7, not 8"),
+        ({"tokens": 8}, "keeps 7 tokens of an image, so tokens should be 1 to 7, not 8"),
         ({"tokens": 0}, "1 to 7, not 0"),
         ({"question": " \n"}, "question is empty"),
-        ({"image": []}, "no picture"),
-        ({"image": b"no picture at all"}, "picture"),
+        ({"image": []}, "no image"),
+        ({"image": b"no image at all"}, "image"),
         ({"temperature": -1.0}, "temperature"),
         ({"tokens": "0%"}, "no number of tokens"),
         ({"about": ["table", " "]}, "keyword of about is empty"),

@@ -72,7 +72,7 @@ def test_a_template_that_takes_too_much_is_refused(template: str) -> None:
         render([user_message("why?", 1)], "<image>" + template, VARIABLES)
     spent = time.process_time() - start
     assert "chat template cannot make this prompt" in one_sentence(error.value)
-    assert "for a picture" not in str(error.value), "it would have been rendered"
+    assert "for an image" not in str(error.value), "it would have been rendered"
     assert spent < 20
     assert peak_memory() - before < 200e6
 

@@ -40,8 +40,8 @@ def test_what_cannot_be_written_is_refused_before_the_answer(tmp_path: Path) -> 
     (tmp_path / "link.png").symlink_to(photo)
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
-    assert "would replace the picture" in refused(photo, photo)
-    assert "would replace the picture" in refused(tmp_path / "link.png", str(photo))
+    assert "would replace the image" in refused(photo, photo)
+    assert "would replace the image" in refused(tmp_path / "link.png", str(photo))
     assert "photo-2.png" in refused(tmp_path / "photo.png", "other.png", photo), "the second drawing's name"
     assert "not a plain file" in refused(tmp_path / "pipe.png")
     assert "not a plain file" in refused(tmp_path / "folder.png")

@@ -112,7 +112,7 @@ def test_what_is_left_of_the_context_is_that_of_the_longest_prompt() -> None:
     result = splice([embed(row) for row in ids], ids, pictures, image_token_id=IMAGE, positions="original")
     assert result.position_ids.max() == 6
     assert [result.room(limit) for limit in (8, 10)] == [1, 3]
-    with pytest.raises(ResPruneError, match="past the context: 7 tokens with its pictures, limit 7"):
+    with pytest.raises(ResPruneError, match="past the context: 7 tokens with its images, limit 7"):
         result.room(7)
 
 

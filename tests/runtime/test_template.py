@@ -92,7 +92,7 @@ def test_a_template_for_plain_text_gets_strings() -> None:
     ("template", "sentence"),
     [
         ("{% if %}", "not valid Jinja"),
-        ("no picture here", "no <image> for a picture"),
+        ("no image here", "no <image> for an image"),
         ("{{ raise_exception('only in French') }}", "only in French"),
         ("{{ ''.__class__.__mro__ }}<image>", "chat template cannot make this prompt"),
         ("{{ messages.append(1) }}<image><image>", "chat template cannot make this prompt"),

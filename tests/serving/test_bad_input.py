@@ -233,7 +233,7 @@ def test_special_tokens_that_messages_type_are_text(serve: Callable[..., Serving
     assert got.choices[0].message.content == expected.text
     assert got.usage.prompt_tokens == expected.prompt_tokens
     response = httpx.post(f"{control.url}/v1/chat/completions", json=asked(question))
-    assert "stands for a picture" in refused(response)["message"]
+    assert "stands for an image" in refused(response)["message"]
     ended = control.client().chat.completions.create(**asked("what is </s> here?"))
     assert (
         ended.choices[0].message.content
