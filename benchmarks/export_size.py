@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from time import perf_counter, sleep
@@ -26,7 +26,7 @@ BAR = 4.0
 """An export should take at most so many times what copying takes."""
 QUESTION = "What is on the table?"
 PICTURE = (1024, 768)
-"""Width and height: 999 tokens of a Qwen2.5-VL; LLaVA makes 336 × 336 of it."""
+"""Width and height: 999 tokens of a Qwen2.5-VL; LLaVA-1.5 makes 336 × 336 of it."""
 TOKENS = 4
 ASKED = "q4"
 """What is asked: half precision is widened by ONNX Runtime on a CPU, to three times the checkpoint's bytes."""
@@ -34,11 +34,12 @@ ASKED = "q4"
 
 def run(work: Path) -> dict[str, Any]:
     """Write, copy, export and ask each; everything is removed again. Left out where the disk is too small."""
-    return {name: _measure(name, work) for name in CHECKPOINTS}
+    return {name: measure(name, CHECKPOINTS, work) for name in CHECKPOINTS}
 
 
-def _measure(name: str, work: Path) -> dict[str, Any]:
-    write, k, size = CHECKPOINTS[name]
+def measure(name: str, checkpoints: Mapping[str, tuple[Writer, str, float]], work: Path) -> dict[str, Any]:
+    """Write one of `checkpoints`, each with its K and its bytes; copy, export and ask it."""
+    write, k, size = checkpoints[name]
     picture = work / "export-size.png"
     write_picture(PICTURE, picture)
     needed, free = 2.6 * size, shutil.disk_usage(work).free
@@ -52,11 +53,13 @@ def _measure(name: str, work: Path) -> dict[str, Any]:
         options = [str(checkpoint), str(bundle), "-k", k, "--verify", "layers", "--force"]
         before = _copy(weights, copy)
         _forget(weights)
-        exporting = _watch([*RESPRUNE, "export", *options, "--dtype", DTYPE])
+        exporting = watch([*RESPRUNE, "export", *options, "--dtype", DTYPE])
+        sizes = [_size(bundle)]
         shutil.rmtree(bundle, ignore_errors=True)
         copying = [before, _copy(weights, copy)]
         _forget(weights)
-        quantizing = _watch([*RESPRUNE, "export", *options, "--dtype", ASKED, "--optimize", "ort"])
+        quantizing = watch([*RESPRUNE, "export", *options, "--dtype", ASKED, "--optimize", "ort"])
+        sizes.append(_size(bundle))
         ask = [
             *RESPRUNE,
             "ask",
@@ -71,17 +74,22 @@ def _measure(name: str, work: Path) -> dict[str, Any]:
         return {
             "bytes": sum(path.stat().st_size for path in weights),
             "picture": PICTURE,
+            "bundle_bytes": sizes,
             "copy_seconds": copying,
             "export": exporting,
             "ratio": dict(zip(("mean", "low", "high"), ratios, strict=True)),
             "bar": BAR,
             "met": exporting["status"] == 0 and ratios[0] <= BAR,
             "quantized": quantizing,
-            "ask": _watch(ask),
+            "ask": watch(ask),
         }
     finally:
         for folder in (checkpoint, copy, bundle):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _copy(files: Sequence[Path], target: Path) -> float:
@@ -106,7 +114,7 @@ def _forget(files: Sequence[Path]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _watch(command: Sequence[str]) -> dict[str, Any]:
+def watch(command: Sequence[str]) -> dict[str, Any]:
     """Run a command: its seconds, its stages' seconds, and the peak of its processes' resident memory together."""
     started, peak, before = perf_counter(), 0, os.times()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -147,8 +155,8 @@ def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     rows = [
         f"| checkpoint | copied before, after | exported | of copying | at most {BAR:g} × | processor time "
-        "| peak memory | exported in 4 bits | asked |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| peak memory | bundle | exported in 4 bits | asked | bundle in 4 bits |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     notes = []
     for name, figures in result.items():
@@ -163,6 +171,7 @@ def table(result: dict[str, Any]) -> str:
             else f"status {run['status']} at {run['peak_bytes'] / 1e9:.1f} GB"
             for run in (figures["quantized"], ask)
         ]
+        halved, quantized = (f"{size / 1e9:.1f} GB" for size in figures["bundle_bytes"])
         cells = (
             f"{name}, {figures['bytes'] / 1e9:.1f} GB",
             ", ".join(f"{seconds:.0f} s" for seconds in figures["copy_seconds"]),
@@ -171,7 +180,9 @@ def table(result: dict[str, Any]) -> str:
             "met" if figures["met"] else "missed",
             f"{export['cpu_seconds']:.0f} s",
             f"{export['peak_bytes'] / 1e9:.1f} GB",
+            halved,
             *answered,
+            quantized,
         )
         rows.append(f"| {' | '.join(cells)} |")
         stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in export["stages"].items())

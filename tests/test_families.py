@@ -77,6 +77,23 @@ def test_a_row_says_what_the_rest_can_read(name: str) -> None:
     assert row.attention in ATTENTION
     assert row.alpha >= 0
     assert set(row.servers) <= {*APIS, PYTORCH, ENGINE}
+    assert any(path.startswith("tests/exporter/test_parity_") for path in row.verified)
+    for path in row.verified:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert row.title in text, f"{path} does not say that it is about {row.title}"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_page_on_models_has_a_row(name: str) -> None:
+    """The first cell of a row of the first table names it, and its defaults stand in the one on defaults."""
+    row, page = FAMILIES[name], (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    verified, defaults = page.partition("## Defaults")[::2]
+    assert re.search(rf"^\|[^|]*{re.escape(row.title)}[^|]*\|", verified, re.MULTILINE)
+    (found,) = re.findall(rf"^\|[^|]*{re.escape(row.title)}[,\s][^|]*\| (.*) \|$", defaults, re.MULTILINE)
+    positions, alpha, attention, _ = (cell.strip() for cell in found.split("|"))
+    assert re.findall(r"`(\w+)`", positions) == list(row.positions)
+    assert float(alpha) == row.alpha
+    assert attention == row.attention
 
 
 def test_an_alias_stands_for_one_model() -> None:

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from resprune.exporter.verify.reference import residual_select, text_gain
+from resprune.runtime.families.table import FAMILIES
 from tests.exporter.hugging_face import Expected, Picture, counted, weighed
 
 MODELS = {
@@ -62,7 +63,8 @@ class HuggingFaceQwen:
         picks, counts = [], []
         weights = torch.ones_like(ids[0])
         for rows, budget, place in zip(features, budgets, places, strict=True):
-            order = residual_select(rows[None], text_gain(rows[None], text), min(budget, len(rows)))[0]
+            gain = text_gain(rows[None], text, alpha=FAMILIES[self.model.config.model_type].alpha)
+            order = residual_select(rows[None], gain, min(budget, len(rows)))[0]
             stays[place[order]] = True
             picks.append(order.tolist())
             counts.append(counted(rows, sorted(picks[-1]), proportional))

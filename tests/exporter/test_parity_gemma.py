@@ -10,8 +10,6 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, Gemma3Processor
 
-from resprune.evaluation.checkpoint import open_checkpoint
-from resprune.evaluation.model import open_bundle
 from resprune.exporter.export import Options, export
 from resprune.exporter.families.gemma3 import _masks
 from resprune.exporter.language import additive_masks
@@ -160,25 +158,6 @@ def test_half_precision(tiny_bundle, judge):
             )
             assert [picks.pick_order.tolist() for picks in answer.images] == expected.pick_orders
             assert answer.token_ids[:8] == expected.token_ids[:8]
-
-
-def test_evaluation_of_the_bundle_and_of_the_checkpoint(tiny_bundle, tiny_checkpoint):
-    """Both answer as the pipeline does, pruned; unpruned they agree."""
-    root = whole(tiny_bundle, "gemma3")
-    models = [open_bundle(root), open_checkpoint(str(tiny_checkpoint("gemma3")))]
-    shown = [image(seed, size) for seed, size in enumerate(SIZES[:2])]
-    for k in (K, 16):
-        texts = []
-        for model in models:
-            encoded = [model.look([one])[0] for one in shown]
-            asked = [model.read(QUESTION, [one.picture.expansion]) for one in encoded]
-            kept = [[model.select(*pair, k)] for pair in zip(encoded, asked, strict=True)]
-            texts.append(model.answer(asked, [[one] for one in encoded], kept, STEPS))
-        assert texts[0] == texts[1]
-        with Pipeline.load(root) as vlm:
-            for one, text in zip(shown, texts[0], strict=True):
-                answer = vlm.ask(one, QUESTION, tokens=k, max_new_tokens=STEPS, stream=False)
-                assert answer.finish().text == text
 
 
 @pytest.mark.parametrize("past", [0, 5])

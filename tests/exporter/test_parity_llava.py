@@ -1,4 +1,4 @@
-"""A bundle, run by the runtime, answers as Hugging Face does: same picks, same greedy tokens."""
+"""A LLaVA-1.5 bundle, run by the runtime, answers as Hugging Face does: same picks, same greedy tokens."""
 
 import numpy as np
 import pytest

@@ -161,7 +161,7 @@ def test_proportional_attention(bundle, hugging_face):
 
 
 def test_qwen2_vl_is_the_same_without_windows(bundle, hugging_face):
-    path = bundle("qwen2", k=9, max_pixels=40 * 14 * 14)
+    path = bundle("qwen2", k=9, max_pixels=40 * 14 * 14, split=True)
     manifest = read_bundle(path).manifest
     assert (manifest.family, manifest.selection.max_tokens) == (
         "qwen2_vl",
@@ -197,7 +197,7 @@ def test_half_precision_and_its_loss(bundle, hugging_face):
         ("qwen25", {"share": 1.0, "split": True}),
         ("qwen25", {"share": 0.3, "split": True, "attention": "proportional"}),
         ("qwen25", {"k": 6, "dtype": "fp16"}),
-        ("qwen2", {"k": 9, "max_pixels": 40 * 14 * 14}),
+        ("qwen2", {"k": 9, "max_pixels": 40 * 14 * 14, "split": True}),
     ],
 )
 def test_every_graph_is_of_standard_operators(variant, options, bundle):

@@ -28,7 +28,7 @@ EXPORTED: dict[str, dict[str, Any]] = {
     "internvl-qwen3": {"share": 1.0, "split": True},
     "internvl-layer": {"share": 1.0, "optimize": "ort"},
     "smolvlm": {"share": 1.0, "split": True},
-    "idefics3": {"share": 1.0, "optimize": "ort"},
+    "idefics3": {"share": 1.0, "optimize": "ort", "split": True},
     "smolvlm-whole": {"share": 1.0},
 }
 SIZES = [(60, 50), (32, 32), (20, 110), (180, 30), (3, 40), (300, 200), (64, 63)]
