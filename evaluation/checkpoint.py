@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +15,19 @@ import numpy as np
 from PIL import Image
 
 from resprune.evaluation.model import Encoded, Model, Stages, check_policies, engine
+from resprune.evaluation.towers import smaller_pixels
 from resprune.runtime.backends.backend import Place
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Selection
 from resprune.runtime.errors import ResPruneError, one_line, permission_faults, require_packages
-from resprune.runtime.families.picture import Picture, Preprocessor
+from resprune.runtime.families.picture import FixedGrid, Picture, Preprocessor
 from resprune.runtime.families.table import FAMILIES
 from resprune.runtime.prompt.splice import Floats, Ints, Spliced
 from resprune.runtime.walk import Features
 
 if TYPE_CHECKING:
     from resprune.exporter.checkpoint.checkpoint import Checkpoint
-    from resprune.exporter.components import Components
+    from resprune.exporter.components import Component, Components
     from resprune.exporter.language import Rows
 
 NEEDED = ("torch", "transformers", "accelerate", "onnxscript", "huggingface_hub")
@@ -72,7 +74,8 @@ def open_checkpoint(
         except (RuntimeError, AssertionError, ValueError, OSError) as error:
             raise ResPruneError(f"{name} cannot be loaded on {device} ({one_line(error)})") from None
         preprocessor = FAMILIES[bundle.manifest.family].preprocessor(bundle)
-        stages = _TorchStages(model, processor, bundle.manifest.selection, components, preprocessor)
+        family = bundle.manifest.family
+        stages = _TorchStages(model, processor, bundle.manifest.selection, components, preprocessor, family)
         return Model(
             bundle,
             Stages(
@@ -82,6 +85,8 @@ def open_checkpoint(
                 _TorchDecoder(model, components),
                 bundle.manifest.selection.k,
                 engine(device, torch.get_num_threads(), torch, transformers),
+                stages.early,
+                stages.smaller if isinstance(preprocessor, FixedGrid) else None,
             ),
             _fingerprint(checkpoint, bundle, f"{model.dtype} on {device}"),
             positions,
@@ -141,7 +146,9 @@ class _TorchStages:
         selection: Selection,
         components: Components,
         preprocessor: Preprocessor,
+        family: str,
     ) -> None:
+        self._family = family
         self._model = model
         self._processor = processor
         self._selection = selection
@@ -165,13 +172,49 @@ class _TorchStages:
 
     def _with_planes(self, picture: Picture) -> Features:
         """Only the family knows how its model gives planes: its reference for the vision graph does it."""
+        vision = self._components.vision
+        first, *planes = (plane[0].float().cpu().numpy() for plane in self._reference(vision, picture))
+        return Features(first, tuple(planes))
+
+    def _reference(self, vision: Component, picture: Picture) -> tuple[Any, ...]:
         import torch
 
-        vision, arrays = self._components.vision, self._preprocessor.batch([picture])
+        arrays = self._preprocessor.batch([picture])
         tensors = [torch.from_numpy(arrays[spec.name]).to(self._model.device) for spec in vision.inputs]
         inputs = tuple(one.to(self._model.dtype) if one.is_floating_point() else one for one in tensors)
-        first, *planes = (plane[0].float().cpu().numpy() for plane in vision.reference(self._model, inputs))
-        return Features(first, tuple(planes))
+        return vision.reference(self._model, inputs)
+
+    def early(self, pictures: Sequence[Picture], setting: str) -> list[Features]:
+        """With a first selection inside the tower, `setting` being what `resprune export --early` takes."""
+        import torch
+
+        from resprune.exporter.early import Request
+        from resprune.exporter.verify.early import early_reference
+
+        vision = self._components.vision
+        early = Request.parse(setting).of(vision, FAMILIES[self._family].title)
+        assert vision.tower is not None
+        selecting = replace(vision, reference=early_reference(vision, vision.tower, early))
+        with _faults("encode a picture", self._model.device), torch.inference_mode():
+            found = [self._reference(selecting, picture) for picture in pictures]
+        return [
+            Features(rows[0].float().cpu().numpy(), left=left[0].cpu().numpy()) for rows, left, _ in found
+        ]
+
+    def smaller(self, picture: Picture, k: int) -> tuple[Picture, Features]:
+        """The image of a tower of one size with about `k` tokens: its table of positions is interpolated."""
+        import torch
+
+        assert isinstance(self._preprocessor, FixedGrid)
+        pixels = smaller_pixels(picture.arrays["pixel_values"], self._preprocessor.patch_size, k)
+        # DINOv2's tower interpolates whatever it gets.
+        fixed = self._model.config.vision_config.model_type != "dinov2"
+        how = {"interpolate_pos_encoding": True} if fixed else {}
+        with _faults("encode a picture", self._model.device), torch.inference_mode():
+            rows = self._model.get_image_features(pixels.to(self._model.device, self._model.dtype), **how)
+            features = Features(torch.cat(list(rows.pooler_output)).float().cpu().numpy())
+        count = len(features.rows)
+        return Picture.one_span({}, np.arange(count), count), features
 
     def embed(self, ids: Ints) -> Floats:
         import torch
@@ -193,9 +236,12 @@ class _TorchStages:
             protected = torch.zeros(visual.shape[:2], dtype=torch.bool, device=visual.device)
             if encoded.picture.protected is not None:
                 protected[0] = torch.from_numpy(encoded.picture.protected)
+            candidates = ~protected
+            if encoded.left is not None:
+                candidates &= torch.from_numpy(encoded.left).to(visual.device)
             alpha, scale = self._selection.alpha, self._selection.scale
-            gain = text_gain(visual, words, None, ~protected, alpha=alpha, scale=scale)
-            greedy = residual_select(visual, gain, k, ~protected)
+            gain = text_gain(visual, words, None, candidates, alpha=alpha, scale=scale)
+            greedy = residual_select(visual, gain, k, candidates)
             picks: Ints = protected_first(protected, greedy)[0].cpu().numpy()
         return picks[picks >= 0]
 

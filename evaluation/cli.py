@@ -44,7 +44,13 @@ def register_eval(subparsers: Any) -> None:
         "--selectors",
         default="resprune",
         metavar="NAMES",
-        help="by commas; all is every one (default: %(default)s)",
+        help="by commas; all is every one but resize, a smaller image (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--early",
+        default="",
+        metavar="LIST",
+        help="what resprune export --early takes, by commas: a selector more each, of a checkpoint in PyTorch",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIRECTORY", help="where the report goes")
     parser.add_argument(
@@ -94,11 +100,13 @@ def run_eval(arguments: argparse.Namespace) -> int:
     from resprune.evaluation.data import load_data
     from resprune.evaluation.evaluate import SELECTORS, Plan, evaluate
     from resprune.evaluation.report import markdown, score, write
+    from resprune.evaluation.towers import early_names
     from resprune.runtime.backends.session import check_threads
 
     check_threads(arguments.threads)
     budgets = read_budgets(arguments.k)
-    names = SELECTORS if arguments.selectors == "all" else words(arguments.selectors)
+    names = [*SELECTORS] if arguments.selectors == "all" else words(arguments.selectors)
+    names += early_names(words(arguments.early)) if names else []
     plan = Plan(
         data=[load_data(name) for name in words(arguments.data) or _none("--data names none")],
         selectors=names or _none(f"--selectors names none; choose from {', '.join(SELECTORS)}"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -14,6 +14,7 @@ from resprune.evaluation.data import DataSet, Question
 from resprune.evaluation.model import Asked, Encoded, Model
 from resprune.evaluation.progress import progress
 from resprune.evaluation.selectors import CONTROLS, Candidates
+from resprune.evaluation.towers import EARLY, RESIZE, changes_tower
 from resprune.runtime.budget import Budget
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.prompt.splice import Ints
@@ -26,7 +27,7 @@ DRAWS = 5
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be asked: data sets, selectors by name, budgets.
+    """What is to be asked: data sets, selectors by name (those of `towers.py` too), budgets.
 
     `limit` questions of each data set; `seed` is that of the first random draw; `batch` questions go through the
     language model together.
@@ -41,10 +42,10 @@ class Plan:
     max_new_tokens: int = 16
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.selectors if name not in SELECTORS]
+        unknown = [name for name in self.selectors if name not in SELECTORS and not changes_tower(name)]
         if unknown:
             raise ResPruneError(
-                f"there is no selector {', '.join(unknown)}; choose from {', '.join(SELECTORS)}"
+                f"there is no selector {', '.join(unknown)}; choose from {', '.join((*SELECTORS, RESIZE))}"
             )
 
         names = [data.name for data in self.data]
@@ -77,7 +78,8 @@ def evaluate(model: Model, plan: Plan, answers: Answers) -> None:
 
     Raises `ResPruneError` for budgets that the model cannot keep, or that a report could not show together.
     """
-    model.check(plan.budgets, own=OWN in plan.selectors)
+    own = any(name == OWN or name.startswith(EARLY) for name in plan.selectors)
+    model.check(plan.budgets, own=own)
     kinds = {budget.share is None for budget in plan.budgets if not budget.everything}
     if model.num_tokens is None and len(kinds) > 1:
         raise ResPruneError(
@@ -119,11 +121,27 @@ def _ask(
         return
     loads = {question.picture: question.load for question in chunk}
     encoded = {picture: model.look([load()])[0] for picture, load in loads.items()}
-    prepared: dict[int, tuple[Encoded, Asked]] = {}
-    for question in chunk:
-        image = encoded[question.picture]
-        prepared[question.number] = (image, model.read(question.text, [image.picture.expansion]))
+
+    def prepare(views: Mapping[str, Encoded]) -> dict[int, tuple[Encoded, Asked]]:
+        return {
+            question.number: (
+                views[question.picture],
+                model.read(question.text, [views[question.picture].picture.expansion]),
+            )
+            for question in chunk
+        }
+
+    whole = prepare(encoded)
     for run, missing in todo.items():
+        prepared = whole
+        if changes_tower(run.selector):
+            budget = runs[run]
+            prepared = prepare(
+                {
+                    picture: model.look([load()], run.selector, budget.of(len(encoded[picture].features)))[0]
+                    for picture, load in loads.items()
+                }
+            )
         for start in range(0, len(missing), plan.batch):
             batch = missing[start : start + plan.batch]
             pairs = [prepared[number] for number in batch]
@@ -141,10 +159,10 @@ def _ask(
 def pick(model: Model, run: Run, budget: Budget, encoded: Encoded, asked: Asked, number: int) -> Ints:
     """The tokens that a run keeps of one picture for one question, in pick order."""
     every = encoded.candidates
-    if budget.everything:
+    if budget.everything or run.selector == RESIZE:
         return every
     k = min(budget.of(len(encoded.features)), len(every))
-    if run.selector == OWN:
+    if run.selector == OWN or run.selector.startswith(EARLY):
         return model.select(encoded, asked, k)
     selection = model.manifest.selection
     candidates = Candidates(

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from resprune.evaluation.selectors import stands_for
+from resprune.evaluation.towers import EARLY, RESIZE, refused, smaller_image
 from resprune.runtime.backends.backend import Decoder, Request, expanded_ids
 from resprune.runtime.backends.onnxruntime import onnxruntime_decoder
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions
@@ -103,6 +104,10 @@ class Stages:
     most: int
     """The largest K that `select` takes."""
     engine: Engine
+    early: Callable[[Sequence[Picture], str], list[Features]] | None = None
+    """Pictures and what `--early` asks for → their features; None where the tower is what it is."""
+    smaller: Callable[[Picture, int], tuple[Picture, Features]] | None = None
+    """A picture and K → the same image with about K tokens, for towers of one size; None as above."""
 
 
 class Model:
@@ -141,15 +146,33 @@ class Model:
             "resprune": code(),
         }
 
-    def look(self, sources: Sequence[ImageSource]) -> list[Encoded]:
-        """Encode pictures, each with all its tokens."""
+    def look(self, sources: Sequence[ImageSource], selector: str = "", k: int | None = None) -> list[Encoded]:
+        """Encode pictures, each with all its tokens, or as a selector that `changes_tower` has it for `k` tokens."""
         images = [load_image(source) for source in sources]
         pictures = [self._preprocessor(image) for image in images]
-        features = self._stages.encode(images, pictures)
+        if selector == RESIZE and k is not None:
+            return [self._smaller(image, picture, k) for image, picture in zip(images, pictures, strict=True)]
+        if selector.startswith(EARLY):
+            if self._stages.early is None:
+                raise refused(selector, "this model")
+            features = self._stages.early(pictures, selector.removeprefix(EARLY))
+        else:
+            features = self._stages.encode(images, pictures)
         return [
             Encoded(picture, image.rows, image.planes, image.left)
             for picture, image in zip(pictures, features, strict=True)
         ]
+
+    def _smaller(self, image: Image.Image, picture: Picture, k: int) -> Encoded:
+        if FAMILIES[self.manifest.family].any_size:
+            image = smaller_image(image, lambda shown: self._preprocessor(shown).num_tokens, k)
+            picture = self._preprocessor(image)
+            (features,) = self._stages.encode([image], [picture])
+        elif self._stages.smaller is None:
+            raise refused(RESIZE, "this model")
+        else:
+            picture, features = self._stages.smaller(picture, k)
+        return Encoded(picture, features.rows, features.planes, features.left)
 
     def read(
         self,

@@ -20,7 +20,7 @@ from resprune.runtime.bundle.manifest import Early
 
 def early_picks(patches: Tensor, count: int) -> Tensor:
     """The `count` tokens of [T, P, H] that go on, ascending: [T, C]."""
-    gain = torch.ones(patches.shape[:2])
+    gain = torch.ones(patches.shape[:2], device=patches.device)
     return residual_select(patches, gain, count).sort(dim=1).values
 
 
@@ -33,7 +33,7 @@ def early_reference(component: Component, tower: Tower, early: Early) -> Referen
         with selected_early(tower.tower(model), tower.projector(model), tower.leading, early, kept) as picks:
             (features,) = component.reference(model, inputs)
         (indices,) = picks
-        left = torch.zeros(len(indices), early.of, dtype=torch.bool).scatter(1, indices, True)
+        left = _left(indices, early.of)
         if len(inputs) == 1:
             mask = nn.functional.pad(left, (features.shape[1] - early.of, 0), value=True)
             return features * mask[:, :, None], mask, indices
@@ -42,12 +42,18 @@ def early_reference(component: Component, tower: Tower, early: Early) -> Referen
     return reference
 
 
+def _left(indices: Tensor, count: int) -> Tensor:
+    """Which of a tile's `count` tokens are among `indices` [T, C]: [T, count] bool."""
+    dropped = torch.zeros(len(indices), count, dtype=torch.bool, device=indices.device)
+    return dropped.scatter(1, indices, True)
+
+
 def _packed(
     features: Tensor, left: Tensor, pack_indices: Tensor, pack_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Packed rows [B, N, D], or weighted sums of rows, dropped ones being zeros → their means, and what is left."""
     # Behind the tiles' tokens are the further row and padding.
-    table = torch.cat([left.flatten(), torch.tensor([True, False])])
+    table = torch.cat([left.flatten(), torch.tensor([True, False], device=left.device)])
     present = table[torch.where(pack_indices < 0, len(table) - 1, pack_indices)]
     if pack_weights is None:
         return features * present[:, :, None], present
@@ -103,7 +109,7 @@ def selected_early(
         return output
 
     def clear(module: object, args: object, output: Tensor) -> Tensor:
-        left = torch.zeros(len(output), early.of, dtype=torch.bool).scatter(1, picks[0], True)
+        left = _left(picks[0], early.of)
         left = nn.functional.pad(left, (output.shape[1] - early.of, 0), value=True)
         return output * left[:, :, None]
 
