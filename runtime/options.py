@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.files import require_bundle
 from resprune.runtime.bundle.manifest import FLAVOURS
-from resprune.runtime.errors import ResPruneError, one_line
+from resprune.runtime.errors import ResPruneError, one_line, shown
 
 if TYPE_CHECKING:
     from resprune.runtime.backends.backend import BackendFactory
@@ -176,7 +176,10 @@ def listed(text: str) -> list[str]:
 
 def _ids(text: str) -> tuple[int, ...]:
     """Numbers between commas; none for an empty text."""
-    return tuple(int(word) for word in listed(text))
+    try:
+        return tuple(int(word) for word in listed(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no list of token ids such as 5,17") from None
 
 
 def _backend(arguments: argparse.Namespace) -> "BackendFactory | None":

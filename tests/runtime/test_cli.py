@@ -143,6 +143,10 @@ def test_wrong_input_is_one_sentence(
             "give a number from 1, a share like 11%, or all",
         ),
         (("ask", bundle, photo, QUESTION, "--top-p", "2"), "top_p"),
+        (
+            ("ask", bundle, photo, QUESTION, "--suppress-tokens", "5,a"),
+            "'5,a' is no list of token ids such as 5,17",
+        ),
         (("ask", bundle, photo, QUESTION, "--threads", "-1"), "threads"),
         (("ask", bundle, photo, QUESTION, "--threads", "100000"), "not 100000"),
         (("ask", bundle, photo, QUESTION, "--temperature", "1e999"), "temperature should be a finite number"),
