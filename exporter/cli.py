@@ -12,8 +12,7 @@ from typing import Any
 
 from resprune.runtime.bundle.manifest import ATTENTION, BODIES, FORMS, OPTIMIZE, POSITIONS, SCALES
 from resprune.runtime.bundle.precisions import PRESETS, parse_dtype, words
-from resprune.runtime.errors import ResPruneError, require_packages, require_python
-from resprune.runtime.families.table import aliases
+from resprune.runtime.errors import ResPruneError, printable, require_packages, require_python
 
 NEEDED = ("torch", "transformers", "accelerate", "onnx", "onnxscript", "huggingface_hub", "filelock", "tqdm")
 POSIX = (("fcntl",), "it is part of Python on Linux and macOS, so on Windows take WSL")
@@ -22,6 +21,10 @@ POSIX = (("fcntl",), "it is part of Python on Linux and macOS, so on Windows tak
 
 def register_export(subparsers: Any) -> None:
     """Add the subcommand `export`."""
+    from resprune.runtime.families.table import (
+        aliases,
+    )  # not for the commands that take `POSIX` of this module
+
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "export",
         help="turn a checkpoint into a bundle",
@@ -186,7 +189,7 @@ def _print_line(line: str) -> None:
     from tqdm import tqdm
 
     with tqdm.external_write_mode():
-        print(line, flush=True)
+        print(printable(line), flush=True)  # names of the checkpoint's files may stand in it
 
 
 def _budget(text: str) -> dict[str, Any]:

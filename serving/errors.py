@@ -5,6 +5,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from resprune.runtime.errors import printable
+
 # What pydantic calls a fault, and what OpenAI calls it; anything else is an `invalid_value`.
 CODES = {
     "missing": "missing_required_parameter",
@@ -29,7 +31,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(" ".join(printable(message).split()))  # names that a client made up stand in some
         self.status = status
         self.kind = kind
         self.param = param

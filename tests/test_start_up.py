@@ -40,10 +40,12 @@ def run(*words: str, folder: Path) -> tuple[int, set[str], list[str]]:
 @pytest.mark.parametrize("command", ["", *RUNTIME, *EXPORTER])
 def test_help_and_wrong_options_import_nothing_large(command: str, tmp_path: Path) -> None:
     words = [command] if command else []
+    # The help of export lists the aliases of the families, whose table takes NumPy and Pillow.
+    unwanted = {*LARGE} if command in ("", "export") else {*LARGE, *MEDIUM}
     status, packages, said = run(*words, "--help", folder=tmp_path)
-    assert (status, said, packages & {*LARGE, *MEDIUM}) == (0, [], set())
+    assert (status, said, packages & unwanted) == (0, [], set())
     status, packages, said = run(*words, "--wrong", folder=tmp_path)
-    assert (status, len(said), packages & {*LARGE, *MEDIUM}) == (2, 1, set())
+    assert (status, len(said), packages & unwanted) == (2, 1, set())
     assert said[0].endswith("--help")
 
 

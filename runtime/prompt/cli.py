@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, printable
 from resprune.runtime.options import add_bundle, listed
 
 
@@ -48,5 +48,6 @@ def _prompt(arguments: argparse.Namespace) -> int:
         raise ResPruneError(
             f"{out} cannot be written ({error.strerror}); give --out a file in a folder that is there"
         ) from None
-    print(f"{out}: {len(prompt['ids'])} tokens; keywords: {', '.join(prompt['keywords']) or 'none'}")
+    keywords = ", ".join(prompt["keywords"]) or "none"
+    print(printable(f"{out}: {len(prompt['ids'])} tokens; keywords: {keywords}"))
     return 0

@@ -218,6 +218,16 @@ def test_wrong_fields(post: Callable[..., httpx.Response], changed: dict[str, An
     assert refused(post(json.dumps(asked() | changed).encode()))["param"] == param
 
 
+def test_neither_answer_nor_log_steers_a_terminal(
+    post: Callable[..., httpx.Response], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "resprune.serving")
+    refused(post(json.dumps(asked() | {"\x1b[2J\r\nresprune: forged": 1}).encode()))
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "forged is not a parameter of this API" in line
+    assert line.isprintable()
+
+
 @pytest.mark.parametrize("question", ["", " \n", "square " * 600])
 def test_questions_that_cannot_be_asked(post: Callable[..., httpx.Response], question: str) -> None:
     refused(post(json.dumps(asked(question)).encode()))
