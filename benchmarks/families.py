@@ -244,9 +244,18 @@ def table(result: dict[str, Any]) -> str:
             f"| {feature['atol'] * max(1.0, feature['scale']):.1e} "
             f"| {parity['picks']} | {took} |"
         )
+    notes = []
+    for name, figures in result["models"].items():
+        if "skipped" not in figures:
+            peak = max(figures[step]["peak_bytes"] for step in ("export", "quantized", "ask"))
+            met = "met" if peak <= PEAK_BAR else "missed"
+            notes.append(f"{name}: at most {PEAK_BAR / 1e9:g} GB of memory at any step was {met}.")
     return (
         "At real width and depth, with one layer of language; compared with Hugging Face's own code in "
-        f"{TOWER_DTYPE}.\n\n" + "\n".join(rows) + "\n\nWhole models:\n\n" + size_table(result["models"])
+        f"{TOWER_DTYPE}.\n\n"
+        + "\n".join(rows)
+        + "\n\nWhole models:\n\n"
+        + "\n\n".join([size_table(result["models"]), *notes])
     )
 
 
