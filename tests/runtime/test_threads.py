@@ -19,7 +19,7 @@ from resprune.runtime.answer import Answer
 ROOT = Path(__file__).parents[2]
 PICTURES = sorted((ROOT / "demo" / "pictures").glob("*.png"))
 QUESTIONS = ["What color is the large square?", "How many shapes are there?", "Is there a circle?"]
-THREADS, ROUNDS = 8, 200
+THREADS, ROUNDS, WARM_UP = 8, 200, 50
 Ask = Callable[[Pipeline, Path, str], list[list[int]]]
 
 
@@ -67,17 +67,17 @@ def test_answers_of_many_threads_are_those_given_alone(vlm: Pipeline) -> None:
     process = psutil.Process()
     gc.collect()
 
-    def work(seed: int) -> list[str]:
+    def work(seed: int, rounds: int = ROUNDS) -> list[str]:
         rng = random.Random(seed)
         wrong = []
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             way, path, question = case = rng.choice(cases)
             if (found := way(vlm, path, question)) != alone[case]:
                 wrong.append(f"{way.__name__} {path.name} {question}: {found} for {alone[case]}")
         return wrong
 
     with ThreadPoolExecutor(THREADS) as threads:
-        assert not any(threads.map(work, range(THREADS)))  # warmed up: every thread has its arenas
+        assert not any(threads.map(work, range(THREADS), [WARM_UP] * THREADS))  # warmed up: every thread has its arenas
         gc.collect()
         before = process.memory_info().rss
         assert [line for wrong in threads.map(work, range(THREADS, 2 * THREADS)) for line in wrong] == []
