@@ -77,7 +77,9 @@ def test_answers_of_many_threads_are_those_given_alone(vlm: Pipeline) -> None:
         return wrong
 
     with ThreadPoolExecutor(THREADS) as threads:
-        assert not any(threads.map(work, range(THREADS), [WARM_UP] * THREADS))  # warmed up: every thread has its arenas
+        assert not any(
+            threads.map(work, range(THREADS), [WARM_UP] * THREADS)
+        )  # warmed up: every thread has its arenas
         gc.collect()
         before = process.memory_info().rss
         assert [line for wrong in threads.map(work, range(THREADS, 2 * THREADS)) for line in wrong] == []

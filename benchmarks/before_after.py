@@ -1,0 +1,159 @@
+"""The demo model in this tree and in an older one, question by question in turns.
+
+`python -m benchmarks.before_after OLDER_TREE` (a checkout: `git worktree add OLDER_TREE COMMIT`) exports the demo with
+either tree, holds both in processes of their own, and lets them take turns, so that a busy minute hits both alike.
+On a machine that has other work to do look at the ratios of processor time.
+Prints the ratios of this tree to the older one, and writes them into `results/before_after.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import machine
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("runtime", "graphs", "exporter", "evaluation")
+EXPORT = """
+import sys
+from pathlib import Path
+from resprune.exporter.export import Options, export
+export("demo", Path(sys.argv[1]), Options(k=16, split=True, positions="original"), lambda line: None)
+"""
+# Older trees have no Pipeline at the top.
+ASK = """
+import json, sys, time
+start = time.perf_counter(), time.process_time()
+try:
+    from resprune import Pipeline
+except ImportError:
+    from resprune.runtime import Pipeline
+vlm = Pipeline.load(sys.argv[1], threads=1)
+picture, question = sys.argv[2], "What color is the large square?"
+vlm.ask(picture, question, stream=False)
+print(json.dumps({"start": [time.perf_counter() - start[0], time.process_time() - start[1]]}), flush=True)
+for line in sys.stdin:
+    start = time.perf_counter(), time.process_time()
+    answer = vlm.ask(picture, question)
+    next(iter(answer))
+    first = time.perf_counter() - start[0], time.process_time() - start[1]
+    answer.finish()
+    cpu = time.process_time()
+    answer = vlm.ask(picture, "How many shapes are there?", max_new_tokens=24, temperature=3.0, seed=1, stream=False)
+    cpu = time.process_time() - cpu
+    steps = len(answer.token_ids) - 1
+    view = vlm.look(picture)
+    whole = time.perf_counter(), time.process_time()
+    view.ask(question, tokens=16, max_new_tokens=1, stream=False)
+    asked = time.perf_counter() - whole[0], time.process_time() - whole[1]
+    decode = answer.timings["decode"] / 1e3 / steps
+    print(json.dumps({"first token": first, "token": [decode, 0], "answer": [0, cpu], "view": asked}), flush=True)
+"""
+
+
+@contextmanager
+def packages(older: Path) -> Iterator[dict[str, Path]]:
+    """Name → the folder that `resprune` is imported from; an older tree may have only the rooms."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = older
+        if not (older / "resprune").exists():
+            found = Path(folder)
+            (found / "resprune").mkdir()
+            (found / "resprune" / "__init__.py").touch()
+            for room in ROOMS:
+                (found / "resprune" / room).symlink_to((older / room).resolve())
+        yield {"before": found, "after": ROOT}
+
+
+def environment(package: Path) -> dict[str, str]:
+    """Where Python takes `resprune` from, and one thread: waiting threads would measure the machine."""
+    return os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
+
+
+def measure(older: Path, turns: int, starts: int) -> dict[str, dict[str, list[list[float]]]]:
+    """Tree → what was measured → a pair for each turn: seconds, and seconds of processor time."""
+    picture = ROOT / "demo" / "pictures" / "shapes.png"
+    samples: dict[str, dict[str, list[list[float]]]] = {"before": {}, "after": {}}
+    with packages(older) as found, tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        commands: dict[str, list[str]] = {}
+        for name, package in found.items():
+            bundle = str(Path(folder) / name)
+            subprocess.run(
+                [sys.executable, "-c", EXPORT, bundle], check=True, env=environment(package), cwd=folder
+            )
+            commands[name] = [sys.executable, "-c", ASK, bundle, str(picture)]
+
+        def start(name: str) -> subprocess.Popen[str]:
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            process = subprocess.Popen(commands[name], env=environment(found[name]), cwd=folder, **pipes)
+            stack.callback(process.kill)
+            note(name, process)
+            return process
+
+        def note(name: str, process: subprocess.Popen[str]) -> None:
+            assert process.stdout is not None
+            for what, pair in json.loads(process.stdout.readline()).items():
+                samples[name].setdefault(what, []).append(pair)
+
+        for turn in range(starts):
+            for name in (*commands,) if turn % 2 else (*reversed(commands),):
+                start(name).communicate()
+        open_ = {name: start(name) for name in commands}
+        for turn in range(turns):
+            for name in (*open_,) if turn % 2 else (*reversed(open_),):
+                process = open_[name]
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+                note(name, process)
+    return samples
+
+
+def ratios(samples: dict[str, dict[str, list[list[float]]]]) -> dict[str, dict[str, float]]:
+    """What was measured → this tree's over the older one's, of the best and the median; above 1 is slower."""
+    found: dict[str, dict[str, float]] = {}
+    for what, before in samples["before"].items():
+        after = samples["after"][what]
+        row: dict[str, float] = {"turns": len(after)}
+        for index, kind in enumerate(("seconds", "processor")):
+            old, new = ([pair[index] for pair in pairs] for pairs in (before, after))
+            if min(old):
+                row |= {f"{kind} before": round(statistics.median(old), 6)}
+                row |= {f"{kind} best": round(min(new) / min(old), 4)}
+                row |= {f"{kind} median": round(statistics.median(new) / statistics.median(old), 4)}
+        found[what] = row
+    return found
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("older", type=Path)
+    parser.add_argument("--turns", type=int, default=200)
+    parser.add_argument("--starts", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "before_after.json")
+    given = parser.parse_args()
+    commits = {
+        name: subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=tree, text=True).strip()
+        for name, tree in (("before", given.older), ("after", ROOT))
+    }
+    found = ratios(measure(given.older.resolve(), given.turns, given.starts))
+    for what, row in found.items():
+        print(what, row)
+    given.out.write_text(
+        json.dumps({"commits": commits, "machine": machine(), "ratios": found}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
