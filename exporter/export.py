@@ -171,7 +171,7 @@ class _Export:
             self.report(note)
         language = language_checkpoint(components.model, stored) if self.options.language_checkpoint else None
         extra = 0 if language is None else language.nbytes
-        needed = bytes_needed(components, choice, self.options.block, split=self.options.split)
+        needed = bytes_needed(components, choice, self.options.block)
         require_space(self.work.parent, needed + extra)
         parameters = sum(tensor.numel() for tensor in components.model.parameters())
         size = sum(tensor.nbytes for tensor in checkpoint.weights.values())
@@ -239,12 +239,16 @@ class _Export:
         how: Any = {name: getattr(selection, name) for name in ("alpha", "scale", "body", "form")}
         how |= {"counts": components.proportional, "protected": components.protected is not None}
         attached = attach_selection(traced.model, selection.k, **how, padding=components.padding)
-        paths = [writer.write("vision_select", Traced(attached, traced.weights))]
-        if self.options.split:
-            paths.append(writer.write("vision_encoder", traced))
-            selector = token_select_model(selection.k, **how, planes=components.planes)
-            paths.append(writer.write("token_select", Traced(selector, {})))
-        return paths
+        fused = Traced(attached, traced.weights)
+        if not self.options.split:
+            return [writer.write("vision_select", fused)]
+        encoder = writer.write("vision_encoder", traced)
+        selector = token_select_model(selection.k, **how, planes=components.planes)
+        return [
+            writer.write("vision_select", fused, owner=encoder),
+            encoder,
+            writer.write("token_select", Traced(selector, {})),
+        ]
 
     def _embed(
         self, paths: list[Path], components: Components, verifier: Verifier, worker: OrtWorker

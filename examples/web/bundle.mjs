@@ -49,9 +49,11 @@ export async function readBundle(read) {
     bytes,
     has: (name) => name in manifest.files,
     json: async (name) => parseJson(await bytes(name), name),
-    /** Names of the files with a graph's weights; empty for a small graph. */
-    weights: (graph) =>
-      Object.keys(manifest.files).filter((name) => name.startsWith(`${manifest.graphs[graph].file}_data`)),
+    /** Names of the files with a graph's weights; empty for a small graph. Bundles of old do not name them. */
+    weights: (graph) => {
+      const { file, weights = `${file}_data` } = manifest.graphs[graph];
+      return weights in manifest.files ? [weights] : [];
+    },
   };
 }
 

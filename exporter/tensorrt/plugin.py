@@ -42,10 +42,11 @@ def with_plugin(graph: Path, folder: Path) -> Path:
     from resprune.graphs.kernels.tensorrt_plugin import for_plugin
 
     changed = folder / graph.name
-    changed.write_bytes(for_plugin(onnx.load(graph, load_external_data=False)).SerializeToString())
-    data = graph.with_name(f"{graph.name}_data")
-    if data.exists():
-        shutil.copyfile(data, folder / data.name)  # onnx refuses links, hard ones too
+    model = onnx.load(graph, load_external_data=False)
+    entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
+    for name in {entry.value for entry in entries if entry.key == "location"}:
+        shutil.copyfile(graph.with_name(name), folder / name)  # onnx refuses links, hard ones too
+    changed.write_bytes(for_plugin(model).SerializeToString())
     return changed
 
 

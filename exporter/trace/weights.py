@@ -109,14 +109,10 @@ def _renamer(model: Any, parameters: Mapping[str, Any]) -> Callable[[str], str]:
     return current
 
 
-def bytes_needed(components: Components, choice: Choice, block: int, *, split: bool) -> int:
-    """Upper bound of a bundle's size; each graph carries its own copy of the weights that it uses."""
-    visions = 2 if split else 1
-    weights = [
-        _weight_bytes(components, component, choice, block)
-        for component in (components.vision, components.embed, components.decoder)
-    ]
-    return OVERHEAD_BYTES + visions * weights[0] + sum(weights[1:])
+def bytes_needed(components: Components, choice: Choice, block: int) -> int:
+    """Upper bound of a bundle's size; each component carries its own copy of the weights that it uses."""
+    parts = (components.vision, components.embed, components.decoder)
+    return OVERHEAD_BYTES + sum(_weight_bytes(components, part, choice, block) for part in parts)
 
 
 def _weight_bytes(components: Components, component: Component, choice: Choice, block: int) -> int:
@@ -140,13 +136,21 @@ def data_size(traced: Traced) -> int:
     return max((end for *_, end in _layout(traced.model)), default=0)
 
 
-def write_graph(traced: Traced, path: Path) -> dict[Path, FileSpec]:
-    """Write `path`, whose weights are to be in `path` + "_data"; returns the size and SHA-256 of what was written."""
+def write_graph(traced: Traced, path: Path, owner: Path | None = None) -> dict[Path, FileSpec]:
+    """Write `path`, whose weights are to be in `path` + "_data"; returns the size and SHA-256 of what was written.
+
+    Those of a graph `owner` in the same folder, which has the same and is written, are referred to where they are.
+    """
     model = onnx.ModelProto()
     model.CopyFrom(traced.model)
+    owned = [] if owner is None else onnx.load(owner, load_external_data=False).graph.initializer
+    places = {tensor.name: [*tensor.external_data] for tensor in owned}
     for tensor, _, begin, end in _layout(model):
         del tensor.external_data[:]
-        where = {"location": _data_path(path).name, "offset": begin, "length": end - begin}
+        if owner is not None:
+            tensor.external_data.extend(places[tensor.name])
+            continue
+        where = {"location": data_path(path).name, "offset": begin, "length": end - begin}
         for key, value in where.items():
             tensor.external_data.add(key=key, value=str(value))
     with _HashedFile(path) as file:
@@ -176,7 +180,7 @@ def write_weights(
     buffers = cycle([torch.empty(size, dtype=torch.uint8) for _ in range(PENDING + 1)])
     places = [*_layout(traced.model)]
     weights = [traced.weights[tensor.name] for tensor, *_ in places]
-    with one_thread(), _HashedFile(_data_path(path)) as file:
+    with one_thread(), _HashedFile(data_path(path)) as file:
         sources = _read_ahead(weights, stored)
         for (tensor, padding, _, end), weight, tensors in zip(places, weights, sources, strict=True):
             file.write(bytes(padding))
@@ -185,7 +189,7 @@ def write_weights(
                 progress(chunk.nbytes, file.complete)
             assert file.size == end, f"{tensor.name} ends at {file.size} where the graph has {end}"
     progress(0, file.complete)
-    return {_data_path(path): file.spec}
+    return {data_path(path): file.spec}
 
 
 def _read_ahead(weights: Iterable[Weight], stored: Mapping[str, StoredTensor]) -> Iterator[list[Tensor]]:
@@ -325,7 +329,8 @@ def _layout(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, int, int
         position = begin + count
 
 
-def _data_path(path: Path) -> Path:
+def data_path(path: Path) -> Path:
+    """Where a graph's weights are, unless it refers to those of another."""
     return path.with_name(f"{path.name}_data")
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from resprune.exporter.checkpoint.shards import StoredTensor
 from resprune.exporter.trace.tracer import Traced, tensor_specs
-from resprune.exporter.trace.weights import data_size, write_graph, write_weights
+from resprune.exporter.trace.weights import data_path, data_size, write_graph, write_weights
 from resprune.exporter.verify.weights import Comparison
 from resprune.runtime.bundle.manifest import FileSpec, GraphSpec
 from resprune.runtime.bundle.precisions import Choice
@@ -65,12 +65,16 @@ class GraphWriter:
         self._over = Event()
         (folder / "onnx").mkdir()
 
-    def write(self, name: str, traced: Traced) -> Path:
-        """Write a graph and its weights; returns its path. Raises `OSError` if the disk is full."""
+    def write(self, name: str, traced: Traced, owner: Path | None = None) -> Path:
+        """Write a graph and its weights; returns its path. Raises `OSError` if the disk is full.
+
+        A graph of the same weights as `owner`, which is written, refers to its file instead.
+        """
         kind = self._choice.of(name)
         path = self._folder / "onnx" / f"{name}{kind.suffix}.onnx"
-        self.files |= write_graph(traced, path)
+        self.files |= write_graph(traced, path, owner)
         self._comparisons[path] = comparison = self._stack.enter_context(Comparison(path, self._stored))
+        data = data_path(owner or path)
         with progress_bar(name, data_size(traced)) as bar:
 
             def progress(count: int, complete: int) -> None:
@@ -79,12 +83,16 @@ class GraphWriter:
                 bar.update(count)
                 comparison.advance(complete)
 
-            self.files |= write_weights(traced, path, self._stored, progress)
+            if owner is None:
+                self.files |= write_weights(traced, path, self._stored, progress)
+            else:
+                progress(0, self.files[data].size)
         self.graphs[name] = GraphSpec(
             file=path.relative_to(self._folder).as_posix(),
             precision=kind.word,
             inputs=tensor_specs(traced.model.graph.input),
             outputs=tensor_specs(traced.model.graph.output),
+            weights=data.relative_to(self._folder).as_posix() if data in self.files else None,
         )
         return path
 

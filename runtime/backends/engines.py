@@ -61,8 +61,7 @@ def set_name(flavour: str, target: str) -> str:
 
 def graph_sources(bundle: Bundle, graph: str) -> dict[str, str]:
     """The files a graph is made of, and their SHA-256."""
-    file, files = bundle.manifest.graphs[graph].file, bundle.manifest.files
-    return {name: files[name].sha256 for name in (file, f"{file}_data") if name in files}
+    return {name: bundle.manifest.files[name].sha256 for name in bundle.manifest.graphs[graph].files()}
 
 
 def choose_engines(bundle: Bundle, flavour: str, version: str, capability: Capability) -> EngineSet:

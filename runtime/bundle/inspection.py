@@ -87,8 +87,9 @@ def _parity_summary(parity: dict[str, Any]) -> Iterator[str]:
 
 
 def _graph_size(graph: GraphSpec, manifest: Manifest) -> str:
-    data = manifest.files.get(f"{graph.file}_data")
-    return _megabytes(manifest.files[graph.file].size + (data.size if data else 0))
+    size = _megabytes(sum(manifest.files[file].size for file in graph.files()))
+    sharing = [spec for spec in manifest.graphs.values() if spec.weights == graph.weights]
+    return f"{size} (weights shared)" if graph.weights and len(sharing) > 1 else size
 
 
 def describe(bundle: Bundle) -> str:

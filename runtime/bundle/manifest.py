@@ -57,12 +57,20 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One ONNX graph: its file relative to the bundle, precision of its weights, inputs and outputs."""
+    """One ONNX graph: its file relative to the bundle, precision of its weights, inputs and outputs.
+
+    `weights` is the file that has them, which several graphs may share; None if the graph has none.
+    """
 
     file: str
     precision: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    weights: str | None = None
+
+    def files(self) -> tuple[str, ...]:
+        """What the graph is made of."""
+        return (self.file,) if self.weights is None else (self.file, self.weights)
 
     def axes(self) -> set[str]:
         """The names of the inputs' dynamic axes; those of a sum singly."""
@@ -182,10 +190,12 @@ class Manifest:
         if version < 1:
             raise _fault("format_version", "1 or more", version)
         files = {name: _file_spec(name, spec) for name, spec in _table(top, "files")}
-        graphs = {name: _graph_spec(name, spec) for name, spec in _table(top, "graphs")}
+        graphs = {name: _graph_spec(name, spec, files) for name, spec in _table(top, "graphs")}
         for name, graph in graphs.items():
             if graph.file not in files or not graph.file.endswith(".onnx"):
                 raise _fault(f"graphs.{name}.file", "one of the .onnx files in files", graph.file)
+            if graph.weights is not None and graph.weights not in files:
+                raise _fault(f"graphs.{name}.weights", "one of the names in files", graph.weights)
         engines = {name: _engine_set(name, value) for name, value in _optional_table(top, "engines")}
         for name, engine_set in engines.items():
             for graph_name, engine in engine_set.graphs.items():
@@ -329,10 +339,14 @@ def _early(table: dict[str, Any]) -> Early:
     return Early(_whole(table, "layer", "early.", least=1, most=MAX_TOKENS), tokens, of)
 
 
-def _graph_spec(name: str, value: object) -> GraphSpec:
+def _graph_spec(name: str, value: object, files: Mapping[str, FileSpec]) -> GraphSpec:
     table, where = _expect(f"graphs.{name}", value, dict), f"graphs.{name}."
+    file = _field(table, "file", str, where)
+    beside = f"{file}_data"  # where they always are in bundles that do not say
+    weights = beside if "weights" not in table and beside in files else table.get("weights")
     return GraphSpec(
-        file=_field(table, "file", str, where),
+        file=file,
+        weights=None if weights is None else _expect(f"{where}weights", weights, str),
         precision=_choice(table, "precision", precisions.TABLE, where),
         inputs=tuple(_tensor_specs(table, "inputs", where)),
         outputs=tuple(_tensor_specs(table, "outputs", where)),

@@ -55,7 +55,11 @@ def test_the_bundle_is_complete(tiny_bundle):
     assert (manifest.image_token_id, manifest.context_length) == (4, 512)
     graphs = {"vision_select", "vision_encoder", "token_select", "embed_tokens", "decoder_model_merged"}
     assert set(manifest.graphs) == graphs
-    data = {f"onnx/{name}.onnx_data" for name in graphs - {"token_select"}}
+    owners = {name: name for name in graphs - {"token_select"}} | {"vision_select": "vision_encoder"}
+    assert {name: graph.weights for name, graph in manifest.graphs.items()} == {
+        name: f"onnx/{owners[name]}.onnx_data" if name in owners else None for name in graphs
+    }
+    data = {f"onnx/{name}.onnx_data" for name in owners.values()}
     assert {name for name in manifest.files if name.startswith("onnx/")} == data | {
         f"onnx/{name}.onnx" for name in graphs
     }

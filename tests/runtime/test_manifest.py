@@ -280,3 +280,21 @@ def test_a_budget_is_the_share_of_the_picture_and_at_most_k() -> None:
     by_share = dataclasses.replace(by_number, share=0.11)
     assert [by_number.budget(tokens) for tokens in (8, 100, 144)] == [16, 16, 16]
     assert [by_share.budget(tokens) for tokens in (8, 100, 144, 10_000)] == [1, 11, 16, 16]
+
+
+def test_a_graph_that_names_no_weights_has_those_beside_it() -> None:
+    """As in bundles from before two graphs could share them."""
+    top = json.loads(MANIFEST.to_json())
+    del top["graphs"]["vision_select"]["weights"]
+    assert Manifest.from_json(json.dumps(top)).graphs["vision_select"].files() == ("onnx/vision_select.onnx",)
+    data = "onnx/vision_select.onnx_data"
+    top["files"][data] = top["files"]["config.json"]
+    assert Manifest.from_json(json.dumps(top)).graphs["vision_select"].files() == (
+        "onnx/vision_select.onnx",
+        data,
+    )
+
+
+def test_weights_that_are_not_listed_are_refused() -> None:
+    message = rejected(edited("graphs", "vision_select", "weights", value="onnx/other_data"))
+    assert "graphs.vision_select.weights should be one of the names in files" in message
