@@ -17,7 +17,7 @@ from resprune.runtime.options import (
     add_sampling_options,
     add_tokens,
     listed,
-    load_options,
+    load_pipeline,
     max_pixels,
     sampling_options,
 )
@@ -72,9 +72,8 @@ def register_chat(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    from resprune.runtime.pipeline import Pipeline
 
-    with Pipeline.load(arguments.bundle, **load_options(arguments)) as pipeline:
+    with load_pipeline(arguments.bundle, arguments) as pipeline:
         conversation = Conversation(
             pipeline,
             max_pixels(arguments),

@@ -18,7 +18,7 @@ from resprune.runtime.options import (
     add_sampling_options,
     add_tokens,
     listed,
-    load_options,
+    load_pipeline,
     max_pixels,
     require_paths,
     sampling_options,
@@ -145,11 +145,10 @@ def register_inspect(subparsers: "argparse._SubParsersAction[argparse.ArgumentPa
 
 
 def _ask(arguments: argparse.Namespace) -> int:
-    from resprune.runtime.pipeline import Pipeline
     from resprune.runtime.show import draw_answer, drawing_paths
 
     paths = [] if arguments.show is None else drawing_paths(arguments.show, arguments.images)
-    with Pipeline.load(arguments.bundle, **load_options(arguments)) as pipeline:
+    with load_pipeline(arguments.bundle, arguments) as pipeline:
         answer = pipeline.ask(
             arguments.images,
             arguments.question,

@@ -4,9 +4,11 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from threading import Lock, Timer
 from types import FrameType
 from typing import TextIO
 
@@ -47,6 +49,40 @@ def quiet_libraries() -> Iterator[None]:
         os.close(nowhere)
         undo.callback(os.dup2, real, 2)
         yield
+
+
+@contextmanager
+def progress_line(what: str, after: float = 0.5) -> Iterator[Callable[[int, int], None]]:
+    """On a terminal, a line on stderr that says `what` is being done, if it takes longer than `after` seconds.
+
+    Yields a function of the bytes done and of all, which any thread may call. The line goes when the block ends.
+    """
+    stream = sys.stderr
+    if stream is None or not stream.isatty():
+        yield lambda done, of: None
+        return
+    lock, shown, due, over = Lock(), False, time.monotonic() + after, False
+
+    def show(text: str) -> None:
+        nonlocal shown, due
+        with lock, suppress(OSError, ValueError):
+            if not over and time.monotonic() >= due:
+                shown, due = True, time.monotonic() + 0.1
+                stream.write(f"\r{printable(text)[:79]:79}")
+                stream.flush()
+
+    timer = Timer(after + 0.01, show, [f"{what} …"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lambda done, of: show(f"{what}: {100 * done // max(of, 1)} % of {of / 1e6:,.0f} MB checked")
+    finally:
+        timer.cancel()
+        with lock, suppress(OSError, ValueError):
+            over = True
+            if shown:
+                stream.write(f"\r{'':79}\r")
+                stream.flush()
 
 
 def _descriptor(stream: TextIO | None) -> int | None:

@@ -2,15 +2,18 @@
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.files import require_bundle
 from resprune.runtime.bundle.manifest import FLAVOURS
+from resprune.runtime.console import progress_line
 from resprune.runtime.errors import ResPruneError, one_line, shown
 
 if TYPE_CHECKING:
     from resprune.runtime.backends.backend import BackendFactory
+    from resprune.runtime.pipeline import Pipeline
     from resprune.runtime.sampling import SamplingOptions
 
 BUNDLE_HELP = "directory that resprune export wrote"
@@ -104,13 +107,28 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, default=0, metavar="N", help="of ONNX Runtime (default: one a physical core)"
     )
     parser.add_argument("--max-pixels", type=int, metavar="N", help="largest image taken (default: 64000000)")
-    parser.add_argument("--skip-hashes", action="store_true", help="do not check the SHA-256 of the files")
+    hashes = parser.add_mutually_exclusive_group()
+    hashes.add_argument("--skip-hashes", action="store_true", help="do not check the SHA-256 of the files")
+    hashes.add_argument(
+        "--check",
+        action="store_true",
+        help="check the SHA-256 of all files, unchanged ones too (default: of those that have changed)",
+    )
+
+
+def load_pipeline(bundle: str | Path, arguments: argparse.Namespace) -> "Pipeline":
+    """Check a bundle and open it; on a terminal a line shows how far that is."""
+    from resprune.runtime.pipeline import Pipeline
+
+    with progress_line(f"opening {bundle}") as progress:
+        return Pipeline.load(bundle, progress=progress, **load_options(arguments))
 
 
 def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `Pipeline.load` takes by keyword."""
     return {
         "check_hashes": not arguments.skip_hashes,
+        "check_again": arguments.check,
         "providers": arguments.provider,
         "threads": arguments.threads,
         "max_pixels": max_pixels(arguments),

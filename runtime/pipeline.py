@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from resprune.runtime.backends.providers import CPU
 from resprune.runtime.backends.session import GraphRunner, OrtGraphs, SessionOptions
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.files import Bundle, read_bundle
+from resprune.runtime.bundle.hashes import Progress, hashed_meanwhile
 from resprune.runtime.bundle.manifest import FLAVOURS, Manifest
 from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.image import MAX_PIXELS, Box, ImageSource, load_image
@@ -78,6 +79,8 @@ class Pipeline:
         bundle: str | Path,
         *,
         check_hashes: bool = True,
+        check_again: bool = False,
+        progress: Progress | None = None,
         providers: Sequence[str] = (CPU,),
         threads: int = 0,
         max_pixels: int = MAX_PIXELS,
@@ -86,7 +89,9 @@ class Pipeline:
     ) -> Pipeline:
         """Check a bundle and open it.
 
-        `check_hashes=False` skips the SHA-256 of the files. `providers` and `threads` are those of `SessionOptions`.
+        `check_hashes=False` skips the SHA-256 of the files. A large file that has not changed since its last check is
+        not hashed again, unless `check_again`. `progress(done, all)` is called as bytes are hashed, by any thread.
+        `providers` and `threads` are those of `SessionOptions`.
         An image of more than `max_pixels` is refused before it is decoded. `engines` ("tensorrt" or "tensorrt-rtx")
         runs the bundle's engines for the GPU at hand instead of ONNX Runtime. `generator` opens another backend, such
         as `servers.server(url)`; the bundle's decoder is then not opened.
@@ -101,8 +106,14 @@ class Pipeline:
                 f"generator should be a function that opens a backend, not {type(generator).__name__}; "
                 "such as server(url) of resprune.runtime.backends.servers"
             )
-        opened = read_bundle(bundle, check_hashes=flag(check_hashes, "check_hashes"))
-        pipeline = cls(opened, options, max_pixels, generator or answering, graphs)
+        check, again = flag(check_hashes, "check_hashes"), flag(check_again, "check_again")
+        opened = read_bundle(bundle, check_hashes=False)
+        files = opened.manifest.files if check else {}
+        with ExitStack() as undo:
+            with hashed_meanwhile(opened.root, files, remember=not again, progress=progress):
+                pipeline = cls(opened, options, max_pixels, generator or answering, graphs)
+                undo.callback(pipeline.close)
+            undo.pop_all()
         pipeline.load_ms = (perf_counter() - start) * 1e3
         return pipeline
 

@@ -15,7 +15,7 @@ from resprune.runtime.options import (
     BUNDLE_HELP,
     BundlePath,
     add_load_options,
-    load_options,
+    load_pipeline,
     max_pixels,
 )
 
@@ -180,13 +180,12 @@ def model_names(bundles: Sequence[str]) -> dict[str, str]:
 def _load(path: str, arguments: argparse.Namespace) -> "Pipeline":
     """Open a bundle, and say so: one of gigabytes takes a while."""
     from resprune.runtime.bundle.files import read_bundle
-    from resprune.runtime.pipeline import Pipeline
 
     size = sum(spec.size for spec in read_bundle(path, check_hashes=False).manifest.files.values())
     doing = "opening" if arguments.skip_hashes else "checking and opening"
     _say(f"{doing} {path} ({size / 1e6:,.0f} MB) …")
     start = perf_counter()
-    pipeline = Pipeline.load(path, **load_options(arguments))
+    pipeline = load_pipeline(path, arguments)
     _say(f"{path} is ready after {perf_counter() - start:.1f} s")
     return pipeline
 

@@ -3,7 +3,6 @@
 Its files are what its manifest says of them, or one `ResPruneError` names the first that is not.
 """
 
-import hashlib
 import json
 import os
 import stat
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from resprune.runtime.bundle.external import require_listed
+from resprune.runtime.bundle.hashes import hashed_meanwhile, sha256
 from resprune.runtime.bundle.manifest import MANIFEST_NAME, FileSpec, GraphSpec, Manifest, safe_name
 from resprune.runtime.bundle.whole import write_whole
 from resprune.runtime.errors import ResPruneError, one_line
@@ -21,7 +21,6 @@ from resprune.runtime.errors import ResPruneError, one_line
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_TEXT_BYTES = 16 << 20
 """Of a JSON file or a template of the checkpoint."""
-HASH_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -123,12 +122,8 @@ def read_bundle(path: str | Path, *, check_hashes: bool = True) -> Bundle:
                 f"copy the bundle again or export it again"
             )
     if check_hashes:
-        for name, spec in manifest.files.items():
-            if _sha256(root / name) != spec.sha256:
-                raise ResPruneError(
-                    f"{root / name} was altered after the export (its SHA-256 differs); "
-                    f"copy the bundle again or export it again"
-                )
+        with hashed_meanwhile(root, manifest.files, remember=False):
+            pass
     return Bundle(root, manifest)
 
 
@@ -156,18 +151,7 @@ def describe_files(root: str | Path, known: Mapping[Path, FileSpec] | None = Non
 
 def describe_file(root: Path, name: str) -> FileSpec:
     """Size and SHA-256 of one file under `root`, by its relative posix name."""
-    return FileSpec(_plain_file_size(root, safe_name(name)), _sha256(root / name))
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(HASH_BLOCK):  # hashlib.file_digest is Python 3.11's
-                digest.update(block)
-            return digest.hexdigest()
-    except OSError as error:
-        raise ResPruneError(f"{path} cannot be read: {error.strerror}") from None
+    return FileSpec(_plain_file_size(root, safe_name(name)), sha256(root / name))
 
 
 def _plain_file_size(root: Path, name: str) -> int:
