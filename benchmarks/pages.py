@@ -1,6 +1,6 @@
-"""The pages of measured tables, written from benchmarks/results/: REPORT.md whole, docs/benchmarks.md between marks.
+"""The pages of measured tables, written from benchmarks/results/: REPORT.md whole, those of docs/ between marks.
 
-A table's line says when it was measured, with which resprune, and on what machine. In docs/benchmarks.md the text
+A table's line says when it was measured, with which resprune, and on what machine. In docs/ the text
 around the tables is written by hand, and `<!-- PART -->` … `<!-- end -->` encloses the table of a part.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "benchmarks.md"
+PAGES = [HERE.parent / "docs" / name for name in ("benchmarks.md", "precision.md")]
 BUDGETS = ("8", "16", "32", "64")
 Record = Mapping[str, Any]
 
@@ -48,7 +48,7 @@ def report(results: Mapping[str, Record]) -> str:
 
 
 def page(text: str, results: Mapping[str, Record]) -> str:
-    """docs/benchmarks.md with the tables of today's results in the place of those that it has."""
+    """A page of docs/ with the tables of today's results in the place of those that it has."""
 
     def filled(match: re.Match[str]) -> str:
         part = match[1]
@@ -63,10 +63,11 @@ def page(text: str, results: Mapping[str, Record]) -> str:
 
 
 def write(parts: Sequence[str]) -> None:
-    """Write both pages."""
+    """Write the pages."""
     results = read_results(parts)
     (HERE / "REPORT.md").write_text(report(results))
-    PAGE.write_text(page(PAGE.read_text(), results))
+    for path in PAGES:
+        path.write_text(page(path.read_text(), results))
 
 
 def _accuracy(record: Record) -> str:

@@ -1,14 +1,11 @@
 """What a precision costs and brings on trained weights: loss, size, first token, prefill, tokens a second.
 
-The loss is of benchmarks/pretrained.py's model on English text after a real picture, against the fp32 bundle. What
-picks and answers lose is shown by the demo model too, whose pictures mean something.
+The loss is of benchmarks/pretrained.py's model on English text after a real picture, against the fp32 bundle.
 """
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,6 @@ from numpy.typing import NDArray
 from benchmarks.measure import THREADS, exported, take_turns
 from benchmarks.pretrained import write_pretrained
 from resprune import Pipeline
-from resprune.evaluation.data import Question, load_data
-from resprune.evaluation.statistics import wilson
 from resprune.exporter.verify.text import every_position
 from resprune.runtime.backends.onnxruntime import OrtSequence, onnxruntime_decoder
 from resprune.runtime.backends.providers import CPU, new_session
@@ -40,14 +35,11 @@ KINDS = {
     "fp16": ("--dtype", "fp16"),
     "int8": ("--dtype", "int8"),
     "q8": ("--dtype", "q8"),
-    "q8, ort": ("--dtype", "q8", "--optimize", "ort"),
     "q4": ("--dtype", "q4"),
-    "q4, ort": ("--dtype", "q4", "--optimize", "ort"),
-    "q4, ort, blocks of 64": ("--dtype", "q4", "--optimize", "ort", "--block", "64"),
-    "q4, ort, blocks of 128": ("--dtype", "q4", "--optimize", "ort", "--block", "128"),
+    "q4, blocks of 64": ("--dtype", "q4", "--block", "64"),
+    "q4, blocks of 128": ("--dtype", "q4", "--block", "128"),
 } | {PRESET.format(name): ("--preset", name) for name in PRESETS if name != "gpu"}
 """The preset for GPUs is fp16."""
-DEMO_KINDS = ("fp32", "int8", "q8", "q4", PRESET.format("cpu"))
 K = 64
 PICTURES = ("shapes", "easy-vqa")
 HALF = 531
@@ -78,9 +70,6 @@ PROMPTS = (
 ANSWER_TOKENS = 16
 STEPS = 8
 REPEATS = 7
-DEMO_K = 48
-DEMO_QUESTIONS = {"easy-VQA": ("easyvqa", 202), "scenes": ("scenes", 400)}
-BATCH = 50
 ENGLISH = Path(__file__).with_name("texts") / "english.txt"
 DEMO_PICTURES = Path(__file__).parents[1] / "demo" / "pictures"
 
@@ -129,13 +118,13 @@ class _Opened:
 
 
 def run(work: Path) -> dict[str, Any]:
-    """The trained model in every precision, in turn; and the demo model's answers in some."""
+    """The trained model in every precision, in turn."""
     checkpoint = write_pretrained(work / "pretrained")
     figures: dict[str, Any] = {"trained": {}}
     reference: dict[str, Any] = {}
     opened: dict[str, _Opened] = {}
     for name, options in KINDS.items():
-        path = exported(checkpoint, work / f"pretrained-{_file_name(name)}", "-k", str(K), *options)
+        path = exported(checkpoint, work / f"pretrained-{file_name(name)}", "-k", str(K), *options)
         bundle = read_bundle(path, check_hashes=False)
         opened[name] = one = _Opened(bundle)
         found = _answers(path) | _logits(one)
@@ -151,13 +140,10 @@ def run(work: Path) -> dict[str, Any]:
     )
     figures["steps"] = take_turns({name: one.steps for name, one in opened.items()}, REPEATS)
     figures["prompt"] = prompts["fp32"].inputs_embeds.shape[1]
-    opened.clear()
-    gc.collect()
-    figures["demo"] = _demo(work)
     return figures
 
 
-def _file_name(kind: str) -> str:
+def file_name(kind: str) -> str:
     return kind.replace("--preset ", "").replace(", ", "-").replace(" ", "-")
 
 
@@ -248,31 +234,6 @@ def _losses(bundle: Bundle, found: dict[str, Any], reference: dict[str, Any]) ->
     }
 
 
-def _demo(work: Path) -> dict[str, Any]:
-    asked = {name: load_data(data).spread(limit) for name, (data, limit) in DEMO_QUESTIONS.items()}
-    figures: dict[str, Any] = {}
-    for name in DEMO_KINDS:
-        path = work / f"demo-{_file_name(name)}"
-        exported("demo", path, "-k", str(DEMO_K), "--positions", "original", *KINDS[name])
-        with Pipeline.load(path) as vlm:
-            figures[name] = {kind: _exact_match(vlm, questions) for kind, questions in asked.items()}
-            parity = vlm.manifest.parity
-        figures[name] |= {"picks": parity["picks"], "greedy tokens": parity["greedy_tokens"]}
-    return figures
-
-
-def _exact_match(vlm: Pipeline, questions: Sequence[Question]) -> dict[str, Any]:
-    right = 0
-    for start in range(0, len(questions), BATCH):
-        batch = questions[start : start + BATCH]
-        texts = [question.text for question in batch]
-        answers = vlm.ask_batch(
-            [question.load() for question in batch], texts, tokens=DEMO_K, max_new_tokens=8
-        )
-        right += sum(question.right(answer.text) for question, answer in zip(batch, answers, strict=True))
-    return {"exact match": right / len(questions), "interval": wilson(right, len(questions))}
-
-
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     trained = result["trained"]
@@ -301,15 +262,4 @@ def table(result: dict[str, Any]) -> str:
             f"{1e3 * STEPS / steps.median:.0f}",
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += [
-        f"\nThe demo model with {DEMO_K} of 144 tokens, original positions.\n",
-        "| precision | easy-VQA | scenes | picks as PyTorch's | greedy tokens as PyTorch's |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in result["demo"].items():
-        cells = []
-        for kind in ("easy-VQA", "scenes"):
-            low, high = row[kind]["interval"]
-            cells.append(f"{100 * row[kind]['exact match']:.1f} % ({100 * low:.0f}–{100 * high:.0f})")
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['picks']} | {row['greedy tokens']} |")
     return "\n".join(lines)

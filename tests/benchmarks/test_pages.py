@@ -7,20 +7,20 @@ import re
 import pytest
 
 from benchmarks.__main__ import PARTS
-from benchmarks.pages import HERE, PAGE, measured, page, read_results, report
+from benchmarks.pages import HERE, PAGES, measured, page, read_results, report
 
 RESULTS = read_results([*PARTS])
 
 
 def test_the_pages_are_current() -> None:
-    assert PAGE.read_text() == page(PAGE.read_text(), RESULTS), "run: python -m benchmarks --pages"
+    for path in PAGES:
+        assert path.read_text() == page(path.read_text(), RESULTS), "run: python -m benchmarks --pages"
     assert (HERE / "REPORT.md").read_text() == report(RESULTS), "run: python -m benchmarks --pages"
 
 
 def test_every_result_has_its_place_in_the_page() -> None:
-    assert set(RESULTS) - {"ablation"} <= set(
-        re.findall(r"^<!-- (\w+) -->$", PAGE.read_text(), flags=re.MULTILINE)
-    )
+    text = "".join(path.read_text() for path in PAGES)
+    assert set(RESULTS) - {"ablation"} <= set(re.findall(r"^<!-- (\w+) -->$", text, flags=re.MULTILINE))
     assert {path.stem for path in (HERE / "results").glob("*.json")} <= set(PARTS)
 
 
