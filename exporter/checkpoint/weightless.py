@@ -27,9 +27,11 @@ def fake_mode() -> FakeTensorMode:
 
 def blank(model_class: Any, config: Any) -> nn.Module:
     """`model_class(config)` with parameters on the meta device; tied ones are one tensor."""
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        model: Any = model_class(config).eval()
-        model.tie_weights()  # no_init_weights skips it
+    with no_init_weights():
+        with init_empty_weights(include_buffers=False):
+            model: Any = model_class(config).eval()
+        # no_init_weights skips it, and accelerate makes a parameter of its own of each that is set.
+        model.tie_weights()
     whole: nn.Module = model
     return whole
 
