@@ -12,6 +12,8 @@ from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
 from tests.runtime.bundles import one_sentence
 
+PICTURE = Path(__file__).parents[2] / "demo" / "pictures" / "shapes.png"
+
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
@@ -40,7 +42,7 @@ def test_a_wrong_option_is_one_line(
     options: list[str], said: str, bundle: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [word.format(model=model, bundle=bundle) for word in options]
-    assert main(["ask", str(bundle), "photo.png", "what?", *words]) == 2
+    assert main(["ask", str(bundle), str(PICTURE), "what?", *words]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
