@@ -14,7 +14,17 @@ from resprune.runtime.bundle.manifest import ATTENTION, BODIES, FORMS, OPTIMIZE,
 from resprune.runtime.bundle.precisions import PRESETS, parse_dtype, words
 from resprune.runtime.errors import ResPruneError, printable, require_packages, require_python
 
-NEEDED = ("torch", "transformers", "accelerate", "onnx", "onnxscript", "huggingface_hub", "filelock", "tqdm")
+NEEDED = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "onnx",
+    "onnxscript",
+    "huggingface_hub",
+    "filelock",
+    "tqdm",
+    "gguf",
+)
 POSIX = (("fcntl",), "it is part of Python on Linux and macOS, so on Windows take WSL")
 """For `require_packages`: folders are flushed as POSIX does it, here and for `build`, `eval` and `lmms`."""
 
@@ -113,9 +123,17 @@ def register_export(subparsers: Any) -> None:
     parser.add_argument(
         "--for",
         dest="runtime",
-        choices=("trtllm",),
-        help="also write the language model as trtllm-build and vLLM take it, in language_model/ "
-        "(default: none)",
+        choices=("trtllm", "gguf"),
+        help="also write the language model by itself: trtllm as trtllm-build and vLLM take it, in language_model/; "
+        "gguf as llama.cpp takes it, in language_model.gguf (default: neither)",
+    )
+    parser.add_argument(
+        "--gguf-type", choices=("f32", "f16", "q8_0"), help="of the weights for --for gguf (default: f16)"
+    )
+    parser.add_argument(
+        "--without-decoder",
+        action="store_true",
+        help="vision, selection and embeddings alone: the language model is a GGUF file, a server's or an engine's",
     )
     parser.add_argument(
         "--max-pixels",
@@ -171,6 +189,8 @@ def run_export(arguments: argparse.Namespace) -> int:
         body=arguments.body,
         form=arguments.form,
         language_checkpoint=arguments.runtime == "trtllm",
+        gguf=_gguf(arguments.runtime, arguments.gguf_type),
+        decoder=not arguments.without_decoder,
         revision=arguments.revision,
         verify=arguments.verify,
         force=arguments.force,
@@ -211,6 +231,13 @@ def _precision(preset: str | None, dtype: str | None, optimize: str | None) -> t
             f"--preset {preset} says what --dtype and --optimize are; give the preset or those, not both"
         )
     return PRESETS[preset].dtype, PRESETS[preset].optimize
+
+
+def _gguf(runtime: str | None, precision: str | None) -> str | None:
+    """The precision of the GGUF file, None for no file; `ResPruneError` for a precision of none."""
+    if precision is not None and runtime != "gguf":
+        raise ResPruneError("--gguf-type is for --for gguf; give that as well, or leave the option out")
+    return precision or "f16" if runtime == "gguf" else None
 
 
 def _dtype(text: str) -> str:

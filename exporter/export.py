@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from threading import Thread
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
@@ -27,7 +27,6 @@ from resprune.exporter.early import Request, with_early
 from resprune.exporter.estimate import estimate
 from resprune.exporter.families import split_model
 from resprune.exporter.language import proportional
-from resprune.exporter.language_models import LANGUAGE_MODELS
 from resprune.exporter.memory import available_memory
 from resprune.exporter.trace.ahead import traced_ahead
 from resprune.exporter.trace.grouped_query import optimize_decoder
@@ -56,6 +55,9 @@ from resprune.runtime.bundle.precisions import TABLE, Choice, parse_dtype
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.table import Family
 
+if TYPE_CHECKING:
+    from resprune.exporter.checkpoint.gguf_file import GgufModel
+
 PACKAGES = ("resprune", "torch", "transformers", "onnx", "onnxscript")
 
 
@@ -66,7 +68,8 @@ class Options:
     `early` is a first selection inside the vision tower, as `early.Request.parse` reads it.
     `alpha`, `positions` and `attention` None mean the family's default, `max_pixels` None the checkpoint's own limit,
     `form` None what `choose_form` says; `chat_template` is a file that takes the place of the checkpoint's template;
-    `language_checkpoint` writes the language model once more as a plain Hugging Face checkpoint.
+    `language_checkpoint` writes the language model once more as a plain Hugging Face checkpoint, `gguf` as a GGUF file
+    of f32, f16 or q8_0. Without a `decoder` the bundle has vision, selection and embeddings alone.
     `verify` "full" compares whole answers, "layers" the decoder layer by layer, "auto" whichever fits in memory.
     """
 
@@ -84,6 +87,8 @@ class Options:
     body: str = "loop"
     form: str | None = None
     language_checkpoint: bool = False
+    gguf: str | None = None
+    decoder: bool = True
     max_pixels: int | None = None
     chat_template: Path | None = None
     revision: str | None = None
@@ -116,9 +121,11 @@ def export(model: str, out: Path, options: Options, report: Report = print) -> P
             "--optimize ort makes a decoder of ONNX Runtime's operators, and its CPU kernels of them know no bf16; "
             "give --dtype fp16 or fp32, or leave it out"
         )
-    if options.attention == "proportional" and options.language_checkpoint:
+    if options.optimize and not options.decoder:
+        raise ResPruneError("--optimize is of the decoder; leave out that or --without-decoder")
+    if options.attention == "proportional" and (options.language_checkpoint or options.gguf):
         raise ResPruneError(
-            "--for trtllm writes the language model for runtimes that attend to every row alike, which is not what "
+            "--for writes the language model for runtimes that attend to every row alike, which is not what "
             "--attention proportional is for; leave out one of the two"
         )
     with new_directory(out, force=options.force) as work:
@@ -150,7 +157,7 @@ class _Export:
         if self.options.chat_template is not None:
             checkpoint = replace(checkpoint, template=read_template(self.options.chat_template))
         positions = family.policy(self.options.positions)
-        plain = "plain" if self.options.language_checkpoint else family.attention
+        plain = "plain" if self.options.language_checkpoint or self.options.gguf else family.attention
         self.attention = self.options.attention or plain
         check_side_files(checkpoint)
         mode = fake_mode()
@@ -169,16 +176,16 @@ class _Export:
         stored = find_weights(checkpoint, components.model)
         if (note := passed_over(checkpoint.root)) is not None:
             self.report(note)
-        language = language_checkpoint(components.model, stored) if self.options.language_checkpoint else None
-        extra = 0 if language is None else language.nbytes
-        needed = bytes_needed(components, choice, self.options.block)
+        languages = self._languages(components, stored)
+        extra = sum(language.nbytes for language in languages)
+        needed = bytes_needed(components, choice, self.options.block, decoder=self.options.decoder)
         require_space(self.work.parent, needed + extra)
         parameters = sum(tensor.numel() for tensor in components.model.parameters())
         size = sum(tensor.nbytes for tensor in checkpoint.weights.values())
         self.report(estimate(components, choice, needed + extra, size, self.options.verify))
         self._line("checkpoint", size, f"{family.title}, {parameters / 1e6:,.1f} M parameters")
 
-        parts = (components.embed, components.vision, components.decoder)
+        parts = (components.embed, components.vision, components.decoder)[: 2 + self.options.decoder]
         writer = GraphWriter(self.work, choice, stored)
         with (
             ahead() as in_turn,
@@ -196,20 +203,24 @@ class _Export:
             verifier.prepare(selection)  # while the first graphs are traced
             self._embed(next(written), components, verifier, worker)
             self._vision(next(written), components, selection, verifier, worker)
-            self._decoder(next(written), components, verifier, worker)
+            if self.options.decoder:
+                self._decoder(next(written), components, verifier, worker)
             require(self.differences, self.counts, exact=verifier.exact, least=verifier.least)
             self._weights(writer)
             note = "not compared: the decoder was, by layers"
-            if verifier.has_decoder:
+            if not self.options.decoder:
+                note = "not compared: there is no decoder"
+            elif verifier.has_decoder:
                 paths = {name: self.work / spec.file for name, spec in writer.graphs.items()}
                 equal = verifier.compare_greedy(worker, paths, selection, positions)
                 note = f"{self._count({'greedy tokens': equal})}: {verdict(equal)}"
             self._line("generation", None, note)
             require(self.differences, self.counts, exact=verifier.exact, least=verifier.least)
 
-        if language is not None:
+        for language in languages:
             self._language(language)
-        self._manifest(checkpoint, family, components, selection, positions, verifier.level, writer)
+        level = verifier.level if self.options.decoder else "without decoder"
+        self._manifest(checkpoint, family, components, selection, positions, level, writer)
         total = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
         of = selection.num_tokens or f"up to {selection.max_tokens}"
         self._line(str(self.out), total, f"K {selection.k} of {of}")
@@ -302,12 +313,23 @@ class _Export:
         self.counts["weights"] = (total, total)
         self._line("weights", size, f"equal {total}/{total}")
 
-    def _language(self, language: LanguageCheckpoint) -> None:
+    def _languages(
+        self, components: Components, stored: Mapping[str, StoredTensor]
+    ) -> list[LanguageCheckpoint | GgufModel]:
+        """The language model once more, in each form that was asked for."""
+        languages: list[LanguageCheckpoint | GgufModel] = []
+        if self.options.language_checkpoint:
+            languages.append(language_checkpoint(components.model, stored))
+        if self.options.gguf is not None:
+            from resprune.exporter.checkpoint.gguf_file import gguf_model
+
+            languages.append(gguf_model(components.model, stored, self.options.gguf, components.planes))
+        return languages
+
+    def _language(self, language: LanguageCheckpoint | GgufModel) -> None:
         with progress_bar("language_model", language.nbytes) as bar:
-            language.write(self.work / "language_model", self.work, bar.update)
-        self._line(
-            "language_model", language.nbytes, LANGUAGE_MODELS[language.config.model_type].causal_class or ""
-        )
+            language.write(self.work / language.file, self.work, bar.update)
+        self._line(language.file, language.nbytes, language.kind)
 
     def _compared(self, path: Path, differences: list[Difference], note: str) -> None:
         self.differences += differences
@@ -331,7 +353,8 @@ class _Export:
         """The line of a stage: what was done since the one before it."""
         self.stage += 1
         before, self.since = self.since, perf_counter()
-        stages = 7 + 2 * self.options.split + self.options.language_checkpoint
+        stages = 6 + 2 * self.options.split + self.options.decoder
+        stages += self.options.language_checkpoint + (self.options.gguf is not None)
         megabytes = "" if size is None else f"{size / 1e6:,.1f} MB"
         seconds = f"{self.since - before:.1f} s"
         self.report(_fitted(f"[{self.stage}/{stages}] {what:28} {seconds:>8} {megabytes:>12}", note))

@@ -45,6 +45,13 @@ class GgufModel:
     weights: dict[str, StoredTensor]
     precision: str
     planes: int
+    file = "language_model.gguf"
+    """Its name in a bundle."""
+
+    @property
+    def kind(self) -> str:
+        """What it is, for a report."""
+        return f"{ARCHITECTURES[self.config.model_type]} in GGUF, {self.precision}"
 
     @property
     def nbytes(self) -> int:

@@ -36,6 +36,13 @@ class LanguageCheckpoint:
 
     config: Any
     weights: dict[str, StoredTensor]
+    file = "language_model"
+    """The folder in a bundle that it is written into."""
+
+    @property
+    def kind(self) -> str:
+        """What it is, for a report."""
+        return LANGUAGE_MODELS[self.config.model_type].causal_class or ""
 
     @property
     def nbytes(self) -> int:

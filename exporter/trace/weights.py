@@ -109,9 +109,9 @@ def _renamer(model: Any, parameters: Mapping[str, Any]) -> Callable[[str], str]:
     return current
 
 
-def bytes_needed(components: Components, choice: Choice, block: int) -> int:
+def bytes_needed(components: Components, choice: Choice, block: int, *, decoder: bool = True) -> int:
     """Upper bound of a bundle's size; each component carries its own copy of the weights that it uses."""
-    parts = (components.vision, components.embed, components.decoder)
+    parts = (components.vision, components.embed, components.decoder)[: 2 + decoder]
     return OVERHEAD_BYTES + sum(_weight_bytes(components, part, choice, block) for part in parts)
 
 

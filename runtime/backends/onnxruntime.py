@@ -9,13 +9,14 @@ from resprune.runtime.backends.backend import Backend, Embedding, EmbedTokens, P
 from resprune.runtime.backends.providers import cache_device
 from resprune.runtime.backends.session import SessionOptions, graph_faults, open_session
 from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.bundle.manifest import DECODER
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.prompt.splice import Array, Floats, Ints, Spliced
 
 if TYPE_CHECKING:
     import onnxruntime
 
-GRAPH = "decoder_model_merged"
+GRAPH = DECODER
 CACHE_ROOM = 256
 """Tokens by which the cache of a decoder that writes in place is too long; when they are used up it is copied once."""
 ELEMENT_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}

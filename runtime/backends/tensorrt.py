@@ -19,7 +19,7 @@ from resprune.runtime.backends.cuda import Buffer, Stream, download, gpu_at_hand
 from resprune.runtime.backends.engines import choose_engines, choose_profile, tensorrt_module
 from resprune.runtime.backends.session import Array, SessionOptions
 from resprune.runtime.bundle.files import Bundle
-from resprune.runtime.bundle.manifest import EngineSpec, GraphSpec, TensorSpec, axis_names, axis_size
+from resprune.runtime.bundle.manifest import DECODER, EngineSpec, GraphSpec, TensorSpec, axis_names, axis_size
 from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.prompt.splice import Floats, Ints, Spliced
 
@@ -198,9 +198,9 @@ class TensorRTDecoder:
     """`decoder_model_merged` as an engine: a `Decoder` whose sequences keep their caches on the GPU."""
 
     def __init__(self, bundle: Bundle, embed_tokens: EmbedTokens, engines: Engines) -> None:
-        self.spec = bundle.manifest.graphs["decoder_model_merged"]
+        self.spec = bundle.graph(DECODER)
         self.embed_tokens = embed_tokens
-        self._engine: Engine | None = engines.engine("decoder_model_merged")
+        self._engine: Engine | None = engines.engine(DECODER)
 
     def start(self, spliced: Spliced) -> "TensorRTSequence":
         """Prefill (see `Decoder`)."""

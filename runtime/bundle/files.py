@@ -13,7 +13,15 @@ from typing import Any
 
 from resprune.runtime.bundle.external import require_listed
 from resprune.runtime.bundle.hashes import hashed_meanwhile, sha256
-from resprune.runtime.bundle.manifest import MANIFEST_NAME, FileSpec, GraphSpec, Manifest, safe_name
+from resprune.runtime.bundle.manifest import (
+    DECODER,
+    LANGUAGE_GGUF,
+    MANIFEST_NAME,
+    FileSpec,
+    GraphSpec,
+    Manifest,
+    safe_name,
+)
 from resprune.runtime.bundle.whole import write_whole
 from resprune.runtime.errors import ResPruneError, one_line
 
@@ -38,6 +46,12 @@ class Bundle:
 
     def graph(self, name: str) -> GraphSpec:
         """A graph's entry in the manifest by its name, such as `vision_select`; `ResPruneError` if there is none."""
+        if name == DECODER and not self.manifest.has_decoder:
+            file = self.root / LANGUAGE_GGUF if LANGUAGE_GGUF in self.manifest.files else "FILE"
+            raise ResPruneError(
+                f"the bundle {self.root} was exported without a decoder: answer with --gguf {file} or --server URL, or "
+                "export it again with one"
+            )
         if name not in self.manifest.graphs:
             have = ", ".join(sorted(self.manifest.graphs)) or "none"
             raise ResPruneError(

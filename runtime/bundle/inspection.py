@@ -54,6 +54,8 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
         early = manifest.early
         yield "early", f"{early.tokens} of {early.of} patches go on after {early.layer} blocks of the tower"
     yield "context", f"{manifest.context_length} tokens; image token {manifest.image_token_id}"
+    if not manifest.has_decoder:
+        yield "decoder", "none: a GGUF file (--gguf), a server (--server) or an engine answers"
     if manifest.optimize:
         yield "decoder", f"of operators that only {RUNTIMES[manifest.optimize]} has"
 

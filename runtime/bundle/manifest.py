@@ -20,6 +20,10 @@ from resprune.runtime.errors import ResPruneError, shown
 FORMAT_VERSION = 3
 """The newest that is read. A bundle has the oldest that says all of it, see ATTENTION and EARLY."""
 MANIFEST_NAME = "resprune.json"
+DECODER = "decoder_model_merged"
+"""The language model's graph."""
+LANGUAGE_GGUF = "language_model.gguf"
+"""What `resprune export --for gguf` writes."""
 ENGINES_FOLDER = "engines"
 """Where `resprune build` writes, and no export does."""
 MAX_RANK = 8
@@ -172,6 +176,11 @@ class Manifest:
     attention: str = "plain"
     early: Early | None = None
     engines: dict[str, EngineSet] = field(default_factory=dict)
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether it can answer by itself: an export --without-decoder left that to something else."""
+        return DECODER in self.graphs
 
     def to_json(self) -> str:
         """Text of `resprune.json`; raises `ValueError` for a number JSON has no way to write (NaN)."""
