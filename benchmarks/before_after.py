@@ -3,7 +3,7 @@
 `python -m benchmarks.before_after OLDER_TREE` (a checkout: `git worktree add OLDER_TREE COMMIT`) exports the demo with
 either tree, holds both in processes of their own, and lets them take turns, so that a busy minute hits both alike.
 On a machine that has other work to do look at the ratios of processor time.
-Prints the ratios of this tree to the older one, and writes them into `results/before_after.json`.
+Prints the ratios of this tree to the older one, and writes them as JSON to `--out`.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("older", type=Path)
     parser.add_argument("--turns", type=int, default=200)
     parser.add_argument("--starts", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "before_after.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "before_after.json")
     given = parser.parse_args()
     commits = {
         name: subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=tree, text=True).strip()
@@ -150,6 +150,7 @@ def main() -> None:
     found = ratios(measure(given.older.resolve(), given.turns, given.starts))
     for what, row in found.items():
         print(what, row)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(
         json.dumps({"commits": commits, "machine": machine(), "ratios": found}, indent=1) + "\n"
     )

@@ -50,7 +50,8 @@ def register_eval(subparsers: Any) -> None:
         "--early",
         default="",
         metavar="LIST",
-        help="what resprune export --early takes, by commas: a selector more each, of a checkpoint in PyTorch",
+        help="what resprune export --early takes, by commas: a selector more each, of a checkpoint in PyTorch "
+        "(default: none)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIRECTORY", help="where the report goes")
     parser.add_argument(

@@ -41,7 +41,7 @@ def require_paths(arguments: argparse.Namespace) -> None:
                 require_bundle(path)
             # Path.exists raises for a name that is too long.
             elif isinstance(path, ImagePath) and not os.path.exists(path):  # noqa: PTH110
-                raise ResPruneError(f"there is no file {one_line(path)}; check the path of the picture")
+                raise ResPruneError(f"there is no file {one_line(path)}; check the path of the image")
 
 
 def add_tokens(parser: argparse.ArgumentParser) -> None:
