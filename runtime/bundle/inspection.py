@@ -78,10 +78,11 @@ def _parity_summary(parity: dict[str, Any]) -> Iterator[str]:
         if not isinstance(value, dict):
             yield f"{name.replace('_', ' ')} {value}"
     found = [
-        (figures["max_diff"] / max(figures.get("atol", 0), 1e-12), graph, output, figures)
+        (figures["max_diff"] / max(figures["atol"], 1e-12), graph, output, figures)
         for graph, outputs in parity.get("outputs", {}).items()
         for output, figures in outputs.items()
-        if isinstance(figures, dict) and isinstance(figures.get("max_diff"), float)
+        if isinstance(figures, dict)
+        and all(isinstance(figures.get(name), float) for name in ("max_diff", "atol"))
     ]
     if found:
         _, graph, output, figures = max(found, key=lambda one: one[0])

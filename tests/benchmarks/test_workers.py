@@ -98,4 +98,5 @@ def test_beside_openvino_the_losses_of_our_own_are_told(
     text = peers.table(result)
     assert "int8: image_features by 0.0" in text
     assert "| resprune, int8 | all | " in text
+    peers.draw(result)
     assert (tmp_path / "openvino.png").exists()

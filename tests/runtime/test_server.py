@@ -273,7 +273,7 @@ def test_a_server_that_would_get_positions_wrong_is_refused(
     nowhere = "http://127.0.0.1:9"  # nothing is sent
     for api, title in (("vllm", "vLLM"), ("trtllm", "TensorRT-LLM")):
         with pytest.raises(
-            ResPruneError, match=rf"{title} numbers the visual tokens of Qwen2\.5-VL by the pict"
+            ResPruneError, match=rf"{title} numbers the visual tokens of Qwen2\.5-VL by the image's grid"
         ):
             Pipeline.load(tiny_qwen[0], generator=server(nowhere, api=api))
     with pytest.raises(ResPruneError, match=r"SGLang lays out the visual tokens of LLaVA-1\.5"):
