@@ -239,8 +239,8 @@ def table(result: dict[str, Any]) -> str:
     trained = result["trained"]
     plain = trained["fp32"]
     lines = [
-        f"SmolLM2-135M behind DINOv2-small with {K} of 256 tokens; {plain['positions']} positions of English after a "
-        f"picture, {len(PROMPTS)} answers of up to {ANSWER_TOKENS} tokens, a prefill of {result['prompt']} rows.\n",
+        f"SmolLM2-135M behind DINOv2-small with {K} of 256 tokens; {plain['positions']} positions of English after an "
+        f"image, {len(PROMPTS)} answers of up to {ANSWER_TOKENS} tokens, a prefill of {result['prompt']} rows.\n",
         "| | graphs, MB | decoder, MB | perplexity | of fp32's | most likely token as fp32's | SNR of logits "
         "| SNR of image tokens | picks as fp32's | greedy tokens as fp32's | first token | prefill | tokens/s |",
         "|---" * 13 + "|",

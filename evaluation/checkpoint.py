@@ -195,7 +195,7 @@ class _TorchStages:
         early = Request.parse(setting).of(vision, FAMILIES[self._family].title)
         assert vision.tower is not None
         selecting = replace(vision, reference=early_reference(vision, vision.tower, early))
-        with _faults("encode a picture", self._model.device), torch.inference_mode():
+        with _faults("encode an image", self._model.device), torch.inference_mode():
             found = [self._reference(selecting, picture) for picture in pictures]
         return [
             Features(rows[0].float().cpu().numpy(), left=left[0].cpu().numpy()) for rows, left, _ in found
@@ -210,7 +210,7 @@ class _TorchStages:
         # DINOv2's tower interpolates whatever it gets.
         fixed = self._model.config.vision_config.model_type != "dinov2"
         how = {"interpolate_pos_encoding": True} if fixed else {}
-        with _faults("encode a picture", self._model.device), torch.inference_mode():
+        with _faults("encode an image", self._model.device), torch.inference_mode():
             rows = self._model.get_image_features(pixels.to(self._model.device, self._model.dtype), **how)
             features = Features(torch.cat(list(rows.pooler_output)).float().cpu().numpy())
         count = len(features.rows)

@@ -1,4 +1,4 @@
-"""Ask a model every question with every selection that is to be compared, each picture encoded once."""
+"""Ask a model every question with every selection that is to be compared, each image encoded once."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def evaluate(model: Model, plan: Plan, answers: Answers) -> None:
     kinds = {budget.share is None for budget in plan.budgets if not budget.everything}
     if model.num_tokens is None and len(kinds) > 1:
         raise ResPruneError(
-            "this model's pictures differ in how many tokens they have, and numbers and shares of them cannot stand on "
+            "this model's images differ in how many tokens they have, and numbers and shares of them cannot stand on "
             "one axis; give -k either numbers or shares"
         )
     for data in plan.data:

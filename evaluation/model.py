@@ -254,7 +254,7 @@ class Model:
                 continue
             if budget.k is not None and largest is not None and budget.k > largest:
                 raise ResPruneError(
-                    f"-k {budget} is more than the {largest} visual tokens of a picture; give 1 to {largest}, or all"
+                    f"-k {budget} is more than the {largest} visual tokens of an image; give 1 to {largest}, or all"
                 )
             wanted = budget.k if largest is None else budget.of(largest)
             if own and wanted is not None and wanted > self.most:

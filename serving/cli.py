@@ -92,7 +92,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     require_packages(
         "resprune serve",
         ["fastapi", "uvicorn", "prometheus_client"],
-        'install them: pip install "resprune[serve]"',
+        'install with: pip install "resprune[serve]"',
     )
     for option, least in [
         ("parallel", 1),

@@ -19,23 +19,34 @@ RUN = [
 ]
 
 
+ACTIVATE = ". .venv/bin/activate"
+
+
 def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A working directory in which relative paths lead to the demo."""
+    """A working directory in which relative paths lead to the demo, and `.venv` to the environment of the tests."""
     work = tmp_path_factory.mktemp("readme")
     (work / "demo").symlink_to(ROOT / "demo")
+    (work / ".venv").symlink_to(sys.prefix)
     return work
 
 
 def run(command, directory):
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    """In a newcomer's shell, which does not find the environment's commands before it is activated."""
+    ours = Path(sys.executable).parent
+    path = os.pathsep.join(one for one in os.environ["PATH"].split(os.pathsep) if Path(one) != ours)
     return subprocess.run(
         command, cwd=directory, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
     )
+
+
+def shell(command, directory, *arguments):
+    """A command in the shell that has activated the environment."""
+    return run(["bash", "-c", f"{ACTIVATE} && {command}", "bash", *arguments], directory)
 
 
 def make_demo():
@@ -50,15 +61,20 @@ def make_demo():
 def test_commands_then_python(directory):
     first = make_demo()
     assert first
+    printed = [line for block in blocks(README, "sh") for line in block.splitlines()]
+    assert printed[0] == ACTIVATE, "the README activates the environment before it uses it"
+    for command in first:
+        done = run(["bash", "-c", command], directory)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
     for page in RUN:
-        commands = first + [line for block in blocks(page, "sh") for line in block.splitlines()]
-        first = []
+        commands = [line for block in blocks(page, "sh") for line in block.splitlines()]
+        assert page == README or "#three-commands" in page.read_text(), f"{page.name}: whose bundle is it?"
         assert commands or blocks(page, "python"), f"{page.name} shows no command"
         for command in commands:
-            done = run(["bash", "-c", command], directory)
+            done = shell(command, directory)
             assert done.returncode == 0, f"{page.name}: {command}: {done.stderr}"
         for program in blocks(page, "python"):
-            done = run([sys.executable, "-c", program], directory)
+            done = shell('python -c "$1"', directory, program)
             assert done.returncode == 0, f"{page.name}: {done.stderr}"
             assert done.stdout.strip()
 
@@ -67,7 +83,7 @@ def test_the_comparison_on_a_gpu_is_a_command_that_polygraphy_takes(directory):
     """It needs a GPU to run; here polygraphy reads it, and writes the script that it would run."""
     text = (ROOT / "docs" / "tensorrt.md").read_text()
     (command,) = re.findall(r"^(POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy run .*)$", text, flags=re.MULTILINE)
-    done = run(["bash", "-c", f"{command} --gen-script comparison.py"], directory)
+    done = shell(f"{command} --gen-script comparison.py", directory)
     assert done.returncode == 0, done.stderr
     script = (directory / "comparison.py").read_text()
     assert "TrtRunner" in script

@@ -107,7 +107,7 @@ class Report:
 
 def check_plot(path: Path) -> None:
     """`ResPruneError` unless a plot can be drawn there; asked before the measurement, which takes its time."""
-    require_packages("--out", ["matplotlib"], 'install it: pip install "resprune[eval]"')
+    require_packages("--out", ["matplotlib"], 'install with: pip install "resprune[eval]"')
     if path.suffix.lower() not in PLOTS:
         raise ResPruneError(f"a plot is {', '.join(PLOTS)}, and {one_line(path)} ends as none of them")
     if not path.parent.is_dir() or path.is_dir():
