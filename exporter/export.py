@@ -37,7 +37,15 @@ from resprune.exporter.trace.tracer import Traced
 from resprune.exporter.trace.weights import bytes_needed, find_weights
 from resprune.exporter.trace.writer import GraphWriter, ahead, progress_bar
 from resprune.exporter.transaction import new_directory, require_space
-from resprune.exporter.verify.difference import TEXT, Counted, Difference, ParityError, require, verdict
+from resprune.exporter.verify.difference import (
+    TEXT,
+    Counted,
+    Difference,
+    ParityError,
+    nearest,
+    require,
+    verdict,
+)
 from resprune.exporter.verify.ort_worker import OrtWorker
 from resprune.exporter.verify.text import ids_of
 from resprune.exporter.verify.verifier import Verifier
@@ -243,7 +251,7 @@ class _Export:
         if self.options.optimize and component is components.decoder:
             traced = pack(traced)
         row = choice.of(component.name)
-        if row.word != TABLE[choice.element_word].word:
+        if row.word != choice.element_word:
             traced = quantize(traced, row, self.options.block, stored)
         if component is not components.vision:
             return [writer.write(component.name, traced)]
@@ -334,16 +342,16 @@ class _Export:
     def _compared(self, path: Path, differences: list[Difference], note: str) -> None:
         self.differences += differences
         size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
-        text = _lost(_worst(differences)) if differences else ""
+        text = nearest(differences).words if differences else ""
         self._line(path.name, size, "   ".join(part for part in (text, note) if part))
         if all(row.least_snr >= TABLE["fp32"].snr for row in differences):
             return
         caches = [row for row in differences if row.output.startswith("present.")]
         for row in (row for row in differences if row not in caches):
-            self.report(_fitted(f"      {row.output:28}", _lost(row)))
+            self.report(_fitted(f"      {row.output:28}", row.words))
         if caches:
-            worst = _worst(caches)
-            self.report(_fitted(f"      {worst.output:28}", f"{_lost(worst)}   the worst of present.*"))
+            worst = nearest(caches)
+            self.report(_fitted(f"      {worst.output:28}", f"{worst.words}   the worst of present.*"))
 
     def _count(self, counted: Mapping[str, Counted]) -> str:
         self.counts |= counted
@@ -410,7 +418,9 @@ class _Export:
         for row in self.differences:
             outputs = parity["outputs"].setdefault(row.graph, {})
             if row.output not in outputs or row.max_diff > outputs[row.output]["max_diff"]:
-                outputs[row.output] = {"max_diff": row.max_diff, "scale": row.scale, "atol": row.atol}
+                outputs[row.output] = {"max_diff": row.max_diff, "scale": row.scale}
+                if math.isfinite(row.atol):
+                    outputs[row.output]["atol"] = row.atol
                 if math.isfinite(row.snr):
                     outputs[row.output]["snr"] = round(row.snr, 1)
         if self.layers:
@@ -447,15 +457,6 @@ class _Export:
 def _packed(choice: Choice) -> bool:
     """Whether a component's weights are packed."""
     return any(TABLE[word].bits for word in (choice.vision, choice.decoder, choice.embed))
-
-
-def _worst(differences: list[Difference]) -> Difference:
-    return max(differences, key=lambda row: row.max_diff / max(1.0, row.scale))
-
-
-def _lost(row: Difference) -> str:
-    noise = "" if math.isinf(row.snr) else f", SNR {row.snr:.0f} dB"
-    return f"max diff {row.max_diff:.1e} (atol {row.atol * max(1.0, row.scale):.0e}){noise}"
 
 
 def _versions() -> dict[str, str]:

@@ -51,7 +51,7 @@ from resprune.runtime.errors import ResPruneError, one_line
 TIMING_CACHE = "timing.cache"
 NEW = ".new-"
 # The quantised graphs' operators are those of ONNX Runtime, or quantise activations as they come.
-PRECISIONS = tuple(row.word for row in TABLE.values() if row.tensorrt)
+PRECISIONS = tuple(row.word for row in TABLE.values() if not row.quantized)
 Report = Callable[[str], None]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,27 @@ class Difference:
     @property
     def within(self) -> bool:
         """Whether it may be; a NaN may not."""
-        return self.max_diff <= self.atol * max(1.0, self.scale) and self.snr >= self.least_snr
+        return self.max_diff <= self.allowed and self.snr >= self.least_snr
+
+    @property
+    def allowed(self) -> float:
+        """The bound of `max_diff`; infinite where the noise alone is judged."""
+        return self.atol * max(1.0, self.scale)
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """How much of what they may be the largest difference and the noise are: 1 is all of it."""
+        return self.max_diff / self.allowed, 10 ** ((self.least_snr - self.snr) / 20)
+
+    @property
+    def words(self) -> str:
+        """Both figures, and the bound of the one that is nearer to its own."""
+        largest, noise = self.shares
+        atol, least = f" (atol {self.allowed:.0e})", ""
+        if noise > largest:
+            atol, least = "", f" (at least {self.least_snr:.0f})"
+        text = f"max diff {self.max_diff:.1e}{atol}"
+        return text if math.isinf(self.snr) else f"{text}, SNR {self.snr:.0f} dB{least}"
 
 
 def difference(graph: str, output: str, got: NDArray[Any], want: Tensor, row: Precision) -> Difference:
@@ -53,6 +73,19 @@ def difference(graph: str, output: str, got: NDArray[Any], want: Tensor, row: Pr
     if float(gap.abs().max()) <= 1e-5:
         snr = math.inf
     return Difference(graph, output, float(gap.abs().max()), float(want.abs().max()), row.atol, snr, row.snr)
+
+
+def text_difference(graph: str, got: NDArray[Any], want: Tensor, row: Precision) -> Difference:
+    """The difference of logits at all positions of running text."""
+    # Rounded weights move one of so many far, and it says little: the noise as a whole is what counts.
+    return difference(
+        graph, "logits of text", got, want, replace(row, atol=math.inf) if row.quantized else row
+    )
+
+
+def nearest(differences: Iterable[Difference]) -> Difference:
+    """The one that is nearest to what it may be, or past it."""
+    return max(differences, key=lambda row: (not row.within, max(row.shares)))
 
 
 def require(
@@ -72,10 +105,10 @@ def require(
     if missed or not all(row.within for row in rows):
         table = [f"  {'graph':24} {'output':24} {'max diff':>10} {'allowed':>10} {'SNR':>8} {'at least':>8}"]
         for row in rows:
-            allowed = row.atol * max(1.0, row.scale)
+            allowed = "-" if math.isinf(row.allowed) else f"{row.allowed:.1e}"
             mark = "" if row.within else "  <-"
             table.append(
-                f"  {row.graph:24} {row.output:24} {row.max_diff:10.1e} {allowed:10.1e} "
+                f"  {row.graph:24} {row.output:24} {row.max_diff:10.1e} {allowed:>10} "
                 f"{row.snr:5.0f} dB {row.least_snr:5.0f} dB{mark}"
             )
         for what, (equal, total) in counts.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,14 @@ from resprune.exporter.checkpoint.weightless import blank, fill, lay_over
 from resprune.exporter.components import Component, Components
 from resprune.exporter.memory import available_memory
 from resprune.exporter.verify.answer import Where, generate, splice
-from resprune.exporter.verify.difference import TEXT, Counted, Difference, ParityError, difference
+from resprune.exporter.verify.difference import (
+    TEXT,
+    Counted,
+    Difference,
+    ParityError,
+    difference,
+    text_difference,
+)
 from resprune.exporter.verify.layers import (
     chosen_layers,
     cut_out,
@@ -51,8 +57,6 @@ SEEDS = (20, 21, 22)
 image is tried. A graph that is wrong misses with all."""
 PROMPT_TOKENS = 8
 GREEDY_TOKENS = 32
-TEXT_ATOL = 2.0
-"""As of any difference: of so many logits the largest says little, and the noise as a whole is what counts."""
 SELECTED = ("early picks", "picks", "kept counts", "split picks", "split counts")
 COUNTED = (*SELECTED, "greedy tokens")
 _Question = tuple[tuple[Tensor, ...], Tensor, Tensor]
@@ -209,7 +213,7 @@ class Verifier:
         finally:
             wide.unlink()
         same = agreeing(torch.from_numpy(got), want)
-        row = replace(self._difference(graph.stem, "logits of text", got, want), atol=TEXT_ATOL)
+        row = text_difference(graph.stem, got, want, self._choice.of_file(graph.stem))
         return [row], {TEXT: (sum(same), len(same))}
 
     def compare_selection(

@@ -26,127 +26,86 @@ class Precision:
     """One row: what a word does to a component, and how far it may take it from PyTorch in float32."""
 
     word: str
-    title: str
     suffix: str
     """Of a graph's file name, before ".onnx"; transformers.js looks for the same."""
     element: str
     """Type of what the products by weights take and return, and of the decoder's KV cache; the rest is float32."""
-    bits: int | None
-    """Of a weight that is packed in blocks for MatMulNBits; None for one that is not."""
-    head_bits: int | None
-    """As `bits`, of the output head: rounding it to 4 bits costs more than rounding all layers."""
-    alone: tuple[str, str, str]
-    """What the word stands for if it is given alone, for each of COMPONENTS."""
+    runs: str
+    """Where it runs."""
     atol: float
-    """Largest difference of an output, relative to its largest magnitude where that is above 1; of 4 bits it says
-    little, and the noise as a whole is what judges."""
+    """Largest difference of an output, relative to its largest magnitude where that is above 1."""
     snr: float
     """Least signal-to-noise ratio of an output in dB: 20 is a noise of a tenth, 6 of a half."""
     agreement: float
     """Least share of positions in running text with PyTorch's most likely token. It catches a graph that is wrong:
     random weights, whose logits are all alike, reach no more, and trained ones far more (docs/precision.md)."""
-    runs: str
-    """Where it runs."""
-    tensorrt: bool = False
-    """Whether TensorRT takes its operators."""
+    alone: tuple[str, ...] = ()
+    """What the word stands for if it is given alone, for each of COMPONENTS; nothing: itself for all."""
+    quantized: bool = False
+    """Whether weights are whole numbers: TensorRT does not take such operators, and of a whole text's logits the
+    largest difference says nothing, only the noise and the agreement do."""
+    bits: int | None = None
+    """Of a weight that is packed in blocks for MatMulNBits; None for one that is not."""
+    head_bits: int | None = None
+    """As `bits`, of the output head: rounding it to 4 bits costs more than rounding all layers."""
 
 
 TABLE = {
     row.word: row
     for row in (
+        Precision("fp32", "", "float32", "everywhere", atol=1e-4, snr=60, agreement=0.99),
         Precision(
-            "fp32",
-            "as the checkpoint was trained",
-            "",
-            "float32",
-            None,
-            None,
-            ("fp32", "fp32", "fp32"),
-            atol=1e-4,
-            snr=60,
-            agreement=0.99,
-            runs="everywhere",
-            tensorrt=True,
+            "fp16", "_fp16", "float16", "GPUs, TensorRT; a CPU widens it", atol=5e-2, snr=30, agreement=0.9
         ),
-        Precision(
-            "fp16",
-            "half weights and products",
-            "_fp16",
-            "float16",
-            None,
-            None,
-            ("fp16", "fp16", "fp16"),
-            atol=5e-2,
-            snr=30,
-            agreement=0.9,
-            runs="GPUs, TensorRT; a CPU widens it",
-            tensorrt=True,
-        ),
-        Precision(
-            "bf16",
-            "bfloat16 weights and products",
-            "_bf16",
-            "bfloat16",
-            None,
-            None,
-            ("bf16", "bf16", "bf16"),
-            atol=1e-1,
-            snr=15,
-            agreement=0.6,
-            runs="TensorRT, CUDA",
-            tensorrt=True,
-        ),
+        Precision("bf16", "_bf16", "bfloat16", "TensorRT, CUDA", atol=1e-1, snr=15, agreement=0.6),
         Precision(
             "int8",
-            "8-bit weights by 8-bit rows, a scale for each",
             "_int8",
             "float32",
-            None,
-            None,
-            ("int8", "int8", "fp32"),
+            "CPUs",
             atol=0.35,
             snr=8,
             agreement=0.3,
-            runs="CPUs; standard ONNX",
+            alone=("int8", "int8", "fp32"),
+            quantized=True,
         ),
         Precision(
             "q8",
-            "8-bit weights in blocks",
             "_quantized",
             "float32",
-            8,
-            8,
-            ("q8", "q8", "q8"),
+            "ONNX Runtime: CPU, CUDA, WebGPU",
             atol=0.15,
             snr=14,
             agreement=0.6,
-            runs="ONNX Runtime: CPU, CUDA, WebGPU",
+            quantized=True,
+            bits=8,
+            head_bits=8,
         ),
         Precision(
             "q4",
-            "4-bit weights in blocks, the head in 8 bits",
             "_q4",
             "float32",
-            4,
-            8,
-            ("fp32", "q4", "fp32"),
+            "ONNX Runtime: CPU, CUDA, WebGPU",
             atol=1.0,
             snr=4,
             agreement=0.2,
-            runs="ONNX Runtime: CPU, CUDA, WebGPU",
+            alone=("fp32", "q4", "fp32"),
+            quantized=True,
+            bits=4,
+            head_bits=8,
         ),
         Precision(
             "q4f16",
-            "q4 in half arithmetic",
             "_q4f16",
             "float16",
-            4,
-            8,
-            ("fp16", "q4f16", "fp16"),
+            "ONNX Runtime: CUDA, WebGPU",
             atol=1.0,
             snr=4,
             agreement=0.2,
-            runs="ONNX Runtime: CUDA, WebGPU",
+            alone=("fp16", "q4f16", "fp16"),
+            quantized=True,
+            bits=4,
+            head_bits=8,
         ),
     )
 }
@@ -185,7 +144,7 @@ class Choice:
     @property
     def element_word(self) -> str:
         """The word that changes nothing of what is traced in `element`."""
-        return next(row.word for row in TABLE.values() if row.element == self.element and not row.bits)
+        return _plain(self.element)
 
     def of(self, graph: str) -> Precision:
         """The row for one graph of the bundle."""
@@ -209,7 +168,8 @@ def parse_dtype(text: str) -> Choice:
     Raises `ResPruneError` for an unknown word or component, or element types that do not go together.
     """
     if "=" not in text:
-        return Choice(*_row(text).alone)
+        row = _row(text)
+        return Choice(*(row.alone or (row.word,) * len(COMPONENTS)))
     chosen = dict.fromkeys(COMPONENTS, "")
     for part in text.split(","):
         component, _, word = part.partition("=")
@@ -220,7 +180,7 @@ def parse_dtype(text: str) -> Choice:
             )
         chosen[component] = _row(word).word
     element = TABLE[chosen["decoder"] or chosen["vision"] or "fp32"].element
-    plain = next(row.word for row in TABLE.values() if row.element == element)
+    plain = _plain(element)
     choice = Choice(**{component: word or plain for component, word in chosen.items()})
     if TABLE[choice.vision].element != element:
         fitting = words(row for row in TABLE.values() if row.element == element)
@@ -235,6 +195,10 @@ def parse_dtype(text: str) -> Choice:
             f"--dtype {text}: the embeddings can be {plain}, fp16, q8 or q4; they are no product"
         )
     return choice
+
+
+def _plain(element: str) -> str:
+    return next(row.word for row in TABLE.values() if row.element == element and not row.quantized)
 
 
 def _row(word: str) -> Precision:

@@ -1,5 +1,6 @@
 """bf16: what is narrow in the graphs, what stays float32, and what a machine without it is told."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,11 +105,13 @@ def test_what_does_not_go_together_is_one_sentence(dtype: str, says: str) -> Non
 
 
 def test_every_row_is_whole() -> None:
-    """Its suffix is its own, and what it stands for alone can be asked for by component."""
+    """Its suffix is its own, what it stands for alone can be asked for by component, and the page has a row of it."""
     assert len({row.suffix for row in TABLE.values()}) == len(TABLE)
+    page = (Path(__file__).parents[2] / "docs" / "precision.md").read_text()
     for row in TABLE.values():
-        spelled = ",".join(f"{part}={word}" for part, word in zip(COMPONENTS, row.alone, strict=True))
-        assert parse_dtype(spelled) == parse_dtype(row.word)
+        choice = parse_dtype(row.word)
+        assert parse_dtype(",".join(f"{part}={getattr(choice, part)}" for part in COMPONENTS)) == choice
+        assert re.search(rf"^\| {row.word} \|.*\| {re.escape(row.runs)} \|$", page, re.MULTILINE)
         assert 0 < row.atol <= 1
         assert row.snr > 2.5, "an output that lost three quarters has 2.5 dB"
 

@@ -16,7 +16,15 @@ from resprune.exporter.families import split_model
 from resprune.exporter.language import proportional
 from resprune.exporter.trace.weights import find_weights
 from resprune.exporter.verify import verifier as verify
-from resprune.exporter.verify.difference import Difference, ParityError, difference, require, verdict
+from resprune.exporter.verify.difference import (
+    Difference,
+    ParityError,
+    difference,
+    nearest,
+    require,
+    text_difference,
+    verdict,
+)
 from resprune.exporter.verify.reference import keep, kept_counts
 from resprune.exporter.verify.verifier import SEEDS, Verifier
 from resprune.runtime.bundle.manifest import Selection
@@ -45,6 +53,34 @@ def test_a_graph_that_loses_three_quarters_of_an_output_fails_in_every_precision
             require([bad], {}, exact=[])
         with pytest.raises(ParityError, match=r"text positions +\d+ of 256 equal  <-"):
             require([], {"text positions": (20, 256)}, exact=[], least={"text positions": row.agreement})
+
+
+def test_one_logit_of_a_text_that_is_off_fails_where_weights_are_not_rounded():
+    """Of 256 positions one is off by 10 times the atol: an SNR of the whole hardly shows it."""
+    want = torch.randn(256, 300, generator=torch.Generator().manual_seed(0)) * 8
+    for row in TABLE.values():
+        off = want.clone()
+        off[99, 7] += 10 * row.atol * float(want.abs().max())
+        found = text_difference("decoder", off.numpy(), want, replace(row, snr=0))
+        assert found.within == row.quantized, row.word
+        assert ("(atol" in found.words) != row.quantized
+
+
+def test_fp32_text_that_is_off_by_a_thousandth_fails():
+    want = torch.randn(256, 300, generator=torch.Generator().manual_seed(0)) * 8
+    off = (want + 1e-3 * want.abs().max()).numpy()
+    with pytest.raises(ParityError, match=r"logits of text .*<-"):
+        require([text_difference("decoder", off, want, TABLE["fp32"])], {}, exact=[])
+
+
+def test_what_is_nearest_to_its_bound_is_named():
+    by_noise = Difference("graph", "noisy", 0.1, 1.0, 1.0, snr=10, least_snr=8)
+    by_size = Difference("graph", "far", 0.9, 1.0, 1.0, snr=30, least_snr=8)
+    past = Difference("graph", "not a number", float("nan"), 1.0, 1.0)
+    assert by_noise.words == "max diff 1.0e-01, SNR 10 dB (at least 8)"
+    assert by_size.words == "max diff 9.0e-01 (atol 1e+00), SNR 30 dB"
+    assert nearest([by_noise, by_size]) is by_size
+    assert nearest([by_noise, by_size, past]) is past
 
 
 def test_a_count_of_tokens_has_a_verdict():
