@@ -95,6 +95,11 @@ class Components:
     """Whether the decoder's mask takes counts, and the selection is to give them (`language.proportional`)."""
 
     @property
+    def features(self) -> list[str]:
+        """The vision graph's outputs that are planes of the candidates, the main one first."""
+        return [spec.name for spec in self.vision.outputs[: 1 + self.planes]]
+
+    @property
     def planes(self) -> int:
         """How many planes a visual token has beside its main one."""
         return len(self.plane_layers)

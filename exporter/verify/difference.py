@@ -77,10 +77,7 @@ def difference(graph: str, output: str, got: NDArray[Any], want: Tensor, row: Pr
 
 def text_difference(graph: str, got: NDArray[Any], want: Tensor, row: Precision) -> Difference:
     """The difference of logits at all positions of running text."""
-    # Rounded weights move one of so many far, and it says little: the noise as a whole is what counts.
-    return difference(
-        graph, "logits of text", got, want, replace(row, atol=math.inf) if row.quantized else row
-    )
+    return difference(graph, "logits of text", got, want, replace(row, atol=row.text_atol))
 
 
 def nearest(differences: Iterable[Difference]) -> Difference:

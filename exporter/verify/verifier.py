@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from resprune.exporter.verify.difference import (
     difference,
     text_difference,
 )
+from resprune.exporter.verify.feeds import array, feeds
 from resprune.exporter.verify.layers import (
     chosen_layers,
     cut_out,
@@ -35,17 +36,9 @@ from resprune.exporter.verify.layers import (
     unlike_layers,
 )
 from resprune.exporter.verify.ort_worker import OrtWorker
-from resprune.exporter.verify.pruning import TEXT_TOKENS, pruned_picks
-from resprune.exporter.verify.reference import (
-    counts_within_rounding,
-    keep,
-    kept_counts,
-    picks_after_protected,
-    picks_within_rounding,
-    protected_first,
-    residual_select,
-    text_gain,
-)
+from resprune.exporter.verify.pruning import pruned_picks
+from resprune.exporter.verify.question import Question, Selected, seeded
+from resprune.exporter.verify.reference import counts_within_rounding, keep, kept_counts
 from resprune.exporter.verify.text import after_text, agreeing, every_logit, every_position, whole_text
 from resprune.runtime.bundle.manifest import Selection
 from resprune.runtime.bundle.precisions import Choice
@@ -59,21 +52,6 @@ PROMPT_TOKENS = 8
 GREEDY_TOKENS = 32
 SELECTED = ("early picks", "picks", "kept counts", "split picks", "split counts")
 COUNTED = (*SELECTED, "greedy tokens")
-_Question = tuple[tuple[Tensor, ...], Tensor, Tensor]
-"""Images, nouns and their mask."""
-
-
-class _Selected(NamedTuple):
-    """Planes of the candidates, the main one first, their gain, and the order of picks.
-
-    Of a tower that selects, `left` [B, N] bool are the tokens that its selection left, and `early` [T, C] its picks.
-    """
-
-    planes: list[Tensor]
-    gain: Tensor
-    picks: Tensor
-    left: Tensor | None = None
-    early: Tensor | None = None
 
 
 class Verifier:
@@ -107,7 +85,7 @@ class Verifier:
         self.has_decoder = needed < available_memory() if level == "auto" else level == "full"
         # Where memory is short an image at a time is enough: the graphs were traced with two.
         self._pictures = SIZES["batch_size"] if self.has_decoder else 1
-        self._selected: dict[int, tuple[_Question, _Selected]] = {}
+        self._selected: dict[int, Selected] = {}
 
     def prepare(self, selection: Selection) -> None:
         """Compute PyTorch's part of `compare_selection` and `compare_layers`, for which no graph is needed."""
@@ -143,14 +121,12 @@ class Verifier:
         inputs = component.samples(sizes, torch.Generator().manual_seed(SEEDS[0]))
         if component is self._components.decoder:
             inputs = self._after_text(self._holding(component))
-        names = [spec.name for spec in component.inputs]
-        feeds = dict(zip(names, map(_numpy, inputs), strict=True))
         # A tower that selects is compared by its own picks, which are judged in `compare_selection`.
-        first = worker.run(graph, feeds) if component.early else {}
+        first = worker.run(graph, feeds(component, inputs)) if component.early else {}
         with torch.no_grad():
             wanted = component.reference(self._holding(component), inputs, *_kept_early(first))
         self._make_room()
-        got = first or worker.run(graph, feeds)
+        got = first or worker.run(graph, feeds(component, inputs))
         return [
             self._difference(graph.stem, spec.name, got[spec.name], want.float())
             for spec, want in zip(component.outputs, wanted, strict=True)
@@ -168,8 +144,7 @@ class Verifier:
             raise ParityError(f"{graph.name} computes something else in layer {numbers} than in the others")
         cut = cut_out(graph, chosen)
         try:
-            names = [spec.name for spec in self._components.decoder.inputs]
-            got = worker.run(cut, dict(zip(names, map(_numpy, inputs), strict=True)))
+            got = worker.run(cut, feeds(self._components.decoder, inputs))
         finally:
             cut.unlink()
         differences = [
@@ -208,8 +183,7 @@ class Verifier:
         want = every_logit(component, self._holding(component), inputs)
         wide = every_position(graph)
         try:
-            names = [spec.name for spec in component.inputs]
-            got = worker.run(wide, dict(zip(names, map(_numpy, inputs), strict=True)))["logits"][0]
+            got = worker.run(wide, feeds(component, inputs))["logits"][0]
         finally:
             wide.unlink()
         same = agreeing(torch.from_numpy(got), want)
@@ -226,30 +200,24 @@ class Verifier:
         """
         differences: list[Difference] = []
         for seed in SEEDS:
-            (images, text, mask), selected = self._wanted_selection(seed, selection)
-            num_kept = _shares(selection.k, len(text))
-            got = worker.run(graph, self._select_inputs(images, text, mask, num_kept))
+            selected = self._wanted_selection(seed, selection)
+            question = selected.question
+            num_kept = _shares(selection.k, len(question.nouns))
+            got = worker.run(graph, question.inputs(num_kept))
             counted: dict[str, Counted] = {}
             for early in _kept_early(got):
                 assert selected.early is not None
                 same = (early[:, :, None] == selected.early[:, None]).any(dim=2)
                 counted["early picks"] = _count(same)
                 if not same.all():
-                    selected = self._select(images, text, mask, selection, early)
+                    selected = question.select(self._holding(self._components.vision), selection, early)
                     self._make_room()
-            planes, picks = selected.planes, selected.picks
-            features, candidates = planes[0], self._candidates(images, selected.left)
+            features = selected.planes[0]
             # Against the reference's rows of the graph's own picks, so that one pick that differs hides nothing.
-            order = torch.from_numpy(got["pick_order"])
-            differences += self._kept_differences(graph, got, planes, order)
-            same = order == picks
-            if not same.all():
-                same |= self._within_rounding(selected, order, images)
-            _, indices = keep(features, order)
-            same &= torch.from_numpy(got["kept_indices"]) == indices
-            counted["picks"] = _count(same[(order >= 0) | (picks >= 0)])
+            differences += self._kept_differences(graph, got, selected.planes)
+            counted["picks"] = _count(selected.equal_picks(got))
             if self._components.proportional:
-                counted["kept counts"] = _equal_counts(got, num_kept, features, candidates)
+                counted["kept counts"] = _equal_counts(got, num_kept, features, selected.candidates)
             if all(equal == total or what not in self.exact for what, (equal, total) in counted.items()):
                 break
         if selection.k >= features.shape[1]:
@@ -258,12 +226,13 @@ class Verifier:
         return differences, counted
 
     def _kept_differences(
-        self, graph: Path, got: Mapping[str, NDArray[Any]], planes: list[Tensor], order: Tensor
+        self, graph: Path, got: Mapping[str, NDArray[Any]], planes: list[Tensor]
     ) -> list[Difference]:
         """Each plane's kept rows against the rows that the graph's own picks have."""
+        order, features = torch.from_numpy(got["pick_order"]), self._components.features
         names = (
-            self._features
-            if self._features[0] in got
+            features
+            if features[0] in got
             else ["kept_features", *(f"kept_planes.{i}" for i in range(len(planes) - 1))]
         )
         return [
@@ -271,22 +240,11 @@ class Verifier:
             for name, plane in zip(names, planes, strict=True)
         ]
 
-    def _within_rounding(self, selected: _Selected, order: Tensor, images: Sequence[Tensor]) -> Tensor:
-        """Which of the picks that are not the reference's float32 cannot tell from them; protected rows it can."""
-        features, gain, left = selected.planes[0], selected.gain, selected.left
-        protected = self._protected(images, left)
-        if protected is None:
-            return picks_within_rounding(features, gain, order, self._candidates(images, left))
-        greedy, counts = picks_after_protected(order, protected)
-        within = picks_within_rounding(features, gain, greedy, self._open(images, left))
-        places = torch.arange(order.shape[1]) - counts[:, None]
-        return within.gather(1, places.clamp(min=0)) & (places >= 0)
-
-    def _wanted_selection(self, seed: int, selection: Selection) -> tuple[_Question, _Selected]:
-        """A seeded question, and what PyTorch selects."""
+    def _wanted_selection(self, seed: int, selection: Selection) -> Selected:
+        """What PyTorch selects for a seeded question."""
         if seed not in self._selected:
             question = self._question(self._pictures, seed)
-            self._selected[seed] = question, self._select(*question, selection)
+            self._selected[seed] = question.select(self._holding(self._components.vision), selection)
             self._make_room()
         return self._selected[seed]
 
@@ -294,25 +252,24 @@ class Verifier:
         self, worker: OrtWorker, graphs: Mapping[str, Path], selection: Selection
     ) -> tuple[list[Difference], dict[str, Counted]]:
         """`vision_encoder` and `token_select` against `vision_select`: rows and picks, and counts of their own."""
-        images, text, mask = self._question(self._pictures, SEEDS[0])
-        num_kept = _shares(selection.k, len(text))
-        inputs = self._select_inputs(images, text, mask, num_kept)
+        question = self._question(self._pictures, SEEDS[0])
+        num_kept = _shares(selection.k, len(question.nouns))
+        inputs = question.inputs(num_kept)
         fused = worker.run(graphs["vision_select"], inputs)
         pixels = {spec.name: inputs.pop(spec.name) for spec in self._components.vision.inputs}
         encoded = worker.run(graphs["vision_encoder"], pixels)
-        rows = {name: encoded[name] for name in self._features}
+        rows = {name: encoded[name] for name in self._components.features}
         planes = [torch.from_numpy(plane) for plane in rows.values()]
         features = encoded["image_features"]
-        candidates = self._candidates(images)
-        if "token_mask" in encoded:
-            candidates = torch.from_numpy(encoded["token_mask"])
-        token_mask = np.ones(features.shape[:2], bool) if candidates is None else _numpy(candidates)
+        left = torch.from_numpy(encoded["token_mask"]) if "token_mask" in encoded else None
+        candidates = question.candidates(left)
+        token_mask = np.ones(features.shape[:2], bool) if candidates is None else array(candidates)
         inputs |= {**rows, "token_mask": token_mask}
         split = worker.run(graphs["token_select"], inputs)
         every, order = planes[0], torch.from_numpy(split["pick_order"])
         wanted = torch.from_numpy(fused["pick_order"])
         # Against the rows of its own picks, as `compare_selection` does.
-        differences = self._kept_differences(graphs["token_select"], split, planes, order)
+        differences = self._kept_differences(graphs["token_select"], split, planes)
         _, indices = keep(every, order)
         same = (order == wanted) & (torch.from_numpy(split["kept_indices"]) == indices)
         counted = {"split picks": _count(same[(order >= 0) | (wanted >= 0)])}
@@ -338,21 +295,21 @@ class Verifier:
         positions: str,
         seed: int,
     ) -> int:
-        images, text, mask = self._question(1, seed)
+        question = self._question(1, seed)
         prompt = torch.randint(
             self._vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(seed)
         )
-        num_kept = torch.tensor([selection.k])
-        selected = worker.run(graphs["vision_select"], self._select_inputs(images, text, mask, num_kept))
+        selected = worker.run(graphs["vision_select"], question.inputs(torch.tensor([selection.k])))
         # The graph's own picks and counts on both sides: they are judged in `compare_selection`.
         picks = torch.from_numpy(selected["pick_order"])
         counts = torch.from_numpy(selected.get("kept_counts", np.ones_like(selected["pick_order"])))
-        planes = self._select(images, text, mask, selection, *_kept_early(selected)).planes
+        model = self._holding(self._components.vision)
+        planes = question.select(model, selection, *_kept_early(selected)).planes
         kept = [keep(plane, picks)[0] for plane in planes]
         count = planes[0].shape[1]
         places = (torch.arange(count), count)
         if self._components.places is not None:
-            places = self._components.places(images)
+            places = self._components.places(question.images)
         where = Where(picks, counts, *places, positions, self._components.two_way)
         decoder, text_config = self._components.decoder, self._config.text_config
         with torch.no_grad():
@@ -360,9 +317,9 @@ class Verifier:
             wanted = generate(
                 decoder, self._holding(decoder), text_config, self._embeds, whole, GREEDY_TOKENS
             )
-        embeds = worker.run(graphs["embed_tokens"], {"input_ids": _numpy(prompt)})["inputs_embeds"]
-        planes = [torch.from_numpy(selected[name]) for name in self._features]
-        rows, prompt_mask, position_ids, *more = map(_numpy, splice(torch.from_numpy(embeds), planes, where))
+        embeds = worker.run(graphs["embed_tokens"], {"input_ids": array(prompt)})["inputs_embeds"]
+        planes = [torch.from_numpy(selected[name]) for name in self._components.features]
+        rows, prompt_mask, position_ids, *more = map(array, splice(torch.from_numpy(embeds), planes, where))
         row_inputs = [spec.name for spec in decoder.inputs][3 : 3 + len(more)]
         got = worker.greedy(
             graphs["embed_tokens"],
@@ -376,12 +333,6 @@ class Verifier:
         return int((got == wanted).sum())
 
     @property
-    def _features(self) -> list[str]:
-        """The vision graph's outputs that are planes of the candidates, the main one first."""
-        outputs = self._components.vision.outputs
-        return [spec.name for spec in outputs[: 1 + self._components.planes]]
-
-    @property
     def _vocab_size(self) -> int:
         return int(self._config.text_config.vocab_size)
 
@@ -390,76 +341,9 @@ class Verifier:
             embeds: Tensor = self._holding(self._components.embed).get_input_embeddings()(ids)
         return embeds.float()
 
-    def _question(self, batch_size: int, seed: int) -> _Question:
-        """Seeded images, nouns [B, M, D], and their mask [B, M] with padding in the last image's row.
-
-        B is `batch_size`, or as many images as the vision graph takes.
-        """
-        fixed = self._components.vision.outputs[0].shape[0]
-        batch_size = fixed if isinstance(fixed, int) else batch_size
-        generator = torch.Generator().manual_seed(seed)
-        images = self._components.vision.samples({**SIZES, "batch_size": batch_size}, generator)
-        ids = torch.randint(self._vocab_size, (batch_size, TEXT_TOKENS), generator=generator)
-        mask = torch.ones(batch_size, TEXT_TOKENS, dtype=torch.bool)
-        mask[-1, 2:] = False
-        return images, self._embeds(ids), mask
-
-    def _select_inputs(
-        self, images: Sequence[Tensor], text: Tensor, mask: Tensor, num_kept: Tensor
-    ) -> dict[str, NDArray[Any]]:
-        names = [spec.name for spec in self._components.vision.inputs]
-        inputs = dict(zip(names, map(_numpy, images), strict=True))
-        inputs |= {"text_embeds": _numpy(text), "text_mask": _numpy(mask)}
-        if (protected := self._protected(images)) is not None:
-            inputs["protected_mask"] = _numpy(protected)
-        return inputs | ({"num_kept": _numpy(num_kept)} if self._components.proportional else {})
-
-    def _select(
-        self,
-        images: tuple[Tensor, ...],
-        text: Tensor,
-        mask: Tensor,
-        selection: Selection,
-        early: Tensor | None = None,
-    ) -> _Selected:
-        """What the reference selects; `early` [T, C] takes the place of its picks inside the tower."""
-        vision = self._components.vision
-        forced = () if early is None else (early,)
-        with torch.no_grad():
-            outputs = vision.reference(self._holding(vision), images, *forced)
-        planes, further = outputs[: len(self._features)], outputs[len(self._features) :]
-        left, early = further if vision.early else (None, None)
-        features, candidates = planes[0], self._open(images, left)
-        gain = text_gain(features, text, mask, candidates, alpha=selection.alpha, scale=selection.scale)
-        picks = residual_select(features, gain, selection.k, candidates)
-        if (protected := self._protected(images, left)) is not None:
-            picks = protected_first(protected, picks)
-        return _Selected(list(planes), gain, picks, left, early)
-
-    def _candidates(self, images: Sequence[Tensor], left: Tensor | None = None) -> Tensor | None:
-        """Which of the N tokens each image has, [B, N] bool; None: all of them. `left`: those that its tower left."""
-        if left is not None:
-            return left
-        if self._components.padding is None:
-            return None
-        names = [spec.name for spec in self._components.vision.inputs]
-        has = images[names.index(self._components.padding)] >= 0
-        return has if has.dim() == 2 else has[:, :, 0]
-
-    def _protected(self, images: Sequence[Tensor], left: Tensor | None = None) -> Tensor | None:
-        """Which of the N tokens are always kept, [B, N] bool; None: the family protects none."""
-        if self._components.protected is None:
-            return None
-        protected = self._components.protected(tuple(images))
-        candidates = self._candidates(images, left)
-        return protected if candidates is None else protected & candidates
-
-    def _open(self, images: Sequence[Tensor], left: Tensor | None = None) -> Tensor | None:
-        """Which of the N tokens the choice is between, [B, N] bool; None: all of them."""
-        candidates, protected = self._candidates(images, left), self._protected(images, left)
-        if protected is None:
-            return candidates
-        return ~protected if candidates is None else candidates & ~protected
+    def _question(self, batch_size: int, seed: int) -> Question:
+        sizes = {**SIZES, "batch_size": batch_size}
+        return seeded(self._components, self._embeds, self._vocab_size, sizes, seed)
 
     def _difference(self, graph: str, output: str, got: NDArray[Any], want: Tensor) -> Difference:
         return difference(graph, output, got, want, self._choice.of_file(graph))
@@ -501,9 +385,3 @@ def _parameter_names(component: Component, components: Components) -> set[str]:
         for name, tensor in components.model.named_parameters(remove_duplicate=False)
         if id(tensor) in own
     }
-
-
-def _numpy(tensor: Tensor) -> NDArray[Any]:
-    # NumPy has no bfloat16, and the graphs are widened where they have.
-    array: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return array

@@ -1,0 +1,146 @@
+"""A seeded question about seeded images: what `vision_select` takes of it, and what PyTorch selects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from resprune.exporter.components import Components
+from resprune.exporter.verify.feeds import array, feeds
+from resprune.exporter.verify.pruning import TEXT_TOKENS
+from resprune.exporter.verify.reference import (
+    keep,
+    picks_after_protected,
+    picks_within_rounding,
+    protected_first,
+    residual_select,
+    text_gain,
+)
+from resprune.runtime.bundle.manifest import Selection
+
+
+@dataclass(frozen=True)
+class Question:
+    """Images as the vision graph takes them, nouns [B, M, D], and their mask [B, M] bool."""
+
+    components: Components
+    images: tuple[Tensor, ...]
+    nouns: Tensor
+    mask: Tensor
+
+    def inputs(self, num_kept: Tensor) -> dict[str, NDArray[Any]]:
+        """What `vision_select` takes, of which only families that need it have `num_kept` [B]."""
+        inputs = feeds(self.components.vision, self.images)
+        inputs |= {"text_embeds": array(self.nouns), "text_mask": array(self.mask)}
+        if (protected := self.protected()) is not None:
+            inputs["protected_mask"] = array(protected)
+        return inputs | ({"num_kept": array(num_kept)} if self.components.proportional else {})
+
+    def candidates(self, left: Tensor | None = None) -> Tensor | None:
+        """Which of the N tokens each image has, [B, N] bool; None: all of them. `left`: those that its tower left."""
+        if left is not None:
+            return left
+        if self.components.padding is None:
+            return None
+        names = [spec.name for spec in self.components.vision.inputs]
+        has = self.images[names.index(self.components.padding)] >= 0
+        return has if has.dim() == 2 else has[:, :, 0]
+
+    def protected(self, left: Tensor | None = None) -> Tensor | None:
+        """Which of the N tokens are always kept, [B, N] bool; None: the family protects none."""
+        if self.components.protected is None:
+            return None
+        protected = self.components.protected(self.images)
+        candidates = self.candidates(left)
+        return protected if candidates is None else protected & candidates
+
+    def open(self, left: Tensor | None = None) -> Tensor | None:
+        """Which of the N tokens the choice is between, [B, N] bool; None: all of them."""
+        candidates, protected = self.candidates(left), self.protected(left)
+        if protected is None:
+            return candidates
+        return ~protected if candidates is None else candidates & ~protected
+
+    def select(self, model: Any, selection: Selection, early: Tensor | None = None) -> Selected:
+        """What the reference selects; `early` [T, C] takes the place of its picks inside the tower."""
+        vision = self.components.vision
+        with torch.no_grad():
+            outputs = vision.reference(model, self.images, *(() if early is None else (early,)))
+        count = len(self.components.features)
+        planes, further = outputs[:count], outputs[count:]
+        left, early = further if vision.early else (None, None)
+        open_ = self.open(left)
+        gain = text_gain(
+            planes[0], self.nouns, self.mask, open_, alpha=selection.alpha, scale=selection.scale
+        )
+        picks = residual_select(planes[0], gain, selection.k, open_)
+        if (protected := self.protected(left)) is not None:
+            picks = protected_first(protected, picks)
+        return Selected(self, list(planes), gain, picks, left, early)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Planes of a question's candidates, the main one first, their gain, and the order of picks.
+
+    Of a tower that selects, `left` [B, N] bool are the tokens that its selection left, and `early` [T, C] its picks.
+    """
+
+    question: Question
+    planes: list[Tensor]
+    gain: Tensor
+    picks: Tensor
+    left: Tensor | None = None
+    early: Tensor | None = None
+
+    @property
+    def candidates(self) -> Tensor | None:
+        """As `Question.candidates`."""
+        return self.question.candidates(self.left)
+
+    def equal_picks(self, got: Mapping[str, NDArray[Any]]) -> Tensor:
+        """Which picks of a graph's outputs are these, as far as float32 can tell: bools, without those of no pick."""
+        order = torch.from_numpy(got["pick_order"])
+        same = order == self.picks
+        if not same.all():
+            same |= self._within_rounding(order)
+        _, indices = keep(self.planes[0], order)
+        same &= torch.from_numpy(got["kept_indices"]) == indices
+        return same[(order >= 0) | (self.picks >= 0)]
+
+    def _within_rounding(self, order: Tensor) -> Tensor:
+        """Which picks float32 cannot tell from the reference's; of protected rows, which go by index, it can any."""
+        features, open_ = self.planes[0], self.question.open(self.left)
+        protected = self.question.protected(self.left)
+        if protected is None:
+            return picks_within_rounding(features, self.gain, order, open_)
+        greedy, counts = picks_after_protected(order, protected)
+        within = picks_within_rounding(features, self.gain, greedy, open_)
+        places = torch.arange(order.shape[1]) - counts[:, None]
+        return within.gather(1, places.clamp(min=0)) & (places >= 0)
+
+
+def seeded(
+    components: Components,
+    embeds: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    sizes: Mapping[str, int],
+    seed: int,
+) -> Question:
+    """A question of `sizes`, or of as many images as the vision graph takes, with padding in the last one's row.
+
+    `embeds` is the embedding of token ids.
+    """
+    fixed = components.vision.outputs[0].shape[0]
+    batch_size = fixed if isinstance(fixed, int) else sizes["batch_size"]
+    generator = torch.Generator().manual_seed(seed)
+    images = components.vision.samples({**sizes, "batch_size": batch_size}, generator)
+    ids = torch.randint(vocab_size, (batch_size, TEXT_TOKENS), generator=generator)
+    mask = torch.ones(batch_size, TEXT_TOKENS, dtype=torch.bool)
+    mask[-1, 2:] = False
+    return Question(components, images, embeds(ids), mask)
