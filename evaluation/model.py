@@ -22,7 +22,7 @@ from resprune.runtime.backends.onnxruntime import onnxruntime_decoder
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.files import Bundle, read_bundle
-from resprune.runtime.bundle.manifest import ATTENTION, ENGINES_FOLDER, POSITIONS, Manifest
+from resprune.runtime.bundle.manifest import ATTENTION, DECODER, ENGINES_FOLDER, POSITIONS, Manifest
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import ImageSource, load_image
 from resprune.runtime.families.picture import Picture
@@ -288,6 +288,7 @@ def open_bundle(
 
     check_policies(positions, attention)
     bundle = read_bundle(path)
+    bundle.graph(DECODER)  # one that was exported without is told so first
     if not {"vision_encoder", "token_select"} <= bundle.manifest.graphs.keys():
         raise ResPruneError(f"{path} has no encoder apart from its selection; export it with --split")
     options = SessionOptions(threads=threads)

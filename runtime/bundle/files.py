@@ -49,8 +49,8 @@ class Bundle:
         if name == DECODER and not self.manifest.has_decoder:
             file = self.root / LANGUAGE_GGUF if LANGUAGE_GGUF in self.manifest.files else "FILE"
             raise ResPruneError(
-                f"the bundle {self.root} was exported without a decoder: answer with --gguf {file} or --server URL, or "
-                "export it again with one"
+                f"the bundle {self.root} was exported without a decoder: ask, chat, serve and bench answer with --gguf "
+                f"{file} or --server URL; for anything else export it again with one"
             )
         if name not in self.manifest.graphs:
             have = ", ".join(sorted(self.manifest.graphs)) or "none"

@@ -20,7 +20,7 @@ from resprune.exporter.tensorrt.engines import build
 from resprune.exporter.tensorrt.profiles import Limits, profiles
 from resprune.graphs import token_select_model
 from resprune.runtime.bundle.files import Bundle, describe_file, read_bundle, write_manifest
-from resprune.runtime.bundle.manifest import MANIFEST_NAME, Manifest
+from resprune.runtime.bundle.manifest import DECODER, MANIFEST_NAME, Manifest
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.qwen2_vl import Grid, windows
@@ -190,6 +190,16 @@ def test_only_what_changed_is_built_again(built: Path) -> None:
     assert all(kept(wider).values())
     names = read_bundle(built).manifest.files.keys()
     assert {f"engines/{SET}/timing.cache", f"engines/{SET}/vision_select.layers.txt"} <= names
+
+
+def test_what_a_bundle_without_a_decoder_has_is_built(tiny: Path, quick: None) -> None:
+    manifest = read_bundle(tiny).manifest
+    graphs = {name: spec for name, spec in manifest.graphs.items() if name != DECODER}
+    write_manifest(tiny, replace(manifest, graphs=graphs))
+    lines: list[str] = []
+    build(tiny, "tensorrt-rtx", ["sm_86"], report=lines.append)
+    assert read_bundle(tiny).manifest.engines[SET].graphs.keys() == graphs.keys()
+    assert len(lines) == len(graphs)
 
 
 @pytest.mark.parametrize("moment", range(10))

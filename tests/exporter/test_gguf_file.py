@@ -99,6 +99,16 @@ def test_whoever_needs_the_decoder_is_told_the_way_out(
     assert all("checking and opening" in line for line in before)  # what `serve` does meanwhile
 
 
+@pytest.mark.parametrize("command", [["eval", "--data", "scenes"], ["lmms", "--tasks", "resprune_scenes"]])
+def test_whoever_evaluates_it_is_told_to_export_it_again(
+    command: list[str], bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main([*command, str(bundle), "-k", "8", "--limit", "1", "--out", str(out)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("; for anything else export it again with one")
+    assert not out.exists()
+
+
 def test_what_it_selects_is_what_the_whole_bundle_selects(bundle: Path, demo_bundle: Path) -> None:
     class ToldError(Exception):
         pass
