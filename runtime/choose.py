@@ -24,7 +24,7 @@ class Chooser:
     def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]], eos: frozenset[int]) -> None:
         self._sampling = sampling
         self._eos = sorted(eos)
-        self._random = np.random.default_rng(sampling.seed)
+        self._random = np.random.default_rng(sampling.seed) if sampling.temperature > 0 else None
         self._count = 0
         # Only these two look back.
         self._remembers = sampling.repetition_penalty != 1 or sampling.no_repeat_ngram_size > 0
@@ -37,7 +37,7 @@ class Chooser:
         scores = self._processed(logits) if sampling.processed else logits
         tokens: Ints = np.argmax(scores, axis=-1)  # the lowest id among equals; where there is NaN, that
         self._require_numbers(np.take_along_axis(scores, tokens[:, None], axis=-1))
-        if sampling.temperature > 0:
+        if self._random is not None:
             cumulative = np.cumsum(probabilities(scores, sampling), axis=-1)
             drawn = self._random.random((len(scores), 1)) * cumulative[:, -1:]
             tokens = (cumulative <= drawn).sum(axis=-1)

@@ -4,8 +4,6 @@ from collections import abc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from resprune.runtime.choose import Chooser
 from resprune.runtime.sampling import Sampling
 
@@ -24,12 +22,13 @@ def generate(
     with its first token in `eos`, which is yielded, or after `max_new_tokens`.
     """
     choose = Chooser(sampling, prompts, eos)
-    running = np.ones(len(sequence.logits), dtype=bool)
+    running = [True] * len(sequence.logits)
     for count in range(1, sampling.max_new_tokens + 1):
         tokens = choose(sequence.logits)
-        yield [int(token) if alive else None for token, alive in zip(tokens, running, strict=True)]
-        running &= ~np.isin(tokens, list(eos))
-        if not running.any() or count == sampling.max_new_tokens:
+        ids = tokens.tolist()
+        yield [token if alive else None for token, alive in zip(ids, running, strict=True)]
+        running = [alive and token not in eos for token, alive in zip(ids, running, strict=True)]
+        if not any(running) or count == sampling.max_new_tokens:
             return
         sequence.step(tokens)
 

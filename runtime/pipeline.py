@@ -295,7 +295,8 @@ class Pipeline:
         with _stage(timings, "prefill"):
             spliced = self._walk.splice(embeds, prompts, kept_rows)
             room = spliced.room(self.manifest.context_length)
-            sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+            if room < sampling.max_new_tokens:
+                sampling = replace(sampling, max_new_tokens=room)
             steps = self._backend.start(Request(prompts, kept_rows, spliced), sampling)
         rows = [
             Row(TextStream(self._prompter.tokenizer), self._eos, sampling.max_new_tokens) for _ in prompts

@@ -49,6 +49,7 @@ class OrtDecoder:
         self._row_inputs: dict[str, tuple[Any, list[int]]] = {}
         self.past_names: list[str] = []
         self._empty: list[tuple[tuple[int, int, int], int]] = []  # shape without batch, and ONNX type
+        self._empty_caches: dict[int, list[onnxruntime.OrtValue]] = {}
         for value in session.get_inputs():
             if _PAST.fullmatch(value.name):
                 self.past_names.append(value.name)
@@ -74,13 +75,15 @@ class OrtDecoder:
         return self.session
 
     def empty_cache(self, batch: int) -> "list[onnxruntime.OrtValue]":
-        """A cache [B, heads, 0, width] of no tokens."""
+        """A cache [B, heads, 0, width] of no tokens; nothing is ever written into it, so all sequences share it."""
         import onnxruntime as ort
 
-        return [
-            ort.OrtValue.ortvalue_from_shape_and_type((batch, *shape), element_type)
-            for shape, element_type in self._empty
-        ]
+        if batch not in self._empty_caches:
+            self._empty_caches[batch] = [
+                ort.OrtValue.ortvalue_from_shape_and_type((batch, *shape), element_type)
+                for shape, element_type in self._empty
+            ]
+        return self._empty_caches[batch]
 
     def row_inputs(self, batch: int, length: int, given: dict[str, Array]) -> dict[str, Array]:
         """The graph's further inputs [B, S, …]: those given, zeros for the others."""

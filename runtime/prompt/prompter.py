@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from resprune.runtime.arguments import words
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError, one_line, tokenizer_panics
 from resprune.runtime.families.table import family_of
-from resprune.runtime.prompt.messages import Message, Turn, as_messages
+from resprune.runtime.prompt.messages import Message, Turn, as_messages, user_message
 from resprune.runtime.prompt.nouns import question_terms, split_keywords
 from resprune.runtime.prompt.plain_text import PlainText
 from resprune.runtime.prompt.template import chat_template, render
@@ -28,6 +29,8 @@ _QUESTION_START, _QUESTION_END = "\ufdd0", "\ufdd1"
 # Unicode's sign for an object in a text, where a question goes on after an image: it is in no word.
 _BETWEEN_TEXTS = "\ufffc"
 
+_PROBE = 'is "A" in\n <b>?'
+"""A question with what templates change: capitals, quotes, white space, and what HTML escapes."""
 LONGEST_TOKEN = 256
 """Characters: longer ones than those of any vocabulary, so that a text of so many a token is certainly too long."""
 
@@ -166,13 +169,16 @@ class Prompter:
         spans: list[tuple[int, int]] = []
         start = 0
         for number, part in enumerate(texts):
-            marked = write(_marked(messages, number))
             of_part = [
                 (first - start, last - start)
                 for first, last in terms
                 if start <= first and last <= start + len(part)
             ]
-            spans += _locate(of_part, part, written, marked)
+            region = (0, len(written))
+            # Marks tell it from the same words of history and template, for which the template has to run again.
+            if of_part and not (self._keeps_questions and _stands_once(part.strip(), written)):
+                region = _between_marks(written, write(_marked(messages, number)))
+            spans += _locate(of_part, part, written, region)
             start += len(part) + len(_BETWEEN_TEXTS)
         return Prompt(
             messages=list(messages),
@@ -188,6 +194,14 @@ class Prompter:
             further_ids=[token for word in outside for token in self._keyword_ids(word)],
             adds_special_tokens=adds,
         )
+
+    @cached_property
+    def _keeps_questions(self) -> bool:
+        """Whether the template writes a question as it stands, but for the white space around it."""
+        try:
+            return _PROBE in self._render([user_message(_PROBE, 1)])
+        except ResPruneError:
+            return False
 
     def _keyword_ids(self, word: str) -> list[int]:
         """The tokens of a word as it stands inside a text, where many tokenizers write it with the space before it."""
@@ -238,26 +252,35 @@ class Prompter:
         return whole
 
 
-def _locate(terms: Sequence[tuple[int, int]], question: str, text: str, marked: str) -> list[tuple[int, int]]:
-    """Spans of the question's terms in the prompt's text, never in the template's own words.
+def _stands_once(part: str, text: str) -> bool:
+    return text.find(part) == text.rfind(part) >= 0
 
-    `marked` is the same prompt with marks around the question: what stands before and after them is the template's
-    and the history's. If the template trims the question the spans shift; if it rewrites it, each term is looked for
-    inside that region.
-    """
+
+def _between_marks(text: str, marked: str) -> tuple[int, int]:
+    """Where the question stands in a prompt's text: `marked` is the same prompt with marks around it."""
     before, _, rest = marked.partition(_QUESTION_START)
     after = rest.rpartition(_QUESTION_END)[2]
-    region = text[len(before) : len(text) - len(after)]
-    shift = region.find(question.strip())
+    return len(before), len(text) - len(after)
+
+
+def _locate(
+    terms: Sequence[tuple[int, int]], question: str, text: str, region: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """Spans of the question's terms in the region of the prompt's text where the question stands.
+
+    If the template trims the question the spans shift; if it rewrites it, each term is looked for by itself.
+    """
+    start, end = region
+    shift = text.find(question.strip(), start, end)
     if shift >= 0:
-        shift += len(before) - (len(question) - len(question.lstrip()))
+        shift -= len(question) - len(question.lstrip())
         return [(first + shift, last + shift) for first, last in terms]
-    spans, cursor = [], 0
+    spans, cursor = [], start
     for first, last in terms:
-        found = region.find(question[first:last], cursor)
+        found = text.find(question[first:last], cursor, end)
         if found >= 0:
             cursor = found + last - first
-            spans.append((len(before) + found, len(before) + cursor))
+            spans.append((found, cursor))
     return spans
 
 

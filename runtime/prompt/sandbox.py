@@ -11,16 +11,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 from jinja2.compiler import CodeGenerator, Frame
-
-if TYPE_CHECKING:
-    pass
 
 STEPS = 300_000
 """An ordinary template takes some hundreds, and a hundred for each turn of a conversation; all are spent in seconds."""
@@ -57,8 +54,8 @@ def _spend(steps: int = 1) -> None:
 
 def _size(value: object) -> int:
     """A bound on the text that a value becomes; `BudgetError` beyond `SIZE`."""
-    total, waiting = 0, [value]
-    while waiting:
+    total, waiting = (len(value), []) if isinstance(value, str) else (0, [value])  # mostly it is a string
+    while waiting and total <= SIZE:
         entry = waiting.pop()
         if isinstance(entry, str | bytes):
             total += len(entry)
@@ -72,8 +69,8 @@ def _size(value: object) -> int:
             waiting += entry if total <= SIZE and not isinstance(entry, range) else []
         else:
             total += 8
-        if total > SIZE:
-            raise BudgetError("it builds a value that is too large")
+    if total > SIZE:
+        raise BudgetError("it builds a value that is too large")
     _spend(total // PER_STEP)
     return total
 
@@ -101,7 +98,7 @@ def _checked_format(form: object) -> None:
 
 def _listed(values: Any) -> Any:
     """An iterator as a list, so that its size is known; each of its items is a step."""
-    if not isinstance(values, Iterator):
+    if isinstance(values, str) or not isinstance(values, Iterator):  # the first asks no abstract class
         return values
     items = list(islice(values, max(_left.get()[0], 0) + 1))
     _spend(len(items))
