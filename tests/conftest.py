@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,7 @@ Make = Callable[[str, Callable[[Path], Any]], Path]
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Name and what writes a folder → the folder, written once by whichever of pytest-xdist's processes asks first."""
+    """Name and what writes it → its path, written once by whichever of xdist's processes asks first."""
     place = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         place = place.parent
@@ -51,7 +48,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(made_once: Make) -> Callable[[str], Path]:
+def tiny_checkpoint(made_once: Make, traced_once: None) -> Callable[[str], Path]:
     """Name of a variant of the modules `tests.tiny*` → its checkpoint; to be copied before it is changed."""
     from tests import tiny, tiny_gemma, tiny_qwen, tiny_tiles
 
@@ -83,48 +80,30 @@ def _warm_tracer(root: Path) -> None:
     trace(components.embed, components.model, mode)
 
 
-# Fields of `Options` that come after tracing: exports that differ in nothing else have the same graphs traced once.
-AFTER_TRACING = ("k", "share", "split", "alpha", "scale", "positions", "body", "form", "verify")
+@pytest.fixture(scope="session")
+def traced_once(made_once: Make) -> Iterator[None]:
+    """Exports share what they trace."""
+    from tests import traces
+
+    with traces.kept(made_once):
+        yield
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Callable[[str], Path], made_once: Make) -> Callable[..., Path]:
     """Variant and the fields of `exporter.export.Options` → the bundle exported from it, once a session."""
-    from resprune.exporter import export as exporter
-
-    traced_ahead = exporter.traced_ahead
+    from resprune.exporter.export import Options, export
 
     def bundle(variant: str, **options: Any) -> Path:
-        asked, plain = exporter.Options(**options), exporter.Options()
-        seen = replace(asked, **{name: getattr(plain, name) for name in AFTER_TRACING})
-
-        @contextmanager
-        def traced_once(*model: Any) -> Iterator[Iterator[Any]]:
-            def write(folder: Path) -> None:
-                folder.mkdir()
-                with traced_ahead(*model) as graphs:
-                    (folder / "graphs").write_bytes(pickle.dumps([*graphs]))
-
-            folder = made_once(f"{variant}-traced-{_key(seen)}", write)
-            yield iter(pickle.loads((folder / "graphs").read_bytes()))
-
-        def write(out: Path) -> None:
-            checkpoint = str(tiny_checkpoint(variant))
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(exporter, "traced_ahead", traced_once)
-                exporter.export(checkpoint, out, asked)
-
-        return made_once(f"{variant}-{_key(asked)}", write)
+        asked = Options(**options)
+        key = hashlib.sha256(repr(asked).encode()).hexdigest()[:12]
+        return made_once(f"{variant}-{key}", lambda out: export(str(tiny_checkpoint(variant)), out, asked))
 
     return bundle
 
 
-def _key(options: Any) -> str:
-    return hashlib.sha256(repr(options).encode()).hexdigest()[:12]
-
-
 @pytest.fixture(scope="session")
-def demo_bundle(made_once: Make) -> Path:
+def demo_bundle(made_once: Make, traced_once: None) -> Path:
     """The trained demo model, exported with a ninth of its visual tokens as the README exports it."""
     from resprune.exporter.export import Options, export
 

@@ -17,6 +17,7 @@ from resprune.evaluation.model import open_bundle
 from resprune.exporter.export import Options, export
 from resprune.exporter.language import Rows
 from resprune.exporter.tensorrt.engines import build
+from resprune.exporter.trace import ahead, tracer
 from resprune.exporter.verify.difference import ParityError
 from resprune.runtime.answer import Answer
 from resprune.runtime.bundle.files import read_bundle
@@ -30,7 +31,7 @@ QUESTIONS = ("what colour is the square on the table?", "how many red circles ar
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, traced_once: None) -> Iterator[Path]:
     with synthetic.registered():
         yield synthetic.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
@@ -89,6 +90,7 @@ def test_every_kind_of_export_is_verified(made: Callable[..., Path], options: di
 def test_planes_in_each_other_s_place_are_found(
     made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, verify: str
 ) -> None:
+    monkeypatch.setattr(ahead, "trace", tracer.trace)
     added = Rows.added
     monkeypatch.setattr(Rows, "added", lambda rows, model, planes: added(rows, model, planes[::-1]))
     with pytest.raises(ParityError, match="decoder_model_merged"):

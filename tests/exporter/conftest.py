@@ -1,4 +1,4 @@
-"""Tiny checkpoints as Hugging Face runs them, loaded once for the parity tests of a file."""
+"""Graphs are traced once; tiny checkpoints as Hugging Face runs them, loaded once for the parity tests of a file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests.exporter.hugging_face import HuggingFace
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sharing(traced_once: None) -> None:
+    """Of every export here, whatever its checkpoint."""
 
 
 @pytest.fixture(scope="module")

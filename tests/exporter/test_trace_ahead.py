@@ -18,7 +18,8 @@ from resprune.runtime.errors import ResPruneError
 
 
 @pytest.fixture
-def taken_apart(tiny_checkpoint):
+def taken_apart(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(trace_ahead, "trace", trace)  # no graphs that the session has kept
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
     components = split_model(checkpoint, torch.float16, mode)
     return [components.embed, components.vision, components.decoder], components.model, mode

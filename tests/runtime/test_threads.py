@@ -52,7 +52,9 @@ WAYS: tuple[Ask, ...] = (ask, look, chat, batch, abandon)
 
 
 @pytest.fixture(scope="module", params=[None, "ort"])
-def vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+def vlm(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, traced_once: None
+) -> Iterator[Pipeline]:
     out = tmp_path_factory.mktemp("demo") / "bundle"
     export("demo", out, Options(k=16, split=True, positions="original", optimize=request.param))
     with Pipeline.load(out, threads=1) as pipeline:
