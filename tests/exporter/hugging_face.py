@@ -24,6 +24,7 @@ from resprune.runtime.bundle.files import read_bundle, write_manifest
 from resprune.runtime.bundle.manifest import Early
 
 Picture = NDArray[np.uint8]
+STEPS = 40
 
 
 @dataclass
@@ -245,6 +246,18 @@ def weighed(counts: Sequence[int]) -> Iterator[None]:
 
 def _greedy(steps: int, *, may_end: bool = False) -> dict[str, Any]:
     return {"max_new_tokens": steps, "min_new_tokens": 1 if may_end else steps, "do_sample": False}
+
+
+def check(
+    model: HuggingFace, answer: Any, images: list[Any], k: int, positions: str = "contiguous", **how: Any
+) -> None:
+    """An answer of STEPS tokens about `images` has the picks, counts and tokens of the model pruned in PyTorch."""
+    ids, text = answer.prompt.ids, answer.prompt.text_token_ids
+    expected = model.pruned(images, ids, text, k=k, positions=positions, steps=STEPS, **how)
+    assert [picks.pick_order.tolist() for picks in answer.images] == expected.pick_orders
+    assert [picks.kept_counts.tolist() for picks in answer.images] == expected.kept_counts
+    assert answer.token_ids == expected.token_ids
+    assert len(answer.token_ids) == STEPS
 
 
 def with_positions(bundle: Path, copy: Path, positions: str) -> Path:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +16,10 @@ from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter.hugging_face import HuggingFaceTwoWay, with_positions
+from tests.exporter.hugging_face import STEPS, HuggingFaceTwoWay, check, with_positions
 from tests.exporter.portable import PORTABLE, domains
 from tests.exporter.test_parity_llava_next import changed
 
-STEPS = 40
 QUESTION = "what colour is the square on the table?"
 OTHER = "how many red circles are there?"
 VARIANTS = ("gemma3", "gemma3-outside")
@@ -48,17 +46,6 @@ def judge(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], HuggingFace
         return loaded[variant]
 
     return load
-
-
-def check(
-    model: HuggingFaceTwoWay, answer: Any, images: list, k: int, positions: str = "contiguous", **how: Any
-) -> None:
-    ids, text = answer.prompt.ids, answer.prompt.text_token_ids
-    expected = model.pruned(images, ids, text, k=k, positions=positions, steps=STEPS, **how)
-    assert [picks.pick_order.tolist() for picks in answer.images] == expected.pick_orders
-    assert [picks.kept_counts.tolist() for picks in answer.images] == expected.kept_counts
-    assert answer.token_ids == expected.token_ids
-    assert len(answer.token_ids) == STEPS
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])

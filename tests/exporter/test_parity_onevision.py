@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +14,10 @@ from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter.hugging_face import HuggingFace, with_positions
+from tests.exporter.hugging_face import STEPS, check, with_positions
 from tests.exporter.portable import PORTABLE, domains
 from tests.exporter.test_parity_llava_next import changed
 
-STEPS = 40
 QUESTION = "what colour is the square on the table?"
 OTHER = "how many red circles are there?"
 VARIANTS = ("onevision", "onevision-tied")
@@ -35,17 +33,6 @@ def image(seed: int, size: tuple[int, int]) -> Image.Image:
 
 def whole(tiny_bundle: Callable[..., Path], variant: str) -> Path:
     return tiny_bundle(variant, share=1.0, split=True)
-
-
-def check(
-    model: HuggingFace, answer: Any, images: list[Any], k: int, positions: str = "contiguous", **how: Any
-) -> None:
-    ids, text = answer.prompt.ids, answer.prompt.text_token_ids
-    expected = model.pruned(images, ids, text, k=k, positions=positions, steps=STEPS, **how)
-    assert [picks.pick_order.tolist() for picks in answer.images] == expected.pick_orders
-    assert [picks.kept_counts.tolist() for picks in answer.images] == expected.kept_counts
-    assert answer.token_ids == expected.token_ids
-    assert len(answer.token_ids) == STEPS
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])

@@ -16,10 +16,9 @@ from resprune.exporter.families.smolvlm import _places
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter.hugging_face import HuggingFaceTiles, with_positions
+from tests.exporter.hugging_face import STEPS, HuggingFaceTiles, check, with_positions
 from tests.exporter.portable import PORTABLE, domains
 
-STEPS = 40
 QUESTION = "what colour is the square on the table?"
 OTHER = "how many red circles are there?"
 # Of each variant: how it is exported, and how many tokens its questions keep.
@@ -49,15 +48,6 @@ def judge(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], HuggingFace
         return loaded[variant]
 
     return load
-
-
-def check(model: HuggingFaceTiles, answer: Any, images: list, k: int, positions: str, **how: Any) -> None:
-    ids, text = answer.prompt.ids, answer.prompt.text_token_ids
-    expected = model.pruned(images, ids, text, k=k, positions=positions, steps=STEPS, **how)
-    assert [picks.pick_order.tolist() for picks in answer.images] == expected.pick_orders
-    assert [picks.kept_counts.tolist() for picks in answer.images] == expected.kept_counts
-    assert answer.token_ids == expected.token_ids
-    assert len(answer.token_ids) == STEPS
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
