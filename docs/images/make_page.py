@@ -6,18 +6,15 @@ Run: python -m docs.images.make_page BUNDLE (of the demo model, with --split and
 
 import argparse
 import json
-import os
-import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 
 from tests.hosts.npm import install_copy
+from tests.hosts.serve import served
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -30,19 +27,6 @@ DESK, PHONE, SHORT = (
 )
 FRAME_MS, LAST_MS = 260, 2200
 Step = dict[str, str]
-
-
-@contextmanager
-def served(bundle: str) -> Iterator[str]:
-    """The address of a server with this bundle."""
-    command = [sys.executable, "-m", "resprune", "serve", bundle, "--port", "0"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
-    try:
-        assert server.stderr is not None
-        yield next(found[1] for line in server.stderr if (found := re.search(r" at (http://\S+)", line)))
-    finally:
-        server.terminate()
-        server.communicate(timeout=30)
 
 
 def drive(steps: list[Step], viewport: dict[str, int]) -> None:

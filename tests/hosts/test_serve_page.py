@@ -1,11 +1,7 @@
 """The page of `resprune serve` in Debian's Chromium: show, ask, slide, chat, fail; on a desk and on a phone."""
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ from PIL import Image
 
 from resprune import Pipeline
 from tests.hosts.conftest import Drive, Step
+from tests.hosts.serve import served
 
 PICTURES = Path(__file__).parents[2] / "demo" / "pictures"
 SQUARE, CIRCLE = "What color is the large square?", "Is there a circle?"
@@ -30,22 +27,6 @@ FOUND = """(() => {
     wide: document.documentElement.scrollWidth > window.innerWidth, theme: document.documentElement.dataset.theme,
   };
 })()"""
-
-
-@contextmanager
-def served(bundle: Path, **environment: str) -> Iterator[str]:
-    """The address of a server with this bundle."""
-    command = [sys.executable, "-m", "resprune", "serve", str(bundle), "--port", "0"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
-    try:
-        assert server.stderr is not None
-        for line in server.stderr:
-            if found := re.search(r" at (http://\S+)", line):
-                yield found[1]
-                break
-    finally:
-        server.terminate()
-        server.communicate(timeout=30)
 
 
 @pytest.fixture(scope="module")
