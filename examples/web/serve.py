@@ -20,6 +20,11 @@ class Handler(SimpleHTTPRequestHandler):
         self.folders = folders
         super().__init__(*arguments, directory=str(HERE), **named)
 
+    def handle(self) -> None:
+        """A browser that goes away in the middle of a file is no error."""
+        with suppress(ConnectionError):
+            super().handle()
+
     def translate_path(self, path: str) -> str:
         """The file for a path; the base class drops every `..`."""
         first, _, rest = unquote(urlsplit(path).path).lstrip("/").partition("/")

@@ -1,12 +1,17 @@
 """examples/web in Debian's Chromium: texts and picks are Python's, and nothing leaves this machine."""
 
 import shutil
+import socket
+import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -33,16 +38,19 @@ FOUND = """(() => {
 
 @contextmanager
 def served(bundle: Path) -> Iterator[str]:
-    """The page's address with this bundle."""
+    """The page's address with this bundle; whatever browsers do, the server prints nothing."""
     install(EXAMPLES / "web")
     command = [sys.executable, EXAMPLES / "web" / "serve.py", bundle, "--samples", PICTURES, "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        yield server.stdout.readline().strip()
-    finally:
-        server.terminate()
-        server.wait()
+    with tempfile.TemporaryFile("w+") as printed:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=printed, text=True)
+        try:
+            assert server.stdout is not None
+            yield server.stdout.readline().strip()
+        finally:
+            server.terminate()
+            server.wait()
+        printed.seek(0)
+        assert printed.read() == ""
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +62,20 @@ def demo(exported: Callable[..., Path]) -> Path:
 def address(demo: Path) -> Iterator[str]:
     with served(demo) as url:
         yield url
+
+
+def test_a_browser_that_goes_away_is_no_error(demo: Path) -> None:
+    """It resets the connection in the middle of the largest file, and after a whole answer."""
+    largest = max(demo.iterdir(), key=lambda file: file.stat().st_size).name
+    with served(demo) as url:
+        for path in (f"/bundle/{largest}", "/index.html"):
+            gone = socket.create_connection(("127.0.0.1", urlsplit(url).port))
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            gone.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            assert gone.recv(10)
+            gone.close()
+        with urlopen(url) as answer:
+            assert answer.status == 200
 
 
 def opened(url: str) -> list[Step]:
