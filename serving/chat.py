@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from resprune.runtime.budget import Budget
+from resprune.runtime.errors import ResPruneError
 from resprune.serving.errors import ApiError, invalid
 
 # Parameters that change the answer and that this server lacks, with the values that ask for nothing.
@@ -106,13 +108,21 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] = False
 
 
+def _budget(tokens: object) -> str:
+    """A number, or a string as `Budget` reads it."""
+    try:
+        return str(Budget.parse(str(tokens) if type(tokens) is int else tokens))  # type: ignore[arg-type]
+    except ResPruneError as error:
+        raise pydantic_core.PydanticCustomError("budget", "{reason}", {"reason": str(error)}) from None
+
+
 class Extension(Strict):
-    """`tokens`: visual tokens to keep of each image; `about`: words that steer the selection.
+    """`tokens`: visual tokens to keep of each image (8, "11%", "all"); `about`: words that steer the selection.
 
     `boxes`: tell where in the image each kept token lies.
     """
 
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: Annotated[str, BeforeValidator(_budget)] | None = None
     about: list[str] | None = None
     boxes: bool = False
 

@@ -186,6 +186,15 @@ def test_the_extension(serving: Serving) -> None:
     assert got.choices[0].message.content == expected.text
 
 
+@pytest.mark.parametrize(("tokens", "kept"), [(2, 2), ("2", 2), ("20%", 4), ("all", None)])
+def test_a_budget_is_a_number_a_share_or_all(serving: Serving, tokens: int | str, kept: int | None) -> None:
+    got = serving.client().chat.completions.create(**asked(), extra_body={"resprune": {"tokens": tokens}})
+    (seen,) = got.resprune["images"]  # type: ignore[attr-defined]
+    assert len(seen["kept_indices"]) == (kept or seen["num_tokens"])
+    expected = serving.pipeline.ask(png(), QUESTION, tokens=tokens, max_new_tokens=8)
+    assert got.choices[0].message.content == expected.text
+
+
 def test_models(serving: Serving) -> None:
     client = serving.client()
     (model,) = client.models.list()
