@@ -94,8 +94,8 @@ def _ask(model: Model, data: DataSet, questions: Sequence[Question], answers: An
         numbers = [question.number for question in batch]
         if not any(answers.missing(of, numbers) for of in (whole, *runs.values())):
             continue
-        looked = {question.picture: model.look([question.load()])[0] for question in batch}
-        pictures = [looked[question.picture] for question in batch]
+        looked = {question.image: model.look([question.load()])[0] for question in batch}
+        pictures = [looked[question.image] for question in batch]
         asked = [model.read(question.text) for question in batch]
         words = [model.read(question.text, about=[question.text]) for question in batch]
         kept = {whole: [np.arange(len(one.features)) for one in pictures]}

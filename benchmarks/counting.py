@@ -100,7 +100,7 @@ def run(work: Path) -> dict[str, Any]:
 
 
 def _case(model: Model, question: Question) -> Case:
-    pixels, owner = draw_with_patches(sample_scene(int(question.picture), "test"))
+    pixels, owner = draw_with_patches(sample_scene(int(question.image), "test"))
     return Case(question, owner, model.look([pixels])[0], model.read(question.text))
 
 
@@ -112,7 +112,7 @@ def _answers(model: Model, cases: list[Case], kept: list[Ints], in_all_places: b
         orders = kept[part]
         if in_all_places:
             encoded = [
-                Encoded(one.picture, one.features[order[stands_for(one.features, order)]])
+                Encoded(one.image, one.features[order[stands_for(one.features, order)]])
                 for one, order in zip(encoded, orders, strict=True)
             ]
             orders = [np.arange(len(one.features)) for one in encoded]

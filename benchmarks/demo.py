@@ -29,7 +29,7 @@ class HuggingFace:
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
     def generate(self, picture: Path, question: str, tokens: int) -> None:
-        """Picture and question to `tokens` tokens."""
+        """Image and question to `tokens` tokens."""
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True

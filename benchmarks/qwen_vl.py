@@ -19,7 +19,7 @@ from benchmarks.selection import cpu_session, selector
 from resprune.graphs import choose_form
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.bundle.manifest import share_of
-from resprune.runtime.families.picture import Arrays
+from resprune.runtime.families.preprocessor import Arrays
 from resprune.runtime.families.qwen2_vl import DynamicResolution
 
 MERGED = (324, 1296, 4096)  # pictures of 18, 36 and 64 merged tokens a side

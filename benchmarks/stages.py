@@ -20,7 +20,7 @@ from resprune.runtime.backends.providers import CPU
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions, session_settings
 from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.families.image import load_image
-from resprune.runtime.families.picture import Picture
+from resprune.runtime.families.preprocessor import PreparedImage
 from resprune.runtime.prompt.prompter import Prompt, Prompter
 from resprune.runtime.prompt.splice import Floats, KeptTokens, cut_picks, keep_all
 from resprune.runtime.walk import Encoded, Walk
@@ -35,7 +35,7 @@ class Selector:
         settings = session_settings(THREADS)
         self.session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
 
-    def __call__(self, picture: Picture, features: Floats, text: Floats) -> KeptTokens:
+    def __call__(self, picture: PreparedImage, features: Floats, text: Floats) -> KeptTokens:
         """The tokens it keeps of `features` [N, D] for `text` [M, D]."""
         feeds = {
             "image_features": features[None],
@@ -68,11 +68,11 @@ class Stages:
         self.selectors = selectors or {}
         self.sequence: OrtSequence | None = None
 
-    def pixels(self, picture: Path) -> Picture:
+    def pixels(self, picture: Path) -> PreparedImage:
         """The image, decoded and ready for the encoder."""
         return self.walk.preprocessor(load_image(picture))
 
-    def encode(self, pixels: Picture) -> Floats:
+    def encode(self, pixels: PreparedImage) -> Floats:
         """All its tokens [N, D]."""
         features = self.walk.encode([pixels]).features
         assert features is not None  # the benchmarks export with --split
@@ -84,7 +84,7 @@ class Stages:
         return prompt, self.walk.embed([prompt])[0]
 
     def select(
-        self, pixels: Picture, features: Floats, prompt: tuple[Prompt, Floats], k: int | None
+        self, pixels: PreparedImage, features: Floats, prompt: tuple[Prompt, Floats], k: int | None
     ) -> KeptTokens:
         """`k` of `features` [N, D] by the selector for that K, or all of them."""
         if k is None:

@@ -20,7 +20,7 @@ from resprune.runtime.backends.backend import Place
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Selection
 from resprune.runtime.errors import ResPruneError, one_line, permission_faults, require_packages
-from resprune.runtime.families.picture import FixedGrid, Picture, Preprocessor
+from resprune.runtime.families.preprocessor import FixedGrid, PreparedImage, Preprocessor
 from resprune.runtime.families.table import FAMILIES
 from resprune.runtime.prompt.splice import Floats, Ints, Spliced
 from resprune.runtime.walk import Features
@@ -155,36 +155,36 @@ class _TorchStages:
         self._components = components
         self._preprocessor = preprocessor
 
-    def encode(self, images: Sequence[Image.Image], pictures: Sequence[Picture]) -> list[Features]:
+    def encode(self, images: Sequence[Image.Image], prepared: Sequence[PreparedImage]) -> list[Features]:
         import torch
 
         rows: list[Features] = []
         # One by one: images differ in size, and what one needs is bounded.
-        for image, picture in zip(images, pictures, strict=True):
+        for image, one in zip(images, prepared, strict=True):
             with _faults("encode an image", self._model.device), torch.inference_mode():
                 if self._components.planes:
-                    rows.append(self._with_planes(picture))
+                    rows.append(self._with_planes(one))
                     continue
                 inputs = self._processor(images=[np.asarray(image)], return_tensors="pt")
                 tiles = self._model.get_image_features(**inputs.to(self._model.device)).pooler_output
                 rows.append(Features(torch.cat(list(tiles)).float().cpu().numpy()))
         return rows
 
-    def _with_planes(self, picture: Picture) -> Features:
+    def _with_planes(self, image: PreparedImage) -> Features:
         """Only the family knows how its model gives planes: its reference for the vision graph does it."""
         vision = self._components.vision
-        first, *planes = (plane[0].float().cpu().numpy() for plane in self._reference(vision, picture))
+        first, *planes = (plane[0].float().cpu().numpy() for plane in self._reference(vision, image))
         return Features(first, tuple(planes))
 
-    def _reference(self, vision: Component, picture: Picture) -> tuple[Any, ...]:
+    def _reference(self, vision: Component, image: PreparedImage) -> tuple[Any, ...]:
         import torch
 
-        arrays = self._preprocessor.batch([picture])
+        arrays = self._preprocessor.batch([image])
         tensors = [torch.from_numpy(arrays[spec.name]).to(self._model.device) for spec in vision.inputs]
         inputs = tuple(one.to(self._model.dtype) if one.is_floating_point() else one for one in tensors)
         return vision.reference(self._model, inputs)
 
-    def early(self, pictures: Sequence[Picture], setting: str) -> list[Features]:
+    def early(self, images: Sequence[PreparedImage], setting: str) -> list[Features]:
         """With a first selection inside the tower, `setting` being what `resprune export --early` takes."""
         import torch
 
@@ -196,17 +196,17 @@ class _TorchStages:
         assert vision.tower is not None
         selecting = replace(vision, reference=early_reference(vision, vision.tower, early))
         with _faults("encode an image", self._model.device), torch.inference_mode():
-            found = [self._reference(selecting, picture) for picture in pictures]
+            found = [self._reference(selecting, image) for image in images]
         return [
             Features(rows[0].float().cpu().numpy(), left=left[0].cpu().numpy()) for rows, left, _ in found
         ]
 
-    def smaller(self, picture: Picture, k: int) -> tuple[Picture, Features]:
+    def smaller(self, image: PreparedImage, k: int) -> tuple[PreparedImage, Features]:
         """The image of a tower of one size with about `k` tokens: its table of positions is interpolated."""
         import torch
 
         assert isinstance(self._preprocessor, FixedGrid)
-        pixels = smaller_pixels(picture.arrays["pixel_values"], self._preprocessor.patch_size, k)
+        pixels = smaller_pixels(image.arrays["pixel_values"], self._preprocessor.patch_size, k)
         # DINOv2's tower interpolates whatever it gets.
         fixed = self._model.config.vision_config.model_type != "dinov2"
         how = {"interpolate_pos_encoding": True} if fixed else {}
@@ -214,7 +214,7 @@ class _TorchStages:
             rows = self._model.get_image_features(pixels.to(self._model.device, self._model.dtype), **how)
             features = Features(torch.cat(list(rows.pooler_output)).float().cpu().numpy())
         count = len(features.rows)
-        return Picture.one_span({}, np.arange(count), count), features
+        return PreparedImage.one_span({}, np.arange(count), count), features
 
     def embed(self, ids: Ints) -> Floats:
         import torch
@@ -234,8 +234,8 @@ class _TorchStages:
                 torch.from_numpy(rows)[None].to(self._model.device) for rows in (encoded.features, text)
             )
             protected = torch.zeros(visual.shape[:2], dtype=torch.bool, device=visual.device)
-            if encoded.picture.protected is not None:
-                protected[0] = torch.from_numpy(encoded.picture.protected)
+            if encoded.image.protected is not None:
+                protected[0] = torch.from_numpy(encoded.image.protected)
             candidates = ~protected
             if encoded.left is not None:
                 candidates &= torch.from_numpy(encoded.left).to(visual.device)

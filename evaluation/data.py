@@ -19,7 +19,7 @@ from resprune.runtime.families.image import ImageSource, load_image
 SCENES, QUESTIONS_A_SCENE = 1000, 2
 FIRST_SCENE = 400_000  # seeds that neither the training nor its checks nor demo.evaluate use
 NAMED = ("easyvqa", "scenes", "crowd")
-PICTURES_READ = 16  # of a set's thousand, for its fingerprint
+IMAGES_READ = 16  # of a set's thousand, for its fingerprint
 CROWD_TYPES = ("color", "shape", "existence", "position")
 
 
@@ -27,11 +27,11 @@ CROWD_TYPES = ("color", "shape", "existence", "position")
 class Question:
     """A question about an image, and the answers that count as right.
 
-    `picture` is the same for questions about the same image, and `load` gives it; `type` may be empty.
+    `image` is the same for questions about the same image, and `load` gives it; `type` may be empty.
     """
 
     number: int
-    picture: str
+    image: str
     load: Callable[[], ImageSource]
     text: str
     answers: tuple[str, ...]
@@ -90,11 +90,11 @@ def read_jsonl(path: Path) -> DataSet:
         raise ResPruneError(f"{path} has no questions; write one JSON object a line")
     order: dict[str, int] = {}
     for question in questions:
-        order.setdefault(question.picture, len(order))
-    questions.sort(key=lambda question: order[question.picture])
-    stats = [Path(picture).stat() for picture in order]
-    pictures = json.dumps([[stat.st_size, stat.st_mtime_ns] for stat in stats])
-    return DataSet(path.stem, hashlib.sha256(raw + pictures.encode()).hexdigest(), tuple(questions))
+        order.setdefault(question.image, len(order))
+    questions.sort(key=lambda question: order[question.image])
+    stats = [Path(image).stat() for image in order]
+    images = json.dumps([[stat.st_size, stat.st_mtime_ns] for stat in stats])
+    return DataSet(path.stem, hashlib.sha256(raw + images.encode()).hexdigest(), tuple(questions))
 
 
 def _parse(line: bytes, number: int, path: Path) -> Question:
@@ -115,16 +115,14 @@ def _parse(line: bytes, number: int, path: Path) -> Question:
             raise fault(f'should have "{key}", a string')
     if not isinstance(row.get("type", ""), str):
         raise fault('"type" should be a string')
-    picture = path.parent / row["image"]
+    image = path.parent / row["image"]
     try:
-        there = picture.is_file()
+        there = image.is_file()
     except OSError as error:  # the name is too long, as an image in base64 is, or a folder is closed to us
         raise fault(f'"image" should be the path of an image ({error.strerror})') from None
     if not there:
-        raise fault(f"there is no image {picture}")
-    return Question(
-        number, str(picture), lambda: picture, row["question"], tuple(answers), row.get("type", "")
-    )
+        raise fault(f"there is no image {image}")
+    return Question(number, str(image), lambda: image, row["question"], tuple(answers), row.get("type", ""))
 
 
 def _easy_vqa() -> DataSet:
@@ -137,7 +135,7 @@ def _easy_vqa() -> DataSet:
         Question(number, str(row), partial(Path, paths[row]), text, (answer,), _easy_type(answer))
         for number, (text, answer, row) in enumerate(zip(texts, answers, rows, strict=True))
     ]
-    questions.sort(key=lambda question: int(question.picture))
+    questions.sort(key=lambda question: int(question.image))
     return _fingerprinted("easyvqa", questions)
 
 
@@ -173,10 +171,10 @@ def _scenes(name: str) -> DataSet:
 
 def _fingerprinted(name: str, questions: Sequence[Question]) -> DataSet:
     """Of every question, and of the pixels of a few images from all over the set."""
-    words = [(question.picture, question.text, question.answers, question.type) for question in questions]
+    words = [(question.image, question.text, question.answers, question.type) for question in questions]
     digest = hashlib.sha256(json.dumps(words).encode())
     data = DataSet(name, "", tuple(questions))
-    for question in data.spread(PICTURES_READ):
+    for question in data.spread(IMAGES_READ):
         digest.update(np.asarray(load_image(question.load())).tobytes())
     return replace(data, fingerprint=digest.hexdigest())
 

@@ -96,9 +96,9 @@ def evaluate(model: Model, plan: Plan, answers: Answers) -> None:
 
 
 def _chunks(questions: Sequence[Question], least: int) -> Iterator[list[Question]]:
-    """Questions of whole pictures, at least `least` of them but for the last chunk."""
+    """Questions of whole images, at least `least` of them but for the last chunk."""
     chunk: list[Question] = []
-    for _, group in groupby(questions, key=lambda question: question.picture):
+    for _, group in groupby(questions, key=lambda question: question.image):
         chunk += group
         if len(chunk) >= least:
             yield chunk
@@ -119,14 +119,14 @@ def _ask(
     todo = {run: missing for run in runs if (missing := answers.missing(run, numbers))}
     if not todo:
         return
-    loads = {question.picture: question.load for question in chunk}
-    encoded = {picture: model.look([load()])[0] for picture, load in loads.items()}
+    loads = {question.image: question.load for question in chunk}
+    encoded = {image: model.look([load()])[0] for image, load in loads.items()}
 
     def prepare(views: Mapping[str, Encoded]) -> dict[int, tuple[Encoded, Asked]]:
         return {
             question.number: (
-                views[question.picture],
-                model.read(question.text, [views[question.picture].picture.expansion]),
+                views[question.image],
+                model.read(question.text, [views[question.image].image.expansion]),
             )
             for question in chunk
         }
@@ -138,8 +138,8 @@ def _ask(
             budget = runs[run]
             prepared = prepare(
                 {
-                    picture: model.look([load()], run.selector, budget.of(len(encoded[picture].features)))[0]
-                    for picture, load in loads.items()
+                    image: model.look([load()], run.selector, budget.of(len(encoded[image].features)))[0]
+                    for image, load in loads.items()
                 }
             )
         for start in range(0, len(missing), plan.batch):
@@ -150,14 +150,14 @@ def _ask(
                 for pair, number in zip(pairs, batch, strict=True)
             ]
             texts = model.answer(
-                [asked for _, asked in pairs], [[picture] for picture, _ in pairs], kept, plan.max_new_tokens
+                [asked for _, asked in pairs], [[image] for image, _ in pairs], kept, plan.max_new_tokens
             )
             answers.add(run, dict(zip(batch, texts, strict=True)))
             update(len(batch))
 
 
 def pick(model: Model, run: Run, budget: Budget, encoded: Encoded, asked: Asked, number: int) -> Ints:
-    """The tokens that a run keeps of one picture for one question, in pick order."""
+    """The tokens that a run keeps of one image for one question, in pick order."""
     every = encoded.candidates
     if budget.everything or run.selector == RESIZE:
         return every

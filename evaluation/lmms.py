@@ -106,29 +106,29 @@ class ResPrune(lmms):  # type: ignore[misc]
     def _answer(
         self, context: str, options: dict[str, Any], visuals: Any, document: int, task: str, split: str
     ) -> str:
-        pictures = visuals(self.task_dict[task][split][document])
-        if not pictures:
+        images = visuals(self.task_dict[task][split][document])
+        if not images:
             raise ResPruneError(
                 f"question {document} of {task} has no image; choose tasks whose questions all have"
             )
-        if not all(isinstance(picture, Image.Image | str) for picture in pictures):
+        if not all(isinstance(image, Image.Image | str) for image in images):
             raise ResPruneError(f"question {document} of {task} has more than images; choose another task")
-        encoded = self._model.look(pictures)
+        encoded = self._model.look(images)
         question = INSTRUCTION.sub("", context)
         about = [question[start:end] for start, end in question_terms(question)]
-        asked = self._model.read(context, [image.picture.expansion for image in encoded], about=about)
-        kept = [self._keep(picture, asked) for picture in encoded]
+        asked = self._model.read(context, [one.image.expansion for one in encoded], about=about)
+        kept = [self._keep(one, asked) for one in encoded]
         (text,) = self._model.answer([asked], [encoded], [kept], options.get("max_new_tokens", 1024))
         ends = options.get("until", [])
         for end in [ends] if isinstance(ends, str) else ends:
             text = text.split(end)[0] if end else text
         return text
 
-    def _keep(self, picture: Encoded, asked: Asked) -> Ints:
-        count = len(picture.features)
+    def _keep(self, image: Encoded, asked: Asked) -> Ints:
+        count = len(image.features)
         if self.budget.everything:
             return np.arange(count)
-        return self._model.select(picture, asked, self.budget.of(count))
+        return self._model.select(image, asked, self.budget.of(count))
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Not offered: a later round's questions depend on the answers before."""

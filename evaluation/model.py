@@ -25,7 +25,7 @@ from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.bundle.manifest import ATTENTION, DECODER, ENGINES_FOLDER, POSITIONS, Manifest
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import ImageSource, load_image
-from resprune.runtime.families.picture import Picture
+from resprune.runtime.families.preprocessor import PreparedImage
 from resprune.runtime.families.table import FAMILIES, family_of
 from resprune.runtime.generate import TextStream, generate
 from resprune.runtime.prompt.prompter import Prompt, Prompter
@@ -54,7 +54,7 @@ class Encoded:
     `left` [N] bool as in `Features`: what a selection inside the tower left; None: everything.
     """
 
-    picture: Picture
+    image: PreparedImage
     features: Floats
     planes: tuple[Floats, ...] = ()
     left: Bools | None = None
@@ -93,21 +93,21 @@ def engine(device: str, threads: int, *modules: Any) -> Engine:
 class Stages:
     """What differs between a bundle and a checkpoint in PyTorch.
 
-    `encode` takes pictures and their files as the family prepared them, `embed` token ids [1, S] → [1, S, D],
-    `select` a picture, its question's text [M, D] and K → K picks: the model's own selection.
+    `encode` takes images and their files as the family prepared them, `embed` token ids [1, S] → [1, S, D],
+    `select` an image, its question's text [M, D] and K → K picks: the model's own selection.
     """
 
-    encode: Callable[[Sequence[Image.Image], Sequence[Picture]], list[Features]]
+    encode: Callable[[Sequence[Image.Image], Sequence[PreparedImage]], list[Features]]
     embed: Callable[[Ints], Floats]
     select: Callable[[Encoded, Floats, int], Ints]
     decoder: Decoder
     most: int
     """The largest K that `select` takes."""
     engine: Engine
-    early: Callable[[Sequence[Picture], str], list[Features]] | None = None
-    """Pictures and what `--early` asks for → their features; None where the tower is what it is."""
-    smaller: Callable[[Picture, int], tuple[Picture, Features]] | None = None
-    """A picture and K → the same image with about K tokens, for towers of one size; None as above."""
+    early: Callable[[Sequence[PreparedImage], str], list[Features]] | None = None
+    """Images and what `--early` asks for → their features; None where the tower is what it is."""
+    smaller: Callable[[PreparedImage, int], tuple[PreparedImage, Features]] | None = None
+    """An image and K → the same image with about K tokens, for towers of one size; None as above."""
 
 
 class Model:
@@ -133,7 +133,7 @@ class Model:
 
     @property
     def num_tokens(self) -> int | None:
-        """N; None where it depends on the picture."""
+        """N; None where it depends on the image."""
         return self.manifest.selection.num_tokens
 
     @property
@@ -147,32 +147,32 @@ class Model:
         }
 
     def look(self, sources: Sequence[ImageSource], selector: str = "", k: int | None = None) -> list[Encoded]:
-        """Encode pictures, each with all its tokens, or as a selector that `changes_tower` has it for `k` tokens."""
+        """Encode images, each with all its tokens, or as a selector that `changes_tower` has it for `k` tokens."""
         images = [load_image(source) for source in sources]
-        pictures = [self._preprocessor(image) for image in images]
+        prepared = [self._preprocessor(image) for image in images]
         if selector == RESIZE and k is not None:
-            return [self._smaller(image, picture, k) for image, picture in zip(images, pictures, strict=True)]
+            return [self._smaller(image, one, k) for image, one in zip(images, prepared, strict=True)]
         if selector.startswith(EARLY):
             if self._stages.early is None:
                 raise refused(selector, "this model")
-            features = self._stages.early(pictures, selector.removeprefix(EARLY))
+            encoded = self._stages.early(prepared, selector.removeprefix(EARLY))
         else:
-            features = self._stages.encode(images, pictures)
+            encoded = self._stages.encode(images, prepared)
         return [
-            Encoded(picture, image.rows, image.planes, image.left)
-            for picture, image in zip(pictures, features, strict=True)
+            Encoded(one, features.rows, features.planes, features.left)
+            for one, features in zip(prepared, encoded, strict=True)
         ]
 
-    def _smaller(self, image: Image.Image, picture: Picture, k: int) -> Encoded:
+    def _smaller(self, image: Image.Image, prepared: PreparedImage, k: int) -> Encoded:
         if FAMILIES[self.manifest.family].any_size:
             image = smaller_image(image, lambda shown: self._preprocessor(shown).num_tokens, k)
-            picture = self._preprocessor(image)
-            (features,) = self._stages.encode([image], [picture])
+            prepared = self._preprocessor(image)
+            (features,) = self._stages.encode([image], [prepared])
         elif self._stages.smaller is None:
             raise refused(RESIZE, "this model")
         else:
-            picture, features = self._stages.smaller(picture, k)
-        return Encoded(picture, features.rows, features.planes, features.left)
+            prepared, features = self._stages.smaller(prepared, k)
+        return Encoded(prepared, features.rows, features.planes, features.left)
 
     def read(
         self,
@@ -183,7 +183,7 @@ class Model:
     ) -> Asked:
         """A question's prompt and embeddings; `about` names the words of it that steer, in place of its nouns.
 
-        `expansions` has an entry for each image (`Picture.expansion`).
+        `expansions` has an entry for each image (`PreparedImage.expansion`).
         """
         prompt = self._prompter.prompt(question, len(expansions), about=about, expansions=expansions)
         embeds = self._stages.embed(prompt.ids_to_embed(self.manifest.image_token_id)[None])[0]
@@ -200,14 +200,14 @@ class Model:
         kept: Sequence[Sequence[Ints]],
         max_new_tokens: int,
     ) -> list[str]:
-        """Greedy answers to questions that go together, each with its pictures and the indices kept of them.
+        """Greedy answers to questions that go together, each with its images and the indices kept of them.
 
         What of the checkpoint's settings `generate` applies without drawing is applied here.
         """
         prompts = [one.prompt for one in asked]
         rows_kept = [
-            [self._keep(picture, order) for picture, order in zip(pictures, orders, strict=True)]
-            for pictures, orders in zip(encoded, kept, strict=True)
+            [self._keep(image, order) for image, order in zip(images, orders, strict=True)]
+            for images, orders in zip(encoded, kept, strict=True)
         ]
         spliced = splice(
             [one.embeds for one in asked],
@@ -236,7 +236,7 @@ class Model:
             every = encoded.candidates
             places = stands_for(encoded.features[every], np.searchsorted(every, kept))
             counts = np.bincount(places, minlength=len(kept))
-        return keep(encoded.picture, encoded.features, order, counts, encoded.planes, encoded.left)
+        return keep(encoded.image, encoded.features, order, counts, encoded.planes, encoded.left)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated ids, as an answer has it."""
@@ -246,7 +246,7 @@ class Model:
     def check(self, budgets: Sequence[Budget], own: bool) -> None:
         """`ResPruneError` for a budget above N, or above what the model's own selection takes if that is asked for.
 
-        Where N varies, the largest picture's counts: one that comes late should not end a run of hours.
+        Where N varies, the largest image's counts: one that comes late should not end a run of hours.
         """
         largest = self.num_tokens or self.manifest.selection.max_tokens
         for budget in budgets:
@@ -294,14 +294,14 @@ def open_bundle(
     options = SessionOptions(threads=threads)
     walk = Walk(bundle, OrtGraphs(bundle, options))
 
-    def encode(images: Sequence[Image.Image], pictures: Sequence[Picture]) -> list[Features]:
-        features = walk.encode(pictures).features
+    def encode(images: Sequence[Image.Image], prepared: Sequence[PreparedImage]) -> list[Features]:
+        features = walk.encode(prepared).features
         assert features is not None  # the graphs were looked for above
         return list(features)
 
     def select(encoded: Encoded, text: Floats, k: int) -> Ints:
         features = Features(encoded.features, encoded.planes, encoded.left)
-        image = EncodedImages([encoded.picture], [features])
+        image = EncodedImages([encoded.image], [features])
         (kept,) = walk.select(image, [text], [k])
         return kept.picks.pick_order
 

@@ -26,7 +26,7 @@ from resprune.runtime.bundle.hashes import Progress, hashed_meanwhile
 from resprune.runtime.bundle.manifest import FLAVOURS, Manifest
 from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.image import MAX_PIXELS, Box, ImageSource, load_image
-from resprune.runtime.families.picture import Picture
+from resprune.runtime.families.preprocessor import PreparedImage
 from resprune.runtime.generate import TextStream
 from resprune.runtime.prompt.messages import Message, Turn, as_messages, checked_messages
 from resprune.runtime.prompt.prompter import Prompt, Prompter
@@ -146,10 +146,10 @@ class Pipeline:
         flag(stream, "stream")
         timings: dict[str, float] = {}
         with _stage(timings, "pixels"):
-            encoded = Encoded(self._pictures(_listed(image)), None)
+            encoded = Encoded(self._prepared(_listed(image)), None)
         with _stage(timings, "prompt"):
-            messages = as_messages(question, len(encoded.pictures))
-            prompt = self._prompt(messages, encoded.pictures, about, plain_text)
+            messages = as_messages(question, len(encoded.images))
+            prompt = self._prompt(messages, encoded.images, about, plain_text)
         settings = self._sampling.changed(sampling)
         (answer,) = self._answer([prompt], [encoded], timings, tokens, settings)
         return answer if stream else answer.finish()
@@ -185,10 +185,10 @@ class Pipeline:
             return []
         timings: dict[str, float] = {}
         with _stage(timings, "pixels"):
-            encoded = [Encoded(self._pictures(row), None) for row in listed]
+            encoded = [Encoded(self._prepared(row), None) for row in listed]
         with _stage(timings, "prompt"):
             prompts = [
-                self._prompt(as_messages(question, len(row.pictures)), row.pictures, words, plain_text)
+                self._prompt(as_messages(question, len(row.images)), row.images, words, plain_text)
                 for question, row, words in zip(questions, encoded, terms, strict=True)
             ]
         answers = self._answer(prompts, encoded, timings, tokens, self._sampling.changed(sampling))
@@ -201,7 +201,7 @@ class Pipeline:
         again; from a fused bundle only their pixels are kept, and the tower runs with each question.
         """
         self._require_open()
-        return View(self, self._walk.encode(self._pictures(_listed(image))))
+        return View(self, self._walk.encode(self._prepared(_listed(image))))
 
     def without_images(self) -> View:
         """A view of no image: the language model alone answers, and there is nothing to select."""
@@ -256,18 +256,18 @@ class Pipeline:
     @np.errstate(
         all="ignore"
     )  # of settings that leave the range of float32: the encoder is given what results
-    def _pictures(self, images: Sequence[ImageSource]) -> list[Picture]:
+    def _prepared(self, images: Sequence[ImageSource]) -> list[PreparedImage]:
         preprocessor = self._walk.preprocessor
         return [preprocessor(load_image(image, max_pixels=self._max_pixels)) for image in images]
 
     def _prompt(
         self,
         messages: Sequence[Message],
-        pictures: Sequence[Picture],
+        images: Sequence[PreparedImage],
         about: Sequence[str] | None,
         plain_text: bool,
     ) -> Prompt:
-        expansions = [picture.expansion for picture in pictures]
+        expansions = [image.expansion for image in images]
         return self._prompter.conversation(
             messages, about=about, expansions=expansions, plain_text=flag(plain_text, "plain_text")
         )
@@ -282,7 +282,7 @@ class Pipeline:
     ) -> list[Answer]:
         """Answers to prompts, each about the images of its own entry of `encoded`."""
         self._require_open()
-        counts = [len(row.pictures) for row in encoded]
+        counts = [len(row.images) for row in encoded]
         with _stage(timings, "vision"):
             embeds = self._walk.embed(prompts)
             text = [
@@ -291,7 +291,7 @@ class Pipeline:
                 for keywords in [self._walk.keywords(prompt, row)] * count
             ]
             together = Encoded.joined(encoded)
-            kept = iter(self._walk.select(together, text, _wanted(tokens, together.pictures)))
+            kept = iter(self._walk.select(together, text, _wanted(tokens, together.images)))
             kept_rows = [[next(kept) for _ in range(count)] for count in counts]
         with _stage(timings, "prefill"):
             spliced = self._walk.splice(embeds, prompts, kept_rows)
@@ -332,12 +332,12 @@ class View:
     @property
     def num_tokens(self) -> list[int]:
         """How many visual tokens each image has unpruned."""
-        return [picture.num_tokens for picture in self._encoded.pictures]
+        return [image.num_tokens for image in self._encoded.images]
 
     def budgets(self, tokens: Tokens = None) -> list[int]:
         """How many visual tokens of each image `tokens` keeps; `ResPruneError` where `ask` raises one for it."""
-        pictures = self._encoded.pictures
-        return self._pipeline._walk.budgets(pictures, _wanted(tokens, pictures))
+        images = self._encoded.images
+        return self._pipeline._walk.budgets(images, _wanted(tokens, images))
 
     @property
     def nbytes(self) -> int:
@@ -359,7 +359,7 @@ class View:
 
         `history` is what was said about these images before.
         """
-        messages = as_messages(question, len(self._encoded.pictures), history)
+        messages = as_messages(question, len(self._encoded.images), history)
         return self._answer(
             messages, about=about, tokens=tokens, plain_text=plain_text, stream=stream, **sampling
         )
@@ -380,7 +380,7 @@ class View:
         `{"type": "text", "text": …}` and `{"type": "image"}`, one for each image of the view, in order.
         """
         return self._answer(
-            checked_messages(messages, len(self._encoded.pictures)),
+            checked_messages(messages, len(self._encoded.images)),
             about=about,
             tokens=tokens,
             plain_text=plain_text,
@@ -400,7 +400,7 @@ class View:
         flag(stream, "stream")
         timings: dict[str, float] = {}
         with _stage(timings, "prompt"):
-            prompt = self._pipeline._prompt(messages, self._encoded.pictures, about, plain_text)
+            prompt = self._pipeline._prompt(messages, self._encoded.images, about, plain_text)
         settings = self._pipeline._sampling.changed(sampling)
         (answer,) = self._pipeline._answer([prompt], [self._encoded], timings, tokens, settings)
         return answer if stream else answer.finish()
@@ -465,16 +465,16 @@ def _run_by(engines: str | None) -> tuple[GraphsFactory, BackendFactory]:
     return partial(Engines, engines), tensorrt_backend
 
 
-def _wanted(tokens: Tokens, pictures: Sequence[Picture]) -> list[int | None]:
+def _wanted(tokens: Tokens, images: Sequence[PreparedImage]) -> list[int | None]:
     """How many tokens are kept of each image; a share is of its own tokens."""
     if tokens is None:
-        return [None] * len(pictures)
+        return [None] * len(images)
     if not isinstance(tokens, str):
-        return [whole(tokens, "tokens", -sys.maxsize)] * len(pictures)  # the selection says which it takes
+        return [whole(tokens, "tokens", -sys.maxsize)] * len(images)  # the selection says which it takes
     budget = Budget.parse(tokens)
     if budget.k is not None:
-        return [budget.k] * len(pictures)
-    return [budget.of(picture.num_tokens) for picture in pictures]
+        return [budget.k] * len(images)
+    return [budget.of(image.num_tokens) for image in images]
 
 
 def _listed(image: Images) -> list[ImageSource]:

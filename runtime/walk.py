@@ -17,7 +17,7 @@ from resprune.runtime.backends.session import GraphRunner
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Manifest
 from resprune.runtime.errors import ResPruneError, shown
-from resprune.runtime.families.picture import Picture, Preprocessor
+from resprune.runtime.families.preprocessor import PreparedImage, Preprocessor
 from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.prompter import Prompt
 from resprune.runtime.prompt.splice import Bools, Floats, KeptTokens, Spliced, cut_picks, keep_all, splice
@@ -51,26 +51,26 @@ class Encoded:
     graph encodes and selects at once.
     """
 
-    pictures: Sequence[Picture]
+    images: Sequence[PreparedImage]
     features: Sequence[Features] | None
 
     @staticmethod
     def joined(parts: Sequence["Encoded"]) -> "Encoded":
         """The images of several, in order; with features if all have them."""
-        pictures = [picture for part in parts for picture in part.pictures]
+        images = [image for part in parts for image in part.images]
         if any(part.features is None for part in parts):
-            return Encoded(pictures, None)
-        return Encoded(pictures, [features for part in parts for features in part.features or ()])
+            return Encoded(images, None)
+        return Encoded(images, [features for part in parts for features in part.features or ()])
 
     def apart(self) -> "list[Encoded]":
         """Each image alone, in order."""
-        features = [None] * len(self.pictures) if self.features is None else [[one] for one in self.features]
-        return [Encoded([picture], one) for picture, one in zip(self.pictures, features, strict=True)]
+        features = [None] * len(self.images) if self.features is None else [[one] for one in self.features]
+        return [Encoded([image], one) for image, one in zip(self.images, features, strict=True)]
 
     @property
     def nbytes(self) -> int:
         """Bytes of its arrays."""
-        pixels = sum(array.nbytes for picture in self.pictures for array in picture.arrays.values())
+        pixels = sum(array.nbytes for image in self.images for array in image.arrays.values())
         features = self.features or ()
         arrays = (array for one in features for array in (one.rows, *one.planes, one.left))
         return pixels + sum(array.nbytes for array in arrays if array is not None)
@@ -96,22 +96,22 @@ class Walk:
         """Whether the bundle has the encoder and the selector apart (`resprune export --split`)."""
         return {"vision_encoder", "token_select"} <= self.manifest.graphs.keys()
 
-    def encode(self, pictures: Sequence[Picture]) -> Encoded:
+    def encode(self, images: Sequence[PreparedImage]) -> Encoded:
         """Encode images, if the bundle has the encoder apart."""
         if not self.splits:
-            return Encoded(pictures, None)
+            return Encoded(images, None)
         outputs = ["image_features", *map(PLANE_FEATURES.format, range(self._planes))]
         outputs += [CANDIDATES] * self._early
         features: list[Features] = []
-        for start, stop in self._batches(len(pictures)):
-            batch = pictures[start:stop]
+        for start, stop in self._batches(len(images)):
+            batch = images[start:stop]
             arrays = self._graphs.run("vision_encoder", self.preprocessor.batch(batch), outputs)
             masks = arrays.pop() if self._early else [None] * len(batch)
-            for picture, mask, *planes in zip(batch, masks, *arrays, strict=True):
-                rows, *further = (plane[: picture.num_tokens] for plane in planes)
-                left = None if mask is None else mask[: picture.num_tokens]
+            for image, mask, *planes in zip(batch, masks, *arrays, strict=True):
+                rows, *further = (plane[: image.num_tokens] for plane in planes)
+                left = None if mask is None else mask[: image.num_tokens]
                 features.append(Features(rows, tuple(further), left))
-        return Encoded(pictures, features)
+        return Encoded(images, features)
 
     def embed(self, prompts: Sequence[Prompt]) -> list[Floats]:
         """Input embeddings [S_b, D] of each prompt; the rows of its image tokens are placeholders."""
@@ -144,9 +144,9 @@ class Walk:
         `text[i]` [M_i, D] float32 are the embeddings of the keywords asked about image i, M_i may be 0; `tokens[i]` is
         how many are kept of it (see `budgets`).
         """
-        if not encoded.pictures:
+        if not encoded.images:
             return []
-        budgets = self.budgets(encoded.pictures, tokens)
+        budgets = self.budgets(encoded.images, tokens)
         whole = [budget > self.manifest.selection.k for budget in budgets]
         if all(whole):
             return self._keep_whole(encoded)
@@ -155,26 +155,26 @@ class Walk:
             for image, words, wanted in zip(encoded.apart(), text, budgets, strict=True):
                 kept += self.select(image, [words], [wanted])
             return kept
-        for start, stop in self._batches(len(encoded.pictures)):
+        for start, stop in self._batches(len(encoded.images)):
             of_batch = slice(start, stop)
             kept += self._select_batch(
-                encoded.pictures[of_batch],
+                encoded.images[of_batch],
                 None if encoded.features is None else encoded.features[of_batch],
                 text[of_batch],
                 budgets[of_batch],
             )
         return kept
 
-    def budgets(self, pictures: Sequence[Picture], tokens: Sequence[int | None]) -> list[int]:
+    def budgets(self, images: Sequence[PreparedImage], tokens: Sequence[int | None]) -> list[int]:
         """How many tokens are kept of each image; None is what the bundle was exported to keep.
 
         1 to K, and all of an image whose encoder the bundle has apart; `ResPruneError` for another number.
         """
         selection = self.manifest.selection
         budgets = []
-        for picture, wanted in zip(pictures, tokens, strict=True):
-            budget = selection.budget(picture.num_tokens) if wanted is None else wanted
-            whole = self.splits and budget == picture.num_tokens
+        for image, wanted in zip(images, tokens, strict=True):
+            budget = selection.budget(image.num_tokens) if wanted is None else wanted
+            whole = self.splits and budget == image.num_tokens
             if not (1 <= budget <= selection.k or whole):
                 raise ResPruneError(
                     f"this bundle keeps {selection.k} tokens of an image, so tokens should be 1 to {selection.k}, "
@@ -185,15 +185,15 @@ class Walk:
 
     def _keep_whole(self, encoded: Encoded) -> list[KeptTokens]:
         """Every token of each image: the unpruned prompt, of a bundle that has the encoder apart."""
-        features = encoded.features or self.encode(encoded.pictures).features or ()
+        features = encoded.features or self.encode(encoded.images).features or ()
         return [
-            keep_all(picture, image.rows, image.planes, image.left)
-            for picture, image in zip(encoded.pictures, features, strict=True)
+            keep_all(image, one.rows, one.planes, one.left)
+            for image, one in zip(encoded.images, features, strict=True)
         ]
 
     def _select_batch(
         self,
-        pictures: Sequence[Picture],
+        images: Sequence[PreparedImage],
         features: Sequence[Features] | None,
         text: Sequence[Floats],
         budgets: Sequence[int],
@@ -202,19 +202,19 @@ class Walk:
         feeds: dict[str, npt.NDArray[Any]] = {"text_embeds": text_embeds, "text_mask": text_mask}
         if features is None:
             graph, rows, planes = "vision_select", "image_features", PLANE_FEATURES
-            feeds |= self.preprocessor.batch(pictures)
+            feeds |= self.preprocessor.batch(images)
         else:
             graph, rows, planes = "token_select", "kept_features", KEPT_PLANES
-            feeds["image_features"], mask = pad_rows([image.rows for image in features])
-            for row, image in zip(mask, features, strict=True):
-                if image.left is not None:
-                    row[: len(image.left)] &= image.left
+            feeds["image_features"], mask = pad_rows([one.rows for one in features])
+            for row, one in zip(mask, features, strict=True):
+                if one.left is not None:
+                    row[: len(one.left)] &= one.left
             feeds[CANDIDATES] = mask
             for plane in range(self._planes):
-                feeds[PLANE_FEATURES.format(plane)], _ = pad_rows([image.planes[plane] for image in features])
+                feeds[PLANE_FEATURES.format(plane)], _ = pad_rows([one.planes[plane] for one in features])
         inputs = {tensor.name: tensor for tensor in self.manifest.graphs[graph].inputs}
         if "protected_mask" in inputs:
-            feeds["protected_mask"] = _protected(pictures)
+            feeds["protected_mask"] = _protected(images)
         outputs = [rows, "kept_indices", "pick_order", *map(planes.format, range(self._planes))]
         proportional = self.manifest.attention == "proportional"
         if proportional:
@@ -223,16 +223,16 @@ class Walk:
         if self._early and features is None:
             outputs.append(CANDIDATES)
         arrays = self._graphs.run(graph, feeds, outputs)
-        left: Sequence[Bools | None] = [None] * len(pictures)
+        left: Sequence[Bools | None] = [None] * len(images)
         if features is not None:
-            left = [image.left for image in features]
+            left = [one.left for one in features]
         elif self._early:
-            left = [mask[: one.num_tokens] for mask, one in zip(arrays.pop(), pictures, strict=True)]
-        counts = arrays.pop() if proportional else [None] * len(pictures)
+            left = [mask[: one.num_tokens] for mask, one in zip(arrays.pop(), images, strict=True)]
+        counts = arrays.pop() if proportional else [None] * len(images)
         return [
-            cut_picks(picture, rows_of, indices, order, budget, counts_of, planes_of, left_of)
-            for picture, budget, counts_of, left_of, rows_of, indices, order, *planes_of in zip(
-                pictures, budgets, counts, left, *arrays, strict=True
+            cut_picks(image, rows_of, indices, order, budget, counts_of, planes_of, left_of)
+            for image, budget, counts_of, left_of, rows_of, indices, order, *planes_of in zip(
+                images, budgets, counts, left, *arrays, strict=True
             )
         ]
 
@@ -251,7 +251,7 @@ class Walk:
 
     def _batches(self, count: int) -> list[tuple[int, int]]:
         """Which images go through a graph together."""
-        step = self.preprocessor.pictures_a_run or count
+        step = self.preprocessor.max_batch or count
         return [(start, min(start + step, count)) for start in range(0, count, step)]
 
 
@@ -266,10 +266,10 @@ def pad_rows(rows: Sequence[Floats]) -> tuple[Floats, Bools]:
     return padded, mask
 
 
-def _protected(pictures: Sequence[Picture]) -> Bools:
+def _protected(images: Sequence[PreparedImage]) -> Bools:
     """`protected_mask` [B, N] for images of up to N tokens."""
-    mask = np.zeros((len(pictures), max(picture.num_tokens for picture in pictures)), dtype=bool)
-    for index, picture in enumerate(pictures):
-        if picture.protected is not None:
-            mask[index, : picture.num_tokens] = picture.protected
+    mask = np.zeros((len(images), max(image.num_tokens for image in images)), dtype=bool)
+    for index, image in enumerate(images):
+        if image.protected is not None:
+            mask[index, : image.num_tokens] = image.protected
     return mask

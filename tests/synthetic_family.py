@@ -33,7 +33,7 @@ from resprune.exporter.verify.reference import keep, kept_counts, protected_firs
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range, TensorSpec
 from resprune.runtime.families.image import Box
-from resprune.runtime.families.picture import Arrays, FixedGrid, Picture
+from resprune.runtime.families.preprocessor import Arrays, FixedGrid, PreparedImage
 from resprune.runtime.families.table import FAMILIES, Family
 from tests import tiny
 
@@ -170,16 +170,16 @@ class InSpans:
     """`FixedGrid`, whose tokens lie in three spans of the prompt with words between them."""
 
     grid: FixedGrid
-    pictures_a_run: int | None = None
+    max_batch: int | None = None
 
     @staticmethod
     def from_bundle(bundle: Bundle) -> InSpans:
         """From the bundle's image processor."""
         return InSpans(FixedGrid.from_bundle(bundle))
 
-    def __call__(self, image: Image.Image) -> Picture:
+    def __call__(self, image: Image.Image) -> PreparedImage:
         """As `FixedGrid`."""
-        return Picture(
+        return PreparedImage(
             self.grid(image).arrays,
             np.concatenate([np.arange(length) for length in SPANS]),
             SPANS,
@@ -188,9 +188,9 @@ class InSpans:
             np.array(protected_rows()),
         )
 
-    def batch(self, pictures: Sequence[Picture]) -> Arrays:
+    def batch(self, images: Sequence[PreparedImage]) -> Arrays:
         """As `FixedGrid`."""
-        return self.grid.batch(pictures)
+        return self.grid.batch(images)
 
     def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
         """As `FixedGrid`."""

@@ -199,7 +199,7 @@ def test_evaluation_of_the_bundle_and_of_the_checkpoint(made: Callable[..., Path
         for model in models:
             encoded = [model.look([image(seed)])[0] for seed in (0, 1)]
             asked = [
-                model.read(question, [one.picture.expansion])
+                model.read(question, [one.image.expansion])
                 for question, one in zip(QUESTIONS, encoded, strict=True)
             ]
             kept = [

@@ -48,7 +48,7 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
     processor = Thumbnailed.from_config(image_processor_config(checkpoint), **tower_side(checkpoint.config))
     model = weightless_model(checkpoint, InternVLForConditionalGeneration, config, dtype, mode)
     blocks = model.model.vision_tower.encoder.layer
-    vision = tiles_component(_Rows(model), blocks, processor.tiles, processor.picture, _features, mode)
+    vision = tiles_component(_Rows(model), blocks, processor.tiles, processor.prepared, _features, mode)
     return assemble(checkpoint, model, vision, dtype, max_tokens=processor.max_tokens, padding="pack_indices")
 
 

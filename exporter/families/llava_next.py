@@ -90,12 +90,12 @@ def any_resolution_component(
         return [sizes_compared[index % len(sizes_compared)] for index in range(count)]
 
     def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
-        pictures = []
+        images = []
         for width, height in chosen(sizes["batch_size"]):
             rows, columns = anyres.tile_grid((width, height))
             pixels = torch.randn((1 + rows * columns, 3, *size), generator=generator).numpy()
-            pictures.append(anyres.picture((width, height), pixels))
-        batch = anyres.batch(pictures)
+            images.append(anyres.prepared((width, height), pixels))
+        batch = anyres.batch(images)
         return tuple(torch.from_numpy(batch[spec.name]) for spec in inputs)
 
     def reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -67,8 +67,8 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
     processor = SplitImage.from_config(image_processor_config(checkpoint), side=tower_side(checkpoint.config))
     model = weightless_model(checkpoint, model_class, config, dtype, mode)
     blocks = model.model.vision_model.encoder.layers
-    picture = partial(processor.picture, grid=Grid(0, 0))
-    vision = tiles_component(_Rows(model), blocks, processor.tiles, picture, _features, mode)
+    prepare = partial(processor.prepared, grid=Grid(0, 0))
+    vision = tiles_component(_Rows(model), blocks, processor.tiles, prepare, _features, mode)
     return assemble(checkpoint, model, vision, dtype, max_tokens=processor.max_tokens, padding="pack_indices")
 
 

@@ -13,7 +13,7 @@ from resprune.exporter.components import Component, Reference, Sizes
 from resprune.exporter.families.llava import tower_output
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.families.picture import Picture
+from resprune.runtime.families.preprocessor import PreparedImage
 from resprune.runtime.families.tiles import TileProcessor, pack
 
 
@@ -53,13 +53,13 @@ def tiles_component(
     rows: nn.Module,
     blocks: Sequence[nn.Module],
     processor: TileProcessor,
-    picture: Callable[[Any], Picture],
+    prepare: Callable[[Any], PreparedImage],
     features: Callable[[Any, Tensor], Tensor],
     mode: FakeTensorMode,
 ) -> Component:
     """The vision component of images that are nothing but their tiles in order.
 
-    `rows` makes a tile's rows; `blocks` are its repeated layers; `picture` makes a `Picture` of processed tiles
+    `rows` makes a tile's rows; `blocks` are its repeated layers; `prepare` makes a `PreparedImage` of processed tiles
     [tiles, 3, H, W]; `features` is what Hugging Face's whole model makes of tiles: [tiles, P, D]. `ResPruneError` where
     the tower's rows are not as many as the runtime counts.
     """
@@ -72,11 +72,11 @@ def tiles_component(
         )
 
     def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
-        pictures = [
-            picture(torch.randn((count, 3, tile, tile), generator=generator).numpy())
+        images = [
+            prepare(torch.randn((count, 3, tile, tile), generator=generator).numpy())
             for count in _tile_counts(sizes["batch_size"])
         ]
-        batch = pack(pictures, tokens)
+        batch = pack(images, tokens)
         return torch.from_numpy(batch["pixel_values"]), torch.from_numpy(batch["pack_indices"])
 
     def reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""A whole answer as the reference gives it: a prompt around one pruned picture, and greedy tokens after it."""
+"""A whole answer as the reference gives it: a prompt around one pruned image, and greedy tokens after it."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from resprune.exporter.components import Component
 
 @dataclass(frozen=True)
 class Where:
-    """Which tokens of a picture are kept, and where they stand."""
+    """Which tokens of an image are kept, and where they stand."""
 
     picks: Tensor
     """[1, K], in the order of choice, -1 past the last."""
     counts: Tensor
-    """[1, K]: how many tokens each kept one stands for, in the picture's order."""
+    """[1, K]: how many tokens each kept one stands for, in the image's order."""
     places: Tensor
-    """[N] or [3, N]: position ids of all the picture's tokens, counted from its first."""
+    """[N] or [3, N]: position ids of all the image's tokens, counted from its first."""
     advance: int
-    """How far the text after the picture is moved."""
+    """How far the text after the image is moved."""
     positions: str
     """The policy for position ids."""
     two_way: bool
-    """Whether the rows of a picture attend to each other in both directions."""
+    """Whether the rows of an image attend to each other in both directions."""
 
 
 def splice(embeds: Tensor, planes: Sequence[Tensor], where: Where) -> tuple[Tensor, ...]:
-    """The decoder's inputs up to the past, for a prompt [1, S', D] with the picture's rows in the middle.
+    """The decoder's inputs up to the past, for a prompt [1, S', D] with the image's rows in the middle.
 
     They are the embeddings [1, S, D], the mask [1, S], the position ids [1, S] or [3, 1, S], and what more is said of
     each row. `planes` are [1, K, D] each, the main one first.

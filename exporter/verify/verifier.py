@@ -84,7 +84,7 @@ class Verifier:
         needed = width * sum(math.prod(stored[name].shape) for name in set().union(*names.values()))
         self.has_decoder = needed < available_memory() if level == "auto" else level == "full"
         # Where memory is short an image at a time is enough: the graphs were traced with two.
-        self._pictures = SIZES["batch_size"] if self.has_decoder else 1
+        self._images = SIZES["batch_size"] if self.has_decoder else 1
         self._selected: dict[int, Selected] = {}
 
     def prepare(self, selection: Selection) -> None:
@@ -117,7 +117,7 @@ class Verifier:
 
     def compare(self, worker: OrtWorker, component: Component, graph: Path) -> list[Difference]:
         """One graph against PyTorch on seeded inputs."""
-        sizes = {**SIZES, "batch_size": self._pictures} if component is self._components.vision else SIZES
+        sizes = {**SIZES, "batch_size": self._images} if component is self._components.vision else SIZES
         inputs = component.samples(sizes, torch.Generator().manual_seed(SEEDS[0]))
         if component is self._components.decoder:
             inputs = self._after_text(self._holding(component))
@@ -243,7 +243,7 @@ class Verifier:
     def _wanted_selection(self, seed: int, selection: Selection) -> Selected:
         """What PyTorch selects for a seeded question."""
         if seed not in self._selected:
-            question = self._question(self._pictures, seed)
+            question = self._question(self._images, seed)
             self._selected[seed] = question.select(self._holding(self._components.vision), selection)
             self._make_room()
         return self._selected[seed]
@@ -252,7 +252,7 @@ class Verifier:
         self, worker: OrtWorker, graphs: Mapping[str, Path], selection: Selection
     ) -> tuple[list[Difference], dict[str, Counted]]:
         """`vision_encoder` and `token_select` against `vision_select`: rows and picks, and counts of their own."""
-        question = self._question(self._pictures, SEEDS[0])
+        question = self._question(self._images, SEEDS[0])
         num_kept = _shares(selection.k, len(question.nouns))
         inputs = question.inputs(num_kept)
         fused = worker.run(graphs["vision_select"], inputs)
@@ -356,7 +356,7 @@ def _kept_early(got: Mapping[str, NDArray[Any]]) -> tuple[Tensor, ...]:
 
 def _shares(k: int, batch_size: int) -> Tensor:
     """Three quarters of the picks of the first image, half of the second's …: [B] int64, each at least one."""
-    return torch.tensor([max(1, k - (picture + 1) * k // 4) for picture in range(batch_size)])
+    return torch.tensor([max(1, k - (image + 1) * k // 4) for image in range(batch_size)])
 
 
 def _equal_counts(

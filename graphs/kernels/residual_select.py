@@ -76,14 +76,14 @@ def residual_select(
     TILE and DEPTH shape G's tiles, TOKENS is a block of tokens, STEPS a slice of earlier picks; all powers of 2.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
-    picture = tl.program_id(1).to(tl.int64)
+    image = tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(num_tokens, TOKENS)
     words = HEADER + 2 * MAX_PROGRAMS + 2 * MAX_BLOCKS + num_tokens * (5 + K + num_tokens)
-    visual += picture * num_tokens * D
-    gain += picture * num_tokens
-    token_mask += picture * num_tokens
-    pick_order += picture * K
-    scratch += picture * words
+    visual += image * num_tokens * D
+    gain += image * num_tokens
+    token_mask += image * num_tokens
+    pick_order += image * K
+    scratch += image * words
     arrivals = scratch.to(tl.pointer_type(tl.int32))
     best_before = scratch + 1
     tops = scratch + HEADER + 2 * MAX_PROGRAMS  # [2, MAX_BLOCKS]: the best score of each block

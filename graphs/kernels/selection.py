@@ -75,7 +75,7 @@ def residual_select(
     if token_mask is None:
         token_mask = torch.ones((B, N), dtype=torch.bool, device=visual.device)
     if programs is None:
-        programs = programs_of_a_picture(processors(visual.device), B)
+        programs = programs_of_an_image(processors(visual.device), B)
     if programs > MAX_PROGRAMS:
         raise ValueError(f"at most {MAX_PROGRAMS} programs an image, got {programs}")
     picks = torch.empty((B, k), dtype=torch.int64, device=visual.device)
@@ -97,9 +97,9 @@ def residual_select(
     return picks
 
 
-def programs_of_a_picture(processors: int, pictures: int) -> int:
+def programs_of_an_image(processors: int, images: int) -> int:
     """As many as fit when each of the GPU's multiprocessors holds one, at least one."""
-    return max(1, min(MAX_PROGRAMS, processors // pictures))
+    return max(1, min(MAX_PROGRAMS, processors // images))
 
 
 def processors(device: torch.device) -> int:

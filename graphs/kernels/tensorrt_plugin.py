@@ -47,9 +47,9 @@ def register(*, capability: int, processors: int) -> None:
     def describe(
         visual: trtp.TensorDesc, gain: trtp.TensorDesc, token_mask: trtp.TensorDesc, k: int
     ) -> tuple[trtp.TensorDesc, trtp.TensorDesc]:
-        pictures, num_tokens, _ = visual.shape_expr
-        picks = trtp.from_shape_expr((pictures, k), dtype=trt.int64)
-        scratch = trtp.from_shape_expr((pictures, scratch_words(num_tokens, k)), dtype=trt.float32)
+        images, num_tokens, _ = visual.shape_expr
+        picks = trtp.from_shape_expr((images, k), dtype=trt.int64)
+        scratch = trtp.from_shape_expr((images, scratch_words(num_tokens, k)), dtype=trt.float32)
         return picks, scratch
 
     @trtp.aot_impl(PLUGIN)
@@ -61,14 +61,14 @@ def register(*, capability: int, processors: int) -> None:
         outputs: tuple[trtp.TensorDesc, trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
-        pictures, num_tokens, hidden_size = visual.shape_expr
+        images, num_tokens, hidden_size = visual.shape_expr
         compiled = compile_residual_select(
             capability, hidden_size=hidden_size.constant_value(), k=k, dtype=dtypes[visual.dtype]
         )
         launch = trtp.KernelLaunchParams()
-        share = trtp.min(trtp.ShapeExpr(processors) // pictures, MAX_PROGRAMS)
+        share = trtp.min(trtp.ShapeExpr(processors) // images, MAX_PROGRAMS)
         launch.grid_x = trtp.max(share, 1)
-        launch.grid_y = pictures
+        launch.grid_y = images
         launch.block_x = compiled.threads
         launch.shared_mem = compiled.shared_memory
         # After the inputs and before the outputs, as the kernel has them: num_tokens, first_step, last_step.

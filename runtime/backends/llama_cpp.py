@@ -313,7 +313,7 @@ class _Context:
         `every` of each.
         """
         lib, count = self._lib, len(given)
-        if len(positions) == 3:  # time, height and width, and a fourth that pictures do not use
+        if len(positions) == 3:  # time, height and width, and a fourth that images do not use
             positions = np.concatenate([positions, np.zeros_like(positions[:1])])
         # The arrays live until llama.cpp has read them.
         numbers = np.ascontiguousarray(positions, np.int32).reshape(-1)

@@ -52,7 +52,7 @@ class Question:
     """
 
     prompt: Prompt
-    pictures: Sequence[KeptTokens]
+    images: Sequence[KeptTokens]
     expanded_ids: list[int]
     position_ids: Ints
     sampling: Sampling
@@ -255,7 +255,7 @@ def _chat_body(question: Question, image_embeds: Callable[[str], Any]) -> dict[s
             "this server makes the prompt of text, in which typed special tokens are control tokens; "
             "leave them out, ask without --plain-text, or use --server-format sglang"
         )
-    rows = iter(_image_rows(picture.rows) for picture in question.pictures)
+    rows = iter(_image_rows(image.rows) for image in question.images)
     messages = [
         {
             **message,
@@ -350,15 +350,15 @@ def _sglang_body(question: Question) -> dict[str, Any]:
         "sampling_params": _settings(question.sampling, _SGLANG, "SGLang", all_ids=-1),
         "stream": True,
     }
-    if question.pictures:
+    if question.images:
         positions = question.position_ids
-        picture = {
+        data = {
             "format": "precomputed_embedding",
-            "feature": np.concatenate([picture.rows for picture in question.pictures]).tolist(),
+            "feature": np.concatenate([kept.rows for kept in question.images]).tolist(),
             "mrope_positions": positions.tolist(),
             "mrope_position_delta": int(positions.max()) + 1 - positions.shape[-1],
         }
-        body["image_data"] = [picture]
+        body["image_data"] = [data]
     return body
 
 

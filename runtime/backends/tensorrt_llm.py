@@ -119,12 +119,12 @@ class PyTorchBackend:
                 self._llm.generate_async(
                     {
                         "prompt": self._text(prompt),
-                        "multi_modal_embeddings": {"image": [_tensor(picture.rows) for picture in pictures]},
+                        "multi_modal_embeddings": {"image": [_tensor(image.rows) for image in images]},
                     },
                     sampling_params=parameters,
                     streaming=True,
                 )
-                for prompt, pictures in zip(request.prompts, request.images, strict=True)
+                for prompt, images in zip(request.prompts, request.images, strict=True)
             ]
         return together([_new_tokens(result) for result in results])
 
@@ -157,7 +157,7 @@ class EngineBackend:
         """Enqueue the prompts (see `Backend`)."""
         require_images(request, "TensorRT-LLM")
         rows = [
-            np.concatenate([picture.rows for picture in pictures]) for pictures in request.images
+            np.concatenate([image.rows for image in images]) for images in request.images
         ]  # each [K_b, D]
         ids = [self._ids(request, row) for row in range(len(rows))]
         drawing = _drawing(sampling, {"max_new_tokens": "max_new_tokens", "seed": "random_seed"})

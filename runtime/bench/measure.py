@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from resprune.runtime.families.image import ImageSource
     from resprune.runtime.pipeline import Pipeline
 
-QUESTION = "What is in this picture?"
+QUESTION = "What is in this image?"
 FILLER = " the" * 16
 LEAST_REPEATS, SECONDS = 5, 10.0
 DECODED = 32

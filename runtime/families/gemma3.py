@@ -10,10 +10,10 @@ from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import Box, ImageProcessor
-from resprune.runtime.families.picture import (
+from resprune.runtime.families.preprocessor import (
     Arrays,
     FixedGrid,
-    Picture,
+    PreparedImage,
     image_processor_config,
 )
 
@@ -27,7 +27,7 @@ class Pooled:
     """`FixedGrid`, with tokens of several patches and marks around an image."""
 
     grid: FixedGrid
-    pictures_a_run: int | None = None
+    max_batch: int | None = None
 
     @staticmethod
     def from_bundle(bundle: Bundle) -> "Pooled":
@@ -35,14 +35,14 @@ class Pooled:
         check_processor(image_processor_config(bundle))
         return Pooled(FixedGrid.from_bundle(bundle))
 
-    def __call__(self, image: Image.Image) -> Picture:
+    def __call__(self, image: Image.Image) -> PreparedImage:
         """`pixel_values` [3, H, W] float32."""
-        picture = self.grid(image)
-        return Picture(picture.arrays, picture.offsets, picture.advances, picture.spans, EXPANSION)
+        prepared = self.grid(image)
+        return PreparedImage(prepared.arrays, prepared.offsets, prepared.advances, prepared.spans, EXPANSION)
 
-    def batch(self, pictures: Sequence[Picture]) -> Arrays:
+    def batch(self, images: Sequence[PreparedImage]) -> Arrays:
         """As `FixedGrid`."""
-        return self.grid.batch(pictures)
+        return self.grid.batch(images)
 
     def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
         """As `FixedGrid`."""

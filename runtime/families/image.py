@@ -106,9 +106,9 @@ def _is_video(source: ImageSource) -> bool:
             head = file.read(12)
     else:
         return False
-    pictures = (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis")  # the same container
+    images = (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis")  # the same container
     return (
-        (head[4:8] == b"ftyp" and head[8:12] not in pictures)
+        (head[4:8] == b"ftyp" and head[8:12] not in images)
         or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
         or head[:4]
         in (b"\x1a\x45\xdf\xa3", b"\x00\x00\x01\xba", b"\x00\x00\x01\xb3", b"OggS", b"\x30\x26\xb2\x75")

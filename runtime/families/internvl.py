@@ -11,7 +11,7 @@ from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import OPENAI_CLIP, Box
-from resprune.runtime.families.picture import Arrays, Picture, image_processor_config
+from resprune.runtime.families.preprocessor import Arrays, PreparedImage, image_processor_config
 from resprune.runtime.families.tiles import (
     MAX_TILES,
     Grid,
@@ -34,7 +34,7 @@ class Thumbnailed:
     tiles: TileProcessor
     fewest: int
     most: int
-    pictures_a_run: int | None = None
+    max_batch: int | None = None
 
     @staticmethod
     def from_config(config: dict[str, Any], *, tile: int, side: int) -> "Thumbnailed":
@@ -65,7 +65,7 @@ class Thumbnailed:
         """N of the image that has most."""
         return self.tiles.tokens * (self.most + (self.most > 1))
 
-    def __call__(self, image: Image.Image) -> Picture:
+    def __call__(self, image: Image.Image) -> PreparedImage:
         """`pixel_values` [tiles, 3, H, W] float32, and `rows` [N] int64."""
         grid, tile = self.grid(image.size), self.tiles.tile
         whole = self.tiles.resized(image, tile, tile)
@@ -73,12 +73,12 @@ class Thumbnailed:
         if grid.tiles > 1:
             canvas = self.tiles.resized(image, grid.columns * tile, grid.rows * tile)
             cut = [*self.tiles.cut(canvas), whole]
-        return self.picture(self.tiles.pixel_values(cut))
+        return self.prepared(self.tiles.pixel_values(cut))
 
-    def picture(self, pixel_values: Any) -> Picture:
+    def prepared(self, pixel_values: Any) -> PreparedImage:
         """An image whose tiles [tiles, 3, H, W] are processed already."""
         rows = np.arange(len(pixel_values) * self.tiles.tokens)
-        return Picture(
+        return PreparedImage(
             {"pixel_values": pixel_values, "rows": rows},
             rows,
             (len(rows),),
@@ -86,9 +86,9 @@ class Thumbnailed:
             f"{START}{IMAGE_TOKEN}{END}",
         )
 
-    def batch(self, pictures: Sequence[Picture]) -> Arrays:
+    def batch(self, images: Sequence[PreparedImage]) -> Arrays:
         """`pixel_values` [num_tiles, 3, H, W] and `pack_indices` [B, N] int64 (`tiles.pack`)."""
-        return pack(pictures, self.tiles.tokens)
+        return pack(images, self.tiles.tokens)
 
     def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
         """One tile an image at least."""

@@ -19,7 +19,7 @@ from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.image import Box, ImageProcessor
-from resprune.runtime.families.picture import Arrays, Picture, image_processor_config, tower_size
+from resprune.runtime.families.preprocessor import Arrays, PreparedImage, image_processor_config, tower_size
 from resprune.runtime.families.tiles import FURTHER, MAX_TILES, pack
 
 PROCESSOR = "LlavaNextImageProcessor"
@@ -44,7 +44,7 @@ class AnyResolution:
     processor: ImageProcessor
     side: int
     patch_size: int
-    pictures_a_run: int | None = None
+    max_batch: int | None = None
 
     @staticmethod
     def from_config(config: Mapping[str, Any], *, image_size: int, patch_size: int) -> "AnyResolution":
@@ -94,22 +94,24 @@ class AnyResolution:
         grids = [(height // self.tile, width // self.tile) for height, width in self.resolutions]
         return self.side**2 + max(rows * self.side * (columns * self.side + 1) for rows, columns in grids)
 
-    def __call__(self, image: Image.Image) -> Picture:
+    def __call__(self, image: Image.Image) -> PreparedImage:
         """`pixel_values` [tiles, 3, H, W] float32, and `rows` [N] int64: a row of them each, or NEWLINE."""
-        return self.picture(image.size, np.stack([self.processor(tile) for tile in self.tiles(image)]))
+        return self.prepared(image.size, np.stack([self.processor(tile) for tile in self.tiles(image)]))
 
-    def picture(self, image_size: Size, pixel_values: npt.NDArray[np.float32]) -> Picture:
+    def prepared(self, image_size: Size, pixel_values: npt.NDArray[np.float32]) -> PreparedImage:
         """An image of `image_size` (width, height) whose tiles are processed already."""
         rows = self.packed_rows(image_size)
-        return Picture.one_span({"pixel_values": pixel_values, "rows": rows}, np.arange(len(rows)), len(rows))
+        return PreparedImage.one_span(
+            {"pixel_values": pixel_values, "rows": rows}, np.arange(len(rows)), len(rows)
+        )
 
-    def batch(self, pictures: Sequence[Picture]) -> Arrays:
+    def batch(self, images: Sequence[PreparedImage]) -> Arrays:
         """`pixel_values` [num_tiles, 3, H, W] and `pack_indices` [B, N] int64.
 
         The tiles of all images, one after another; and for each token the row that it is, of all rows of all tiles
         with the newline row behind them. An image with fewer tokens than another is filled up with PADDING.
         """
-        return pack(pictures, self.side**2)
+        return pack(images, self.side**2)
 
     def tiles(self, image: Image.Image) -> list[Image.Image]:
         """The whole view, then the tiles row by row."""

@@ -23,7 +23,7 @@ from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.image import OPENAI_CLIP, Box
 from resprune.runtime.families.llava_next import NEWLINE, AnyResolution, Size, grid_resolutions
-from resprune.runtime.families.picture import Arrays, Picture, image_processor_config, tower_size
+from resprune.runtime.families.preprocessor import Arrays, PreparedImage, image_processor_config, tower_size
 from resprune.runtime.families.tiles import tile_pixels
 
 Ints = npt.NDArray[np.int64]
@@ -44,7 +44,7 @@ class LimitedResolution:
 
     anyres: AnyResolution
     limit: int
-    pictures_a_run: int | None = None
+    max_batch: int | None = None
 
     @staticmethod
     def from_config(
@@ -102,23 +102,23 @@ class LimitedResolution:
         ]
         return side**2 + max(rows * (columns + 1) for rows, columns in filled)
 
-    def __call__(self, image: Image.Image) -> Picture:
+    def __call__(self, image: Image.Image) -> PreparedImage:
         """`pixel_values` [tiles, 3, H, W] float32, and `rows` and `weights` [N, 4] (`taps`)."""
         tiles = self.anyres.tiles(image)
-        return self.picture(image.size, np.stack([self.anyres.processor(tile) for tile in tiles]))
+        return self.prepared(image.size, np.stack([self.anyres.processor(tile) for tile in tiles]))
 
-    def picture(self, image_size: Size, pixel_values: npt.NDArray[np.float32]) -> Picture:
+    def prepared(self, image_size: Size, pixel_values: npt.NDArray[np.float32]) -> PreparedImage:
         """An image of `image_size` (width, height) whose tiles are processed already."""
         rows, weights = self.taps(image_size)
         arrays: Arrays = {"pixel_values": pixel_values, "rows": rows, "weights": weights}
-        return Picture.one_span(arrays, np.arange(len(rows)), len(rows))
+        return PreparedImage.one_span(arrays, np.arange(len(rows)), len(rows))
 
-    def batch(self, pictures: Sequence[Picture]) -> Arrays:
+    def batch(self, images: Sequence[PreparedImage]) -> Arrays:
         """`pixel_values` [num_tiles, 3, H, W], `pack_indices` [B, N, 4] int64 and `pack_weights` [B, N, 4] float32."""
-        inputs = self.anyres.batch(pictures)
+        inputs = self.anyres.batch(images)
         weights = np.zeros(inputs["pack_indices"].shape, np.float32)
-        for row, picture in zip(weights, pictures, strict=True):
-            row[: picture.num_tokens] = picture.arrays["weights"]
+        for row, image in zip(weights, images, strict=True):
+            row[: image.num_tokens] = image.arrays["weights"]
         return inputs | {"pack_weights": weights}
 
     def boxes(self, image_size: Size) -> list[Box | None]:

@@ -18,7 +18,7 @@ from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.image import OPENAI_CLIP, Box, ImageProcessor
-from resprune.runtime.families.picture import Arrays, Picture, image_processor_config
+from resprune.runtime.families.preprocessor import Arrays, PreparedImage, image_processor_config
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -67,7 +67,7 @@ class DynamicResolution:
     temporal_patch_size: int
     merge_size: int
     window_patches: int | None = None
-    pictures_a_run: int | None = 1
+    max_batch: int | None = 1
 
     @staticmethod
     def from_bundle(bundle: Bundle) -> "DynamicResolution":
@@ -155,19 +155,19 @@ class DynamicResolution:
         )
         return Grid(resized[0] // self.patch_size, resized[1] // self.patch_size, self.merge_size)
 
-    def __call__(self, image: Image.Image) -> Picture:
+    def __call__(self, image: Image.Image) -> PreparedImage:
         """Patches, and what the graph reads of their grid; `offsets` [3, N] are (t, h, w) from the image's first."""
         patches, grid = self.patches(image)
         arrays: Arrays = {"pixel_values": patches, "patch_positions": patch_positions(grid)}
         if self.window_patches is not None:
             arrays["window_patches"], arrays["window_slots"] = windows(grid, self.window_patches)
         # The text after an image goes on from its longer side (M-RoPE).
-        return Picture.one_span(arrays, token_positions(grid), max(grid.merged))
+        return PreparedImage.one_span(arrays, token_positions(grid), max(grid.merged))
 
-    def batch(self, pictures: Sequence[Picture]) -> Arrays:
+    def batch(self, images: Sequence[PreparedImage]) -> Arrays:
         """The arrays of the one image that a run takes."""
-        (picture,) = pictures
-        return picture.arrays
+        (image,) = images
+        return image.arrays
 
     def patches(self, image: Image.Image) -> tuple[Floats, Grid]:
         """RGB image → `pixel_values` [patches, 3 · temporal · patch · patch] float32 in merge order, and its grid."""

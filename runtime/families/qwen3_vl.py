@@ -11,7 +11,7 @@ from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import Box
-from resprune.runtime.families.picture import Arrays, Picture, image_processor_config
+from resprune.runtime.families.preprocessor import Arrays, PreparedImage, image_processor_config
 from resprune.runtime.families.qwen2_vl import (
     DynamicResolution,
     Floats,
@@ -31,7 +31,7 @@ class InterpolatedResolution:
 
     resolution: DynamicResolution
     side: int
-    pictures_a_run: int | None = 1
+    max_batch: int | None = 1
 
     @staticmethod
     def from_bundle(bundle: Bundle) -> "InterpolatedResolution":
@@ -39,12 +39,12 @@ class InterpolatedResolution:
         resolution = DynamicResolution.from_config(image_processor_config(bundle))
         return InterpolatedResolution(resolution, table_side(bundle.json("config.json")))
 
-    def __call__(self, image: Image.Image) -> Picture:
+    def __call__(self, image: Image.Image) -> PreparedImage:
         """Patches, and what the graph reads of their grid; `offsets` [3, N] are (t, h, w) from the image's first."""
         patches, grid = self.resolution.patches(image)
         arrays: Arrays = {"pixel_values": patches, "patch_positions": patch_positions(grid)}
         arrays["position_taps"], arrays["position_weights"] = position_taps(grid, self.side)
-        return Picture.one_span(arrays, token_positions(grid), max(grid.merged))
+        return PreparedImage.one_span(arrays, token_positions(grid), max(grid.merged))
 
     @property
     def max_tokens(self) -> int:
@@ -55,9 +55,9 @@ class InterpolatedResolution:
         """The grid of an image of `image_size` (width, height)."""
         return self.resolution.grid(image_size)
 
-    def batch(self, pictures: Sequence[Picture]) -> Arrays:
+    def batch(self, images: Sequence[PreparedImage]) -> Arrays:
         """Inputs of the vision graph, by name."""
-        return self.resolution.batch(pictures)
+        return self.resolution.batch(images)
 
     def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
         """How long the named axes of the vision graphs' inputs get."""

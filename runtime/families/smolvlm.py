@@ -15,7 +15,7 @@ from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import IMAGENET_STANDARD, Box
-from resprune.runtime.families.picture import Arrays, Picture, image_processor_config
+from resprune.runtime.families.preprocessor import Arrays, PreparedImage, image_processor_config
 from resprune.runtime.families.tiles import Grid, TileProcessor, pack, tile_pixels
 
 DEFAULTS = {**IMAGENET_STANDARD, "resample": 1, "size": {"longest_edge": 4 * 364}}
@@ -33,7 +33,7 @@ class SplitImage:
     longest_edge: int | None
     """The longer side is resized to this first; None leaves it."""
     splits: bool
-    pictures_a_run: int | None = None
+    max_batch: int | None = None
 
     @staticmethod
     def from_config(config: dict[str, Any], *, side: int) -> "SplitImage":
@@ -60,24 +60,24 @@ class SplitImage:
         across = math.ceil(longest / self.tiles.tile)
         return self.tiles.tokens * (across**2 + (across > 1))
 
-    def __call__(self, image: Image.Image) -> Picture:
+    def __call__(self, image: Image.Image) -> PreparedImage:
         """`pixel_values` [tiles, 3, H, W] float32, and `rows` [N] int64."""
         tile = self.tiles.tile
         if self.longest_edge is not None:
             image = self.tiles.resized(image, *_fitted(image.size, self.longest_edge))
         if not self.splits:
-            return self.picture(self.tiles.pixel_values([self.tiles.resized(image, tile, tile)]), Grid(0, 0))
+            return self.prepared(self.tiles.pixel_values([self.tiles.resized(image, tile, tile)]), Grid(0, 0))
         canvas = self.tiles.resized(image, *_multiples(image.size, tile))
         grid = self._grid_of(canvas.size)
         cut = (
             [canvas] if grid.tiles == 0 else [*self.tiles.cut(canvas), self.tiles.resized(canvas, tile, tile)]
         )
-        return self.picture(self.tiles.pixel_values(cut), grid)
+        return self.prepared(self.tiles.pixel_values(cut), grid)
 
-    def picture(self, pixel_values: Any, grid: Grid) -> Picture:
+    def prepared(self, pixel_values: Any, grid: Grid) -> PreparedImage:
         """An image whose tiles [tiles, 3, H, W] are processed already."""
         count, tokens = len(pixel_values), self.tiles.tokens
-        return Picture(
+        return PreparedImage(
             {"pixel_values": pixel_values, "rows": np.arange(count * tokens)},
             np.tile(np.arange(tokens), count),
             (tokens,) * count,
@@ -85,9 +85,9 @@ class SplitImage:
             _expansion(grid),
         )
 
-    def batch(self, pictures: Sequence[Picture]) -> Arrays:
+    def batch(self, images: Sequence[PreparedImage]) -> Arrays:
         """`pixel_values` [num_tiles, 3, H, W] and `pack_indices` [B, N] int64 (`tiles.pack`)."""
-        return pack(pictures, self.tiles.tokens)
+        return pack(images, self.tiles.tokens)
 
     def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
         """One tile an image at least."""

@@ -1,6 +1,6 @@
 """The model families, one row each, with everything that depends on the family; no other code names one.
 
-A family is one module in `runtime/families/` with a `Preprocessor` (picture.py), one in `exporter/families/` with
+A family is one module in `runtime/families/` with a `Preprocessor` (preprocessor.py), one in `exporter/families/` with
 `split_model`, and one row here. docs/adding-a-family.md says how to write them.
 """
 
@@ -13,7 +13,7 @@ from resprune.runtime.families.gemma3 import Pooled
 from resprune.runtime.families.internvl import Thumbnailed
 from resprune.runtime.families.llava_next import AnyResolution
 from resprune.runtime.families.llava_onevision import LimitedResolution
-from resprune.runtime.families.picture import FixedGrid, Preprocessor
+from resprune.runtime.families.preprocessor import FixedGrid, Preprocessor
 from resprune.runtime.families.qwen2_vl import DynamicResolution
 from resprune.runtime.families.qwen3_vl import InterpolatedResolution
 from resprune.runtime.families.smolvlm import SplitImage

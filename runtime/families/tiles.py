@@ -15,7 +15,7 @@ from PIL import Image
 from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import Box, ImageProcessor
-from resprune.runtime.families.picture import Arrays, Picture
+from resprune.runtime.families.preprocessor import Arrays, PreparedImage
 
 FURTHER = -1
 """Among an image's own rows: the row behind those of all tiles, such as LLaVA-NeXT's newline."""
@@ -25,7 +25,7 @@ MAX_TILES = 144
 """Of one image: 4032 x 4032 pixels at the usual tile. More is a mistake in a config."""
 
 
-def pack(pictures: Sequence[Picture], tile_tokens: int) -> Arrays:
+def pack(images: Sequence[PreparedImage], tile_tokens: int) -> Arrays:
     """Images with the arrays `pixel_values` [tiles, 3, H, W] and `rows` [N] → the inputs of a vision graph of tiles.
 
     Where a token is made of several rows, `rows` are [N, T] and `pack_indices` [B, N, T].
@@ -34,15 +34,15 @@ def pack(pictures: Sequence[Picture], tile_tokens: int) -> Arrays:
     each token the row that it is, of all `tile_tokens` rows of all tiles with a further row behind them; an image with
     fewer tokens than another is filled up with PADDING.
     """
-    pixels = [picture.arrays["pixel_values"] for picture in pictures]
+    pixels = [image.arrays["pixel_values"] for image in images]
     further = tile_tokens * sum(map(len, pixels))
-    most = max(picture.num_tokens for picture in pictures)
-    packed = np.full((len(pictures), most, *pictures[0].arrays["rows"].shape[1:]), PADDING, np.int64)
+    most = max(image.num_tokens for image in images)
+    packed = np.full((len(images), most, *images[0].arrays["rows"].shape[1:]), PADDING, np.int64)
     first = 0
-    for row, picture in zip(packed, pictures, strict=True):
-        own = picture.arrays["rows"]
+    for row, image in zip(packed, images, strict=True):
+        own = image.arrays["rows"]
         row[: len(own)] = np.where(own == FURTHER, further, own + first)
-        first += tile_tokens * len(picture.arrays["pixel_values"])
+        first += tile_tokens * len(image.arrays["pixel_values"])
     return {"pixel_values": np.concatenate(pixels), "pack_indices": packed}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.families.picture import Picture
+from resprune.runtime.families.preprocessor import PreparedImage
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -38,7 +38,7 @@ class Picks:
 class KeptTokens:
     """The kept tokens themselves: `rows` [K, D] float32 in ascending order of index.
 
-    `offsets` [K] or [3, K], `advances` and `spans` as in `Picture`, with the kept tokens of each span alone.
+    `offsets` [K] or [3, K], `advances` and `spans` as in `PreparedImage`, with the kept tokens of each span alone.
     `planes`: the same tokens' rows [K, D] in the image's further planes.
     """
 
@@ -76,7 +76,7 @@ class Spliced:
 
 
 def keep(
-    picture: Picture,
+    image: PreparedImage,
     image_features: Floats,
     pick_order: Ints,
     kept_counts: Ints | None = None,
@@ -91,7 +91,7 @@ def keep(
     kept = np.sort(pick_order)
     counts = np.ones_like(kept) if kept_counts is None else kept_counts
     return _kept(
-        picture,
+        image,
         image_features[kept],
         Picks(kept, pick_order, counts, _indices(left)),
         tuple(plane[kept] for plane in planes),
@@ -99,15 +99,15 @@ def keep(
 
 
 def keep_all(
-    picture: Picture, image_features: Floats, planes: Sequence[Floats] = (), left: Bools | None = None
+    image: PreparedImage, image_features: Floats, planes: Sequence[Floats] = (), left: Bools | None = None
 ) -> KeptTokens:
     """Every token of an image at its own place, of those that its vision tower left: the unpruned prompt."""
-    every = np.arange(picture.num_tokens) if left is None else np.flatnonzero(left)
-    return keep(picture, image_features, every, None, planes, left)
+    every = np.arange(image.num_tokens) if left is None else np.flatnonzero(left)
+    return keep(image, image_features, every, None, planes, left)
 
 
 def cut_picks(
-    picture: Picture,
+    image: PreparedImage,
     image_features: Floats,
     kept_indices: Ints,
     pick_order: Ints,
@@ -128,7 +128,7 @@ def cut_picks(
     places = np.searchsorted(kept_indices[valid], kept)  # [K']
     counts = np.ones_like(kept) if kept_counts is None else kept_counts[valid][places]
     return _kept(
-        picture,
+        image,
         image_features[valid][places],
         Picks(kept, order, counts, _indices(left)),
         tuple(plane[valid][places] for plane in planes),
@@ -139,10 +139,10 @@ def _indices(left: Bools | None) -> Ints | None:
     return None if left is None else np.flatnonzero(left)
 
 
-def _kept(picture: Picture, rows: Floats, picks: Picks, planes: tuple[Floats, ...]) -> KeptTokens:
-    ends = np.searchsorted(picks.kept_indices, np.cumsum(picture.spans))
+def _kept(image: PreparedImage, rows: Floats, picks: Picks, planes: tuple[Floats, ...]) -> KeptTokens:
+    ends = np.searchsorted(picks.kept_indices, np.cumsum(image.spans))
     spans = tuple(int(count) for count in np.diff(ends, prepend=0))
-    return KeptTokens(rows, picks, picture.offsets[..., picks.kept_indices], picture.advances, spans, planes)
+    return KeptTokens(rows, picks, image.offsets[..., picks.kept_indices], image.advances, spans, planes)
 
 
 def splice(

@@ -94,7 +94,7 @@ def render(
     image, None for that token. `ResPruneError` if no form renders with as many of them as there are images.
     """
     image_token = placeholder or variables["image_token"]
-    pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
+    images = sum(part["type"] == "image" for message in messages for part in message["content"])
     typed = sum(
         part.get("text", "").count(image_token) for message in messages for part in message["content"]
     )
@@ -113,7 +113,7 @@ def render(
         except Exception as error:  # a template is a program of someone else's: it can raise anything
             fault = one_line(error)
             continue
-        if text.count(image_token) == pictures + typed:
+        if text.count(image_token) == images + typed:
             return text
     raise ResPruneError(
         f"the checkpoint's chat template cannot make this prompt ({fault}); correct its template"

@@ -17,7 +17,7 @@ from resprune.runtime.families.image import load_image
 def test_jsonl_is_read_in_the_order_of_its_pictures(questions):
     data = read_jsonl(questions)
     assert data.name == "mine"
-    assert [(q.number, q.picture[-5:]) for q in data.questions] == [
+    assert [(q.number, q.image[-5:]) for q in data.questions] == [
         *((n, "0.png") for n in (1, 4, 7)),
         *((n, "1.png") for n in (2, 5, 8)),
         *((n, "2.png") for n in (3, 6, 9)),
@@ -125,7 +125,7 @@ def test_a_limit_is_spread_over_the_set():
 def test_easy_vqa_is_its_whole_test_split():
     data = load_data("easyvqa")
     assert len(data.questions) == 9673
-    assert len({question.picture for question in data.questions}) == 1000
+    assert len({question.image for question in data.questions}) == 1000
     assert {question.type for question in data.questions} == {"yes/no", "shape", "color"}
     assert load_image(data.questions[0].load()).size == (64, 64)
 

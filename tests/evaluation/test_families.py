@@ -51,7 +51,7 @@ def test_answers_alike(
     texts, orders = [], []
     for model in models:
         encoded = [model.look([image])[0] for image in images]
-        asked = [model.read(QUESTION, [one.picture.expansion]) for one in encoded]
+        asked = [model.read(QUESTION, [one.image.expansion]) for one in encoded]
         kept = [[model.select(*pair, 5)] for pair in zip(encoded, asked, strict=True)]
         orders.append([order.tolist() for (order,) in kept])
         texts.append(model.answer(asked, [[one] for one in encoded], kept, STEPS))

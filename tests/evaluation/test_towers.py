@@ -49,7 +49,7 @@ def test_a_checkpoint_selects_inside_its_tower_as_a_bundle_does(tiny_checkpoint,
 def test_a_smaller_image_of_a_tower_of_one_size(variant, k, tokens, tiny_checkpoint):
     model = open_checkpoint(str(tiny_checkpoint(variant)))
     (small,) = model.look([image()], RESIZE, k)
-    assert len(small.features) == small.picture.num_tokens == tokens
+    assert len(small.features) == small.image.num_tokens == tokens
     assert model.answer([model.read(QUESTION)], [[small]], [[np.arange(tokens)]], 3)
 
 

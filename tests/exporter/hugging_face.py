@@ -23,7 +23,7 @@ from resprune.exporter.verify.reference import kept_counts, residual_select, tex
 from resprune.runtime.bundle.files import read_bundle, write_manifest
 from resprune.runtime.bundle.manifest import Early
 
-Picture = NDArray[np.uint8]
+ImageArray = NDArray[np.uint8]
 STEPS = 40
 
 
@@ -50,7 +50,7 @@ class HuggingFace:
     @torch.no_grad()
     def pruned(
         self,
-        pictures: list[Picture],
+        pictures: list[ImageArray],
         prompt_ids: list[int],
         text_token_ids: list[int],
         *,
@@ -129,7 +129,7 @@ class HuggingFace:
         return Expected(ids[0].tolist(), orders, counts, candidates)
 
     @torch.no_grad()
-    def unpruned(self, pictures: list[Picture], prompt_ids: list[int], *, steps: int) -> list[int]:
+    def unpruned(self, pictures: list[ImageArray], prompt_ids: list[int], *, steps: int) -> list[int]:
         """Plain `generate` from ids and pixels, every visual token kept."""
         counts = iter([length for of_one in self._features(pictures) for _, length in self._spans(of_one)])
         image = self.model.config.image_token_id
@@ -148,7 +148,7 @@ class HuggingFace:
         """Where each span of a picture with these rows [N, D] begins among them, and its length: one of all."""
         return [(0, len(features))]
 
-    def _inputs(self, pictures: list[Picture]) -> dict[str, Tensor]:
+    def _inputs(self, pictures: list[ImageArray]) -> dict[str, Tensor]:
         """`pixel_values`, and whatever else the family's model takes of its pictures."""
         return dict(self.processor(images=pictures, return_tensors="pt"))
 
@@ -156,7 +156,7 @@ class HuggingFace:
         """What more `generate` takes of a prompt, of which the model is told which rows are an image's."""
         return {}
 
-    def _features(self, pictures: list[Picture]) -> list[Tensor]:
+    def _features(self, pictures: list[ImageArray]) -> list[Tensor]:
         """All rows [N, D] of each picture."""
         return list(self.model.get_image_features(**self._inputs(pictures)).pooler_output)
 
@@ -170,7 +170,7 @@ def tower_of(model: Any) -> tuple[Any, Any, int]:
 class HuggingFaceTiles(HuggingFace):
     """InternVL, whose rows of a picture stand side by side, and SmolVLM and Idefics3, whose tiles have text between."""
 
-    def _inputs(self, pictures: list[Picture]) -> dict[str, Tensor]:
+    def _inputs(self, pictures: list[ImageArray]) -> dict[str, Tensor]:
         """Their processors have the pictures of a prompt in a list of its own."""
         nested = pictures if self._side_by_side else [pictures]
         inputs = dict(self.processor(images=nested, return_tensors="pt"))
@@ -180,7 +180,7 @@ class HuggingFaceTiles(HuggingFace):
     def _side_by_side(self) -> bool:
         return self.model.config.model_type == "internvl"
 
-    def _features(self, pictures: list[Picture]) -> list[Tensor]:
+    def _features(self, pictures: list[ImageArray]) -> list[Tensor]:
         features = []
         for picture in pictures:
             rows = self.model.get_image_features(**self._inputs([picture])).pooler_output
@@ -210,7 +210,7 @@ class HuggingFaceTwoWay(HuggingFace):
     def _told(self, of_image: list[bool]) -> dict[str, Tensor]:
         return {"token_type_ids": torch.tensor([of_image]).long()}
 
-    def _inputs(self, pictures: list[Picture]) -> dict[str, Tensor]:
+    def _inputs(self, pictures: list[ImageArray]) -> dict[str, Tensor]:
         return {"pixel_values": super()._inputs(pictures)["pixel_values"]}
 
 

@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from resprune.exporter.verify.reference import residual_select, text_gain
 from resprune.runtime.families.table import FAMILIES
-from tests.exporter.hugging_face import Expected, Picture, counted, weighed
+from tests.exporter.hugging_face import Expected, ImageArray, counted, weighed
 
 MODELS = {
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
@@ -38,7 +38,7 @@ class HuggingFaceQwen:
     @torch.no_grad()
     def pruned(
         self,
-        pictures: list[Picture],
+        pictures: list[ImageArray],
         prompt_ids: list[int],
         text_token_ids: list[int],
         *,
@@ -82,7 +82,7 @@ class HuggingFaceQwen:
         return Expected(token_ids, picks, counts)
 
     @torch.no_grad()
-    def unpruned(self, pictures: list[Picture], prompt_ids: list[int], *, steps: int) -> list[int]:
+    def unpruned(self, pictures: list[ImageArray], prompt_ids: list[int], *, steps: int) -> list[int]:
         """Plain `generate` from ids and pixels, every visual token kept."""
         pixels, grids = self._pixels(pictures)
         ids, kinds = self._whole(prompt_ids, (grids.prod(dim=1) // 4).tolist())
@@ -98,15 +98,15 @@ class HuggingFaceQwen:
         return generated
 
     @torch.no_grad()
-    def features(self, pictures: list[Picture]) -> list[Tensor]:
+    def features(self, pictures: list[ImageArray]) -> list[Tensor]:
         """All tokens [N, D] of each picture."""
         return list(self.model.get_image_features(*self._pixels(pictures)).pooler_output)
 
-    def num_tokens(self, pictures: list[Picture]) -> list[int]:
+    def num_tokens(self, pictures: list[ImageArray]) -> list[int]:
         """N of each picture."""
         return [int(count) for count in self._pixels(pictures)[1].prod(dim=1) // 4]
 
-    def _pixels(self, pictures: list[Picture]) -> tuple[Tensor, Tensor]:
+    def _pixels(self, pictures: list[ImageArray]) -> tuple[Tensor, Tensor]:
         batch = self.processor(images=pictures, return_tensors="pt")
         return batch["pixel_values"], batch["image_grid_thw"]
 
@@ -117,7 +117,7 @@ class HuggingFaceQwen:
         whole = torch.tensor([ids])
         return whole, (whole == image).long()
 
-    def _planes(self, pictures: list[Picture]) -> list[Any]:
+    def _planes(self, pictures: list[ImageArray]) -> list[Any]:
         """DeepStack's features, each in a list of the pictures'; none of the older models."""
         output = self.model.get_image_features(*self._pixels(pictures))
         return list(getattr(output, "deepstack_features", None) or [])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter.hugging_face import Picture, with_positions
+from tests.exporter.hugging_face import ImageArray, with_positions
 
 STEPS = 40
 QUESTION = "what colour is the square on the table?"
@@ -13,7 +13,7 @@ OTHER = "how many red circles are there?"
 KEPT = {"clip-llama": 7, "siglip-mistral": 9, "dinov2-qwen2": 6, "clip-list": 11}
 
 
-def picture(seed: int, height: int = 50, width: int = 70) -> Picture:
+def picture(seed: int, height: int = 50, width: int = 70) -> ImageArray:
     """Blocks of colour, so that neighbouring patches differ and none is flat grey."""
     blocks = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return np.repeat(np.repeat(blocks, height // 5, axis=0), width // 7, axis=1)

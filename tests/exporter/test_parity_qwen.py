@@ -21,7 +21,7 @@ from resprune.runtime.bundle.manifest import share_of
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter.hugging_face import Picture
+from tests.exporter.hugging_face import ImageArray
 from tests.exporter.hugging_face_qwen import HuggingFaceQwen
 from tests.exporter.portable import PORTABLE, domains
 from tests.tiny_qwen import SPECIAL, TinyQwen, make_model
@@ -33,7 +33,7 @@ OTHER = "how many red circles are there?"
 SIZES = [(5, 7), (12, 3), (2, 17), (8, 10), (1, 9)]
 
 
-def picture(height: int, width: int, seed: int = 0) -> Picture:
+def picture(height: int, width: int, seed: int = 0) -> ImageArray:
     blocks = np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return np.repeat(np.repeat(blocks, 10, axis=0), 10, axis=1)
 
@@ -61,7 +61,7 @@ def hugging_face(checkpoint: Callable[[str], Path]) -> Callable[[str], HuggingFa
 
 
 def check(
-    answer: Any, model: HuggingFaceQwen, pictures: list[Picture], budgets: list[int], **how: bool
+    answer: Any, model: HuggingFaceQwen, pictures: list[ImageArray], budgets: list[int], **how: bool
 ) -> None:
     """Picks of every picture, what they count for, and the greedy tokens."""
     expected = model.pruned(

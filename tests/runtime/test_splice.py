@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.families.picture import Picture
+from resprune.runtime.families.preprocessor import PreparedImage
 from resprune.runtime.prompt.splice import KeptTokens, Picks, cut_picks, keep, keep_all, splice
 
 IMAGE = 7
@@ -17,8 +17,8 @@ def kept(indices: list[int], num_tokens: int, base: float, counts: list[int] | N
     return KeptTokens(rows, picks, np.sort(order), (num_tokens,), (len(order),))
 
 
-def image(num_tokens: int) -> Picture:
-    return Picture.one_span({}, np.arange(num_tokens), num_tokens)
+def image(num_tokens: int) -> PreparedImage:
+    return PreparedImage.one_span({}, np.arange(num_tokens), num_tokens)
 
 
 def embed(ids: list[int]) -> np.ndarray:
@@ -73,7 +73,7 @@ def test_fewer_picks_are_the_first_ones() -> None:
     assert whole.rows[:, 0].tolist() == [10, 20, 30, 40]
     assert whole.picks.kept_counts.tolist() == [1, 1, 1, 1]
     counts = np.array([5, 0, 2, 2])  # of three picks: none is left for the fourth, token 2
-    tens = Picture.one_span({}, 10 * np.arange(9), 9)
+    tens = PreparedImage.one_span({}, 10 * np.arange(9), 9)
     some = cut_picks(tens, features, np.array([1, 2, 3, 4]), np.array([3, 1, 4, 2]), 3, counts)
     assert some.picks.kept_counts.tolist() == [5, 2, 2]
     assert some.rows[:, 0].tolist() == [10, 30, 40]
@@ -118,7 +118,7 @@ def test_what_is_left_of_the_context_is_that_of_the_longest_prompt() -> None:
 
 def test_an_image_of_several_spans_with_text_between() -> None:
     """Tokens 0 to 2, a word, tokens 3 and 4, two words, tokens 5 to 8; the second span keeps nothing."""
-    picture = Picture({}, np.array([0, 1, 2, 0, 1, 0, 1, 2, 3]), (3, 2, 4), (3, 2, 4))
+    picture = PreparedImage({}, np.array([0, 1, 2, 0, 1, 0, 1, 2, 3]), (3, 2, 4), (3, 2, 4))
     features = np.arange(100, 109, dtype=np.float32)[:, None]
     tokens = keep(picture, features, np.array([8, 1, 5]), planes=[features + 100])
     assert tokens.spans == (1, 0, 2)

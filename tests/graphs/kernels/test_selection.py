@@ -8,7 +8,7 @@ from resprune.graphs.kernels.selection import (
     MAX_PROGRAMS,
     MAX_TOKENS,
     constants,
-    programs_of_a_picture,
+    programs_of_an_image,
     residual_select,
 )
 from tests.graphs.kernels.test_residual_select import features, gains
@@ -28,8 +28,8 @@ def test_inputs_need_not_be_contiguous_and_gain_not_float32():
 
 
 def test_programs_share_the_multiprocessors():
-    assert [programs_of_a_picture(132, pictures) for pictures in (1, 2, 132, 500)] == [132, 66, 1, 1]
-    assert programs_of_a_picture(1000, 1) == MAX_PROGRAMS
+    assert [programs_of_an_image(132, pictures) for pictures in (1, 2, 132, 500)] == [132, 66, 1, 1]
+    assert programs_of_an_image(1000, 1) == MAX_PROGRAMS
 
 
 def test_all_tokens_have_a_block():

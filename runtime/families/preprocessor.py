@@ -26,7 +26,7 @@ LLAVA_TOWER = {"patch_size": 14, "image_size": 336}  # of a config without a vis
 
 
 @dataclass(frozen=True)
-class Picture:
+class PreparedImage:
     """One image, ready for the vision graph.
 
     `arrays` are what the family's `batch` joins into the graph's inputs. The image's N candidate tokens lie in one or
@@ -45,9 +45,9 @@ class Picture:
     protected: npt.NDArray[np.bool_] | None = None
 
     @staticmethod
-    def one_span(arrays: Arrays, offsets: npt.NDArray[np.int64], advance: int) -> "Picture":
+    def one_span(arrays: Arrays, offsets: npt.NDArray[np.int64], advance: int) -> "PreparedImage":
         """An image whose tokens stand side by side."""
-        return Picture(arrays, offsets, (advance,), (int(offsets.shape[-1]),))
+        return PreparedImage(arrays, offsets, (advance,), (int(offsets.shape[-1]),))
 
     @property
     def num_tokens(self) -> int:
@@ -59,15 +59,15 @@ class Preprocessor(Protocol):
     """A family's way with images, made from a bundle."""
 
     @property
-    def pictures_a_run(self) -> int | None:
+    def max_batch(self) -> int | None:
         """How many images one run of the vision graph takes; None: any number."""
         ...
 
-    def __call__(self, image: Image.Image) -> Picture:
+    def __call__(self, image: Image.Image) -> PreparedImage:
         """Prepare an RGB image; `ResPruneError` for one that the family cannot see."""
         ...
 
-    def batch(self, pictures: Sequence[Picture]) -> Arrays:
+    def batch(self, images: Sequence[PreparedImage]) -> Arrays:
         """Inputs of the vision graph, by name, for images that go through it together."""
         ...
 
@@ -87,7 +87,7 @@ class FixedGrid:
     processor: ImageProcessor
     num_tokens: int
     patch_size: int
-    pictures_a_run: int | None = None
+    max_batch: int | None = None
 
     @staticmethod
     def from_bundle(bundle: Bundle) -> "FixedGrid":
@@ -100,15 +100,15 @@ class FixedGrid:
         processor = ImageProcessor.from_config(image_processor_config(bundle))
         return FixedGrid(processor, num_tokens, tower_size(bundle)["patch_size"])
 
-    def __call__(self, image: Image.Image) -> Picture:
+    def __call__(self, image: Image.Image) -> PreparedImage:
         """`pixel_values` [3, H, W] float32."""
-        return Picture.one_span(
+        return PreparedImage.one_span(
             {"pixel_values": self.processor(image)}, np.arange(self.num_tokens), self.num_tokens
         )
 
-    def batch(self, pictures: Sequence[Picture]) -> Arrays:
+    def batch(self, images: Sequence[PreparedImage]) -> Arrays:
         """`pixel_values` [B, 3, H, W]."""
-        return {"pixel_values": np.stack([picture.arrays["pixel_values"] for picture in pictures])}
+        return {"pixel_values": np.stack([image.arrays["pixel_values"] for image in images])}
 
     def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
         """Any batch; the images differ in nothing."""

@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, Dinov2Config, LlavaConfig, SiglipVisi
 
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.families.picture import LLAVA_TOWER, TOWER_DEFAULTS, FixedGrid, tower_size
+from resprune.runtime.families.preprocessor import LLAVA_TOWER, TOWER_DEFAULTS, FixedGrid, tower_size
 from resprune.runtime.families.table import FAMILIES, family_of
 from tests.runtime.bundles import bundle_of_files
 
