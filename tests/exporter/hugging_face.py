@@ -85,7 +85,10 @@ class HuggingFace:
             for of_one, mask in zip(features, left, strict=True)
         ]
         kept = [sorted(index for index in order if index >= 0) for order in picks]
-        counts = [counted(*pair, proportional) for pair in zip(features, kept, strict=True)]
+        counts = [
+            counted(of_one, indices, proportional, mask)
+            for of_one, indices, mask in zip(features, kept, left, strict=True)
+        ]
         rows: list[Tensor] = []
         places: list[int] = []
         weights: list[int] = []
@@ -214,11 +217,11 @@ class HuggingFaceTwoWay(HuggingFace):
         return {"pixel_values": super()._inputs(pictures)["pixel_values"]}
 
 
-def counted(features: Tensor, kept: list[int], proportional: bool) -> list[int]:
-    """What each of the `kept` tokens of one picture [N, D] counts for."""
+def counted(features: Tensor, kept: list[int], proportional: bool, left: Tensor | None = None) -> list[int]:
+    """What each of the `kept` tokens of one picture [N, D] counts for, of those in `left` [1, N] or of all."""
     if not proportional:
         return [1] * len(kept)
-    counts: list[int] = kept_counts(features[None], torch.tensor([kept]))[0].tolist()
+    counts: list[int] = kept_counts(features[None], torch.tensor([kept]), left)[0].tolist()
     return counts
 
 

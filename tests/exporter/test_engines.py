@@ -133,6 +133,16 @@ def test_proportional_attention(tiny_bundle: Callable[..., Path], tmp_path: Path
         assert bundle.manifest.graphs[graph].outputs[-1].name == "kept_counts"
 
 
+@pytest.mark.parametrize(("variant", "early", "k"), [("clip-llama", "1:9", 7), ("next-llama", "33%:7", 12)])
+def test_a_selection_inside_the_tower(
+    tiny_bundle: Callable[..., Path], tmp_path: Path, variant: str, early: str, k: int
+) -> None:
+    """Of images, and of tiles that are packed; as the parity tests export it."""
+    bundle = check(copied(tiny_bundle(variant, k=k, early=early, split=True), tmp_path))
+    for graph in ("vision_select", "vision_encoder"):
+        assert "early_indices" in {tensor.name for tensor in bundle.manifest.graphs[graph].outputs}
+
+
 def test_half_precision_stays_as_the_graph_has_it(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
     root = copied(tiny_bundle("clip-llama", k=7, dtype="fp16"), tmp_path)
     check(root)
