@@ -172,7 +172,9 @@ def run_export(arguments: argparse.Namespace) -> int:
     from resprune.exporter.export import Options, export
     from resprune.exporter.verify.difference import ParityError
 
-    dtype, optimize = _precision(arguments.preset, arguments.dtype, arguments.optimize)
+    dtype, optimize = _precision(
+        arguments.preset, arguments.dtype, arguments.optimize, not arguments.without_decoder
+    )
     options = Options(
         **arguments.k,
         dtype=dtype,
@@ -222,15 +224,20 @@ def _budget(text: str) -> dict[str, Any]:
         ) from None
 
 
-def _precision(preset: str | None, dtype: str | None, optimize: str | None) -> tuple[str, str | None]:
-    """What `--dtype` and `--optimize` are: those given, or the preset's; `ResPruneError` for both."""
+def _precision(
+    preset: str | None, dtype: str | None, optimize: str | None, decoder: bool
+) -> tuple[str, str | None]:
+    """What `--dtype` and `--optimize` are: those given, or the preset's, which optimizes a decoder if there is one.
+
+    `ResPruneError` for both.
+    """
     if preset is None:
         return dtype or "fp32", optimize
     if dtype or optimize:
         raise ResPruneError(
             f"--preset {preset} says what --dtype and --optimize are; give the preset or those, not both"
         )
-    return PRESETS[preset].dtype, PRESETS[preset].optimize
+    return PRESETS[preset].dtype, PRESETS[preset].optimize if decoder else None
 
 
 def _gguf(runtime: str | None, precision: str | None) -> str | None:

@@ -120,12 +120,13 @@ def test_every_row_is_whole() -> None:
 def test_a_preset_is_a_precision_and_a_decoder(name: str) -> None:
     preset = PRESETS[name]
     assert parse_dtype(preset.dtype)
-    assert _precision(name, None, None) == (preset.dtype, preset.optimize)
+    assert _precision(name, None, None, decoder=True) == (preset.dtype, preset.optimize)
+    assert _precision(name, None, None, decoder=False) == (preset.dtype, None)
     for given in (("q8", None), (None, "ort")):
         with pytest.raises(ResPruneError, match=f"--preset {name} says what --dtype and --optimize are"):
-            _precision(name, *given)
+            _precision(name, *given, decoder=True)
 
 
 def test_without_a_preset_both_are_as_given() -> None:
-    assert _precision(None, None, None) == ("fp32", None)
-    assert _precision(None, "q4", "ort") == ("q4", "ort")
+    assert _precision(None, None, None, decoder=True) == ("fp32", None)
+    assert _precision(None, "q4", "ort", decoder=True) == ("q4", "ort")
