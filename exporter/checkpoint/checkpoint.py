@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resprune.exporter.checkpoint import hub
 from resprune.exporter.checkpoint.files import read_json
 from resprune.exporter.checkpoint.layouts import check_adapter, check_layout
-from resprune.exporter.transaction import NO_SPACE
 from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.families.table import FAMILIES, Family, aliases, known_families
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from resprune.exporter.checkpoint.shards import StoredTensor
 
 DEMO = "demo"
-DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -154,9 +153,15 @@ def config_faults(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def require_model(model: str, *, revision: str | None = None) -> None:
-    """`ResPruneError` for what no checkpoint's name is, before PyTorch is imported; nothing is downloaded."""
-    if _hub_id(model) is None:
+    """`ResPruneError` as `resolve`, before PyTorch is imported; nothing is downloaded.
+
+    Of a hub id only that the hub answers, or has answered before.
+    """
+    repository = _hub_id(model)
+    if repository is None:
         resolve(model, revision=revision)
+    elif (fault := hub.unreachable(repository, revision)) is not None:
+        hub.cached(repository, revision, fault)
 
 
 def resolve(model: str, *, revision: str | None = None) -> Checkpoint:
@@ -174,8 +179,10 @@ def resolve(model: str, *, revision: str | None = None) -> Checkpoint:
     repository = _hub_id(model)
     if repository is None:
         raise _unknown(model)
-    root, commit = _download(repository, revision)
-    return Checkpoint(root, model, commit)
+    root = hub.download(repository, revision)
+    if root is None:
+        raise _unknown(model)
+    return Checkpoint(root, model, root.name)  # the cache lays snapshots out as …/snapshots/<commit>
 
 
 def _unknown(model: str) -> ResPruneError:
@@ -207,45 +214,3 @@ def _hub_id(model: str) -> str | None:
     owner, slash, repository = name.partition("/")
     plain = bool(slash and owner and repository) and "/" not in repository
     return name if plain and not name.startswith((".", "~", "/")) and not _is_here(model) else None
-
-
-def _download(repository: str, revision: str | None) -> tuple[Path, str]:
-    """Snapshot of a hub repository and the commit that it is of; the cache is used where it is complete."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    # The base error of whichever HTTP library this huggingface_hub uses (httpx until 2.0, then httpx2).
-    unreachable: type[Exception] = HfHubHTTPError.__bases__[0]
-    try:
-        path = Path(snapshot_download(repository, revision=revision, allow_patterns=list(DOWNLOADED)))
-    except HFValidationError:  # has characters that no repository's name has
-        raise _unknown(repository) from None
-    except GatedRepoError:
-        raise ResPruneError(
-            f"{repository} is gated: accept its terms on its hub page, then log in with `hf auth login`"
-        ) from None
-    except RevisionNotFoundError:
-        raise ResPruneError(
-            f"{repository} has no revision {revision}; give one of its branches or commits"
-        ) from None
-    except RepositoryNotFoundError:
-        raise ResPruneError(
-            f"the hub has no {repository}, or it is private; check the name, or log in with `hf auth login`"
-        ) from None
-    except (OSError, unreachable) as error:
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            raise ResPruneError(
-                f"the disk is full, so {repository} could not be downloaded; make room, or move the cache with HF_HOME"
-            ) from None
-        raise ResPruneError(
-            f"the hub could not be reached for {repository} ({type(error).__name__}); download the checkpoint "
-            "elsewhere and give its directory as MODEL"
-        ) from None
-    # The cache lays snapshots out as …/snapshots/<commit>.
-    return path, path.name

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import huggingface_hub
@@ -10,8 +11,8 @@ import pytest
 from huggingface_hub import errors
 from huggingface_hub.utils import httpx
 
-from resprune.exporter.checkpoint import checkpoint
-from resprune.exporter.checkpoint.checkpoint import family_of, resolve
+from resprune.exporter.checkpoint import checkpoint, hub
+from resprune.exporter.checkpoint.checkpoint import family_of, require_model, resolve
 from resprune.exporter.export import Options, export
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.errors import ResPruneError
@@ -99,10 +100,16 @@ def test_demo_is_found_in_a_checkout_and_nowhere_else(tmp_path, monkeypatch):
     assert resolve("demo").name == "demo"
 
 
-def test_an_alias_is_downloaded_and_its_commit_recorded(tmp_path, monkeypatch):
+@pytest.fixture
+def hub_there(monkeypatch):
+    monkeypatch.setattr(hub, "unreachable", lambda repository, revision: None)
+
+
+def test_an_alias_is_downloaded_and_its_commit_recorded(tmp_path, monkeypatch, hub_there):
     asked = []
 
-    def snapshot(repository, *, revision, allow_patterns):
+    def snapshot(repository, *, revision, allow_patterns, local_files_only):
+        assert not local_files_only
         asked.append((repository, revision, allow_patterns))
         return str(directory(tmp_path / "0123abc", {"model_type": "llava"}))
 
@@ -158,7 +165,7 @@ def hub_error(kind: type[Exception]) -> Exception:
         (httpx.ConnectError, "could not be reached .* give its directory as MODEL"),
     ],
 )
-def test_what_the_hub_refuses_is_one_sentence(error, sentence, monkeypatch):
+def test_what_the_hub_refuses_is_one_sentence(error, sentence, monkeypatch, hub_there):
     def snapshot(*arguments, **keywords):
         raise hub_error(error)
 
@@ -167,10 +174,40 @@ def test_what_the_hub_refuses_is_one_sentence(error, sentence, monkeypatch):
         resolve("owner/name", revision="main")
 
 
-def test_a_full_disk_while_downloading_is_not_taken_for_the_network(monkeypatch):
+def test_a_full_disk_while_downloading_is_not_taken_for_the_network(monkeypatch, hub_there):
     def snapshot(*arguments, **keywords):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     with pytest.raises(ResPruneError, match="the disk is full"):
+        resolve("owner/name")
+
+
+@pytest.fixture
+def port(monkeypatch):
+    """A port of this machine that the hub is looked for at; nobody listens there yet."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(
+            "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{bound.getsockname()[1]}"
+        )
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("NO_PROXY", "*")
+        huggingface_hub.close_session()  # which may have read another environment
+        yield bound
+    huggingface_hub.close_session()
+
+
+@pytest.mark.parametrize("ask", [resolve, require_model])
+@pytest.mark.parametrize("revision", [None, "0" * 40])
+def test_a_hub_that_is_not_there_is_told_at_once(ask, revision, port, capfd):
+    with pytest.raises(ResPruneError, match=r"not be reached for owner/name \(ConnectError: .* as MODEL"):
+        ask("owner/name", revision=revision)
+    assert "Retrying" not in capfd.readouterr().err
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(port, monkeypatch):
+    port.listen()
+    monkeypatch.setattr(hub, "SECONDS", 0.05)
+    with pytest.raises(ResPruneError, match=r"not be reached for owner/name \(.* as MODEL"):
         resolve("owner/name")
