@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Modules are compiled when they are first imported: a quarter of a gigabyte less, and half of the time.
 # Of conflicts pip would name what lmms-eval declares and does not need here: see its extra in pyproject.toml.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-warn-conflicts --constraint constraints.txt
+# Where it is set, as in many images, none would be kept: every process would compile PyTorch's 2,000 modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 # A plain `torch` can fetch gigabytes of CUDA; exporting traces on the CPU.
 TORCH ?= torch==2.13.0
 

@@ -70,6 +70,7 @@ class Watch:
         self.folder: str | None = None
         self.words: Sequence[str] = ()
         self.seen: list[str] = []
+        sys.dont_write_bytecode = True  # Python's own files, wherever a module is imported late
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
