@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from resprune.runtime.console import complain, noted_interrupts, own_interrupts
 from resprune.runtime.errors import ResPruneError, one_line, printable
@@ -170,14 +170,14 @@ class Conversation:
         self._dialogue, self._answer = self._view.chat(), None
 
     def _ask(self, question: str) -> None:
-        self._question = question
-        self._answer = answer = self._dialogue.ask(
+        answer = self._dialogue.ask(
             question,
             about=self._about or None,
             tokens=self._tokens,
             plain_text=self._plain_text,
             **self._sampling,
         )
+        self._question, self._answer = question, answer
         begun = False
         try:
             for piece in answer:
@@ -232,12 +232,11 @@ def _read_lines(conversation: Conversation) -> None:
     if conversation.talks:
         with suppress(ImportError):
             import readline  # noqa: F401  # gives `input` its history and editing
-    prompt = "> " if conversation.talks else ""
     while True:
         waiting = True
         with noted_interrupts() as interrupts:
             try:
-                line = input(prompt)
+                line = input("> ") if conversation.talks else _next_line(sys.stdin)
                 waiting = False
                 if not conversation.take(line):
                     return
@@ -253,6 +252,13 @@ def _read_lines(conversation: Conversation) -> None:
                     raise
                 print(flush=True)
                 conversation.note("/quit or Ctrl-D ends" if waiting else "stopped")
+
+
+def _next_line(stream: TextIO) -> str:
+    """A line of a pipe; `input` reads none where stdout or stderr is closed."""
+    if not (line := stream.readline()):
+        raise EOFError
+    return line
 
 
 def _paths(rest: str) -> list[str]:
@@ -271,4 +277,5 @@ def _paths(rest: str) -> list[str]:
 
 
 def _is_terminal() -> bool:
-    return sys.stdin is not None and sys.stdout is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    streams = (sys.stdin, sys.stdout, sys.stderr)  # `input` needs all three
+    return None not in streams and sys.stdin.isatty() and sys.stdout.isatty()

@@ -141,6 +141,11 @@ def _sample(pipeline: Pipeline, image: ImageSource, question: str, tokens: int) 
     for _ in steps:
         pass
     seconds = perf_counter() - first
+    if answer.tokens_written < 2:
+        raise ResPruneError(
+            "an answer of one token has no speed that could be measured; "
+            "give fewer --prompt-tokens, or a server that streams"
+        )
     sample = {name: answer.timings[name] for name in STAGES[:-1]}
     sample["first_token"] = 1e3 * (first - start)
     # The choice of the first token as well, and from a server all its wait.

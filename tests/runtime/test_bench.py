@@ -13,6 +13,7 @@ from PIL import Image
 
 import resprune.serving
 from resprune import Pipeline
+from resprune.runtime.bench import measure
 from resprune.runtime.bench.measure import STAGES, Case, Timing, question_of
 from resprune.runtime.bench.report import STAGE_COLORS, Report
 from resprune.runtime.cli import main
@@ -142,6 +143,14 @@ def test_a_plot_is_drawn(bundle: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.startswith("bundle")
     with Image.open(out) as drawn:
         assert drawn.width > 400
+
+
+def test_a_prompt_that_leaves_one_token_is_refused(
+    bundle: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "DECODED", 1)
+    assert main(["bench", bundle, "-k", "3", "--repeats", "1"]) == 2
+    assert "an answer of one token has no speed" in capsys.readouterr().err
 
 
 def test_wrong_input_is_one_sentence(

@@ -87,11 +87,11 @@ def test_what_is_wrong_is_one_line_and_the_conversation_goes_on(
     chat: Callable[..., tuple[str, list[str]]], photos: list[str], tmp_path: Path
 ) -> None:
     plain, _ = chat(QUESTION, SECOND)
-    kept = tmp_path / "kept.png"
+    kept, again = tmp_path / "kept.png", tmp_path / "again.png"
     out, err = chat(
         *("/fly", "/show early.png", "/image", "/image none.png", '/image "a', "/tokens 8", "/tokens x"),
         *(QUESTION, "/show", "/show kept.txt", f"/show {photos[0]}", f"/show {kept}", "what is <image>?"),
-        *("square " * 600, "/new thing", "/tokens -1", SECOND),
+        *("square " * 600, f"/show {again}", "/new thing", "/tokens -1", SECOND),
     )
     assert out == plain
     sentences = (
@@ -116,6 +116,7 @@ def test_what_is_wrong_is_one_line_and_the_conversation_goes_on(
         assert sentence in line
     with Image.open(kept) as drawn:
         assert drawn.width >= 60
+    assert again.read_bytes() == kept.read_bytes(), "a refused question is not the last answer's"
 
 
 def test_a_chat_may_begin_without_an_image(
@@ -143,6 +144,27 @@ def test_help_and_bytes_that_are_no_text(chat: Callable[..., tuple[str, list[str
     assert err == []
     out, (sentence,) = chat(raw=b"caf\xe9?\n/quit\n")
     assert (out, "not valid UTF-8" in sentence) == ("", True)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_output_is_no_traceback(bundle: str, photos: list[str], closed: str) -> None:
+    words = [
+        "sh",
+        "-c",
+        f'exec "$@" {closed}',
+        "sh",
+        sys.executable,
+        "-m",
+        "resprune",
+        "chat",
+        bundle,
+        photos[0],
+    ]
+    done = subprocess.run(
+        [*words, *SHORT], input=f"{QUESTION}\n", capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bool(done.stdout) == (closed == "2>&-")
 
 
 def test_a_wrong_start_ends_it(bundle: str, photos: list[str], capsys: pytest.CaptureFixture[str]) -> None:
