@@ -39,8 +39,12 @@ def text(value: object, name: str) -> str:
     """`value` if it is a string that can be written as UTF-8."""
     if not isinstance(value, str):
         _refuse(name, "a string", value)
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ResPruneError(f"{name} is not valid UTF-8; check the encoding of the terminal or file")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # lone surrogates
+        raise ResPruneError(
+            f"{name} is not valid UTF-8; check the encoding of the terminal or file"
+        ) from None
     return value
 
 

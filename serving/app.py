@@ -85,6 +85,7 @@ def make_app(
         docs_url=None,  # FastAPI's pages load their scripts from the internet
         redoc_url=None,
         openapi_url=None,
+        redirect_slashes=False,
         dependencies=[Depends(access.require_host)],
     )
     app.add_exception_handler(ApiError, _refuse)

@@ -133,8 +133,8 @@ def _serve(arguments: argparse.Namespace) -> int:
             access=Access(key, local and key is None),
         )
         with service:
-            server = Server(service.app, service.stop)
-            _say(f"serving {', '.join(names)} at {url_of(bound)} (Ctrl-C stops)")
+            said = f"serving {', '.join(names)} at {url_of(bound)} (Ctrl-C stops)"
+            server = Server(service.app, service.stop, lambda: _say(said), arguments.time_limit)
             server.run([bound])
             _say("stopped")
     return 0

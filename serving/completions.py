@@ -17,6 +17,7 @@ from resprune.runtime.errors import ResPruneError, UnavailableError
 from resprune.serving.body import read_body
 from resprune.serving.chat import ChatRequest, read_request
 from resprune.serving.errors import ApiError
+from resprune.serving.fetch import refused
 from resprune.serving.images import ImageSources
 from resprune.serving.metrics import Metrics
 from resprune.serving.model import Began, Ended, Event, Model
@@ -120,12 +121,24 @@ class Completions:
         chat = await run_in_threadpool(read_request, body)
         model = find_model(self._models, chat.model)
         exchange.model = model.name
-        contents = await while_connected(request, self._contents(chat.image_urls))
+        contents = await while_connected(request, self._contents(chat.image_urls, exchange.deadline))
         exchange.running = exchange.place.run(partial(model.answer, chat, contents))
         return chat
 
-    async def _contents(self, urls: list[str]) -> list[bytes]:
-        return [await run_in_threadpool(self._sources.read, url) for url in urls]
+    async def _contents(self, urls: list[str], deadline: float) -> list[bytes]:
+        """The files of all images; `ApiError` if together they take too long or too many bytes."""
+        contents: list[bytes] = []
+        left = self._sources.max_bytes
+        for url in urls:
+            if monotonic() > deadline:
+                raise self._late("send the images as data URLs")
+            contents.append(await run_in_threadpool(self._sources.read, url))
+            left -= len(contents[-1])
+            if left < 0:
+                raise refused(
+                    f"the images have more than {self._sources.max_bytes} bytes together; send fewer, or smaller ones"
+                )
+        return contents
 
     async def _first(self, exchange: Exchange) -> Began:
         """Wait until the prompt is prefilled."""
@@ -147,12 +160,7 @@ class Completions:
         try:
             return await asyncio.wait_for(exchange.job.next(), max(0.0, exchange.deadline - monotonic()))
         except TimeoutError:
-            raise ApiError(
-                504,
-                f"the answer took longer than {self._limits.seconds:g} seconds; ask for fewer tokens",
-                kind="server_error",
-                code="timeout",
-            ) from None
+            raise self._late("ask for fewer tokens") from None
         except ApiError:
             raise
         except UnavailableError as error:
@@ -166,6 +174,14 @@ class Completions:
             raise ApiError(
                 500, "the server failed to answer; its log says how", kind="server_error"
             ) from error
+
+    def _late(self, advice: str) -> ApiError:
+        return ApiError(
+            504,
+            f"the answer took longer than {self._limits.seconds:g} seconds; {advice}",
+            kind="server_error",
+            code="timeout",
+        )
 
     async def _stream(
         self, chat: ChatRequest, reply: Reply, exchange: Exchange, began: Began

@@ -11,7 +11,10 @@ from resprune.serving.fetch import fetch, refused
 
 @dataclass(frozen=True)
 class ImageSources:
-    """Where images may come from: `hosts` of http(s) addresses, besides data URLs, up to `max_bytes` each."""
+    """Where images may come from: `hosts` of http(s) addresses, besides data URLs.
+
+    The images of a request may have `max_bytes` together, and each of another host may take so many `seconds`.
+    """
 
     hosts: Collection[str] = ()
     max_bytes: int = 32 << 20

@@ -18,16 +18,24 @@ from resprune.serving.errors import error_body
 # A request whose headers, or whose body after an early answer, take longer is cut off. The application's own limit on
 # a body's time is shorter, and answers with a status.
 ARRIVAL_SECONDS = 60.0
+# A client that takes nothing of its answer for so long is cut off.
+STALL_SECONDS = 60.0
 KEEP_ALIVE_SECONDS = 15
 
 
 class Server(uvicorn.Server):
-    """Stops on SIGTERM and SIGINT: `on_stop` is told, what runs is finished, and `run` returns.
+    """Stops on SIGTERM and SIGINT: `on_stop` is told, what runs is finished in `seconds`, and `run` returns.
 
-    A second signal ends it at once, and `on_stop` is told that with True.
+    A second signal ends it at once, and `on_stop` is told that with True. `on_start` is called when it listens.
     """
 
-    def __init__(self, app: Callable[..., Any], on_stop: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        app: Callable[..., Any],
+        on_stop: Callable[[bool], None],
+        on_start: Callable[[], None] = lambda: None,
+        seconds: float = 600.0,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -38,9 +46,16 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=seconds,  # type: ignore[arg-type]  # asyncio takes any number
             )
         )
         self._on_stop = on_stop
+        self._on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        await super().startup(sockets)
+        self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Signal handler."""
@@ -88,10 +103,11 @@ def _reason(error: Exception) -> str:
 class _TimedProtocol(H11Protocol):
     """Closes a connection whose request has not arrived in `ARRIVAL_SECONDS`; garbage gets an error in OpenAI's form.
 
-    Of uvicorn's it uses `conn`, `loop`, `transport` and the four methods, as in 0.30 to 0.54.
+    Of uvicorn's it uses `conn`, `loop`, `transport` and the seven methods, as in 0.30 to 0.54.
     """
 
     _late: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -103,7 +119,23 @@ class _TimedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel()
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
+
+    def shutdown(self) -> None:
+        if self.conn.their_state is h11.SEND_BODY:  # what has not arrived yet would be refused
+            self.transport.close()
+        else:
+            super().shutdown()
 
     def _time(self) -> None:
         """Time from the first byte that is missing to the last."""

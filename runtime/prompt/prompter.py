@@ -124,7 +124,9 @@ class Prompter:
         """
         spoken = _texts(messages)
         for part in spoken:
-            self._require_text(part)
+            _require_text(part)
+        # A message has at least the token that says whose it is.
+        self._require_room(len(messages) + sum(map(len, spoken)) // LONGEST_TOKEN, "the question")
         if about is not None:
             about = words(about, "about")
             self._require_room(sum(map(len, about)) // LONGEST_TOKEN, "about")
@@ -212,14 +214,6 @@ class Prompter:
     def _plain_text(self) -> PlainText:
         return PlainText(self.tokenizer, [self.variables["image_token"], self.placeholder])
 
-    def _require_text(self, part: object) -> None:
-        """`ResPruneError` for what is no text, or too long to be encoded at all."""
-        self._require_room(len(require_text(part, "the question")) // LONGEST_TOKEN, "the question")
-        if _NONCHARACTERS.search(str(part)):
-            raise ResPruneError(
-                "the question has characters that Unicode reserves (U+FDD0 to U+FDEF); leave them out"
-            )
-
     def _require_room(self, length: int, what: str) -> None:
         """`ResPruneError` unless `length` tokens, and one more, fit into the context: before anything is embedded."""
         if length >= self._context_length:
@@ -250,6 +244,14 @@ class Prompter:
         for expansion, after in zip(expansions, between[1:], strict=True):
             whole += (token if expansion is None else expansion) + after
         return whole
+
+
+def _require_text(part: object) -> None:
+    """`ResPruneError` for what is no text."""
+    if _NONCHARACTERS.search(require_text(part, "the question")):
+        raise ResPruneError(
+            "the question has characters that Unicode reserves (U+FDD0 to U+FDEF); leave them out"
+        )
 
 
 def _stands_once(part: str, text: str) -> bool:

@@ -328,7 +328,14 @@ def test_a_question_past_the_context_is_refused_before_it_is_encoded(
     assert "the question is past the context" in said
     assert "limit 4096" in said
     monkeypatch.setattr(ours, "_render", None)  # not even rendered
-    for history in ([], [Turn("x" * (1 << 21), "y")], [Turn("x", "y" * (1 << 21))]):
+    long = "y" * (1 << 21)
+    for history in (
+        [],
+        [Turn(long, "y")],
+        [Turn("x", long)],
+        [Turn("x", long[::4])] * 4,
+        [Turn("x", "y")] * 2048,
+    ):
         question = "square" if history else "x" * (1 << 21)
         assert "past the context" in refused(ours, question, history=history, plain_text=plain_text)
     assert "about is past the context" in refused(ours, "square", about=["x" * (1 << 21)])

@@ -262,6 +262,7 @@ def test_paths_methods_and_types_that_are_not_there(serving: Serving) -> None:
     refused(client.get("/v1/embeddings"), 404)
     refused(client.get("/../../etc/passwd"), 404)
     refused(client.get("/script.js/x"), 404)
+    refused(client.get("/v1/models/%2e%2e%2f"), 404)
     refused(client.get("/v1/chat/completions"), 405)
     refused(client.post("/health"), 405)
     refused(client.post("/v1/chat/completions", content=b"{}", headers={"Content-Type": "text/plain"}), 415)
@@ -350,6 +351,32 @@ def test_images_of_many_bytes_are_not_decoded(serve: Callable[..., Serving]) -> 
     serving = serve(max_pixels=2000)
     response = httpx.post(f"{serving.url}/v1/chat/completions", json=asked(content=png(size=(60, 50))))
     assert "more than the limit of 2000" in refused(response)["message"]
+
+
+def test_images_of_other_hosts_are_bounded_together(serve: Callable[..., Serving]) -> None:
+    """In bytes, and by the time limit of the request; then no more are asked for."""
+    asked_for: list[str] = []
+
+    class Sources(ImageSources):
+        def read(self, url: str) -> bytes:
+            asked_for.append(url)
+            time.sleep(0.05)
+            return bytes(600)
+
+    parts = [
+        {"type": "image_url", "image_url": {"url": f"http://images.example.org/{n}"}} for n in range(500)
+    ]
+    body = {"model": MODEL, "messages": [user(*parts, text(QUESTION))]}
+    for sources, limits, status, said in (
+        (Sources(max_bytes=1000), Limits(), 400, "more than 1000 bytes together"),
+        (Sources(), Limits(seconds=0.3), 504, r"longer than 0.3 seconds"),
+    ):
+        asked_for.clear()
+        serving = serve(sources=sources, limits=limits)
+        error = refused(httpx.post(f"{serving.url}/v1/chat/completions", json=body, timeout=60), status)
+        assert said in error["message"]
+        assert len(asked_for) < 10
+        assert serving.service.workers.admitted == 0
 
 
 def test_hosts_that_are_not_named(serve: Callable[..., Serving]) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -212,6 +213,19 @@ def test_a_server_that_stops_finishes_what_runs(serve: Callable[..., Serving]) -
         assert int(refused.value.response.headers["retry-after"]) > 0
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{serving.url}/health")
+
+
+def test_a_server_that_stops_waits_for_no_body(serve: Callable[..., Serving]) -> None:
+    serving = serve()
+    with socket.create_connection(serving.address, timeout=20) as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 20\r\n\r\n{"
+        )
+        until(lambda: serving.service.workers.admitted == 1)
+        serving.server.stop()
+        assert connection.recv(1) == b""
+    until(lambda: serving.service.workers.admitted == 0)
 
 
 def test_metrics(serving: Serving) -> None:
