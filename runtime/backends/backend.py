@@ -136,18 +136,20 @@ class LocalBackend:
     def start(self, request: Request, sampling: Sampling) -> Iterator[list[Piece]]:
         """Prefill; then a token a row (see `Backend`)."""
         prompts = [expanded_ids(request, row, self._image_token_id) for row in range(len(request.prompts))]
-        return self._answers(self.decoder.start(request.spliced), sampling, prompts)
-
-    def _answers(
-        self, sequence: Sequence, sampling: Sampling, prompts: abc.Sequence[abc.Sequence[int]]
-    ) -> Iterator[list[Piece]]:
-        with closing(sequence):
-            for tokens in generate(sequence, sampling, self._eos, prompts):
-                yield [[] if token is None else [token] for token in tokens]
+        return answers(self.decoder.start(request.spliced), sampling, self._eos, prompts)
 
     def close(self) -> None:
         """Free the language model."""
         self.decoder.close()
+
+
+def answers(
+    sequence: Sequence, sampling: Sampling, eos: frozenset[int], prompts: abc.Sequence[abc.Sequence[int]]
+) -> Iterator[list[Piece]]:
+    """What a local sequence writes after its prompts (see `generate`); it is closed at the end, or when dropped."""
+    with closing(sequence):
+        for tokens in generate(sequence, sampling, eos, prompts):
+            yield [[] if token is None else [token] for token in tokens]
 
 
 def local_backend(bundle: Bundle, decoder: Decoder) -> LocalBackend:

@@ -74,6 +74,8 @@ def _bench(arguments: argparse.Namespace) -> int:
             _say("")  # before an error's line as well
         manifest = pipeline.manifest
     where = arguments.server or arguments.engines or ",".join(arguments.provider)
+    if arguments.gguf is not None:
+        where += f"; {Path(arguments.gguf).name} in llama.cpp"
     report = Report(
         {
             "bundle": f"{Path(arguments.bundle).resolve().name}, {manifest.family}",

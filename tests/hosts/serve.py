@@ -4,15 +4,20 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def served(bundle: Path | str, **environment: str) -> Iterator[str]:
+def served(
+    bundle: Path | str,
+    *options: object,
+    resprune: Sequence[str] = (sys.executable, "-m", "resprune"),
+    **environment: str,
+) -> Iterator[str]:
     """The address of a server with this bundle."""
-    command = [sys.executable, "-m", "resprune", "serve", str(bundle), "--port", "0"]
+    command = [*resprune, "serve", str(bundle), "--port", "0", *map(str, options)]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
     try:
         assert server.stderr is not None
