@@ -25,24 +25,24 @@ PAUSE_SECONDS = 0.1
 def serve(versions: Mapping[str, str], begin: Callable[[int], Callable[[], object]]) -> None:
     """The worker's end: answers requests from standard input until it ends, in JSON, a line each.
 
-    {"prompt": length} reads a prompt, by `begin(length)`, which returns what makes one more token; {"tokens": n} makes
-    n of them and tells the milliseconds, and the largest resident megabytes since the prompt.
+    {"prompt": length} reads a prompt, by `begin(length)`, which returns what makes one more token, and tells the
+    milliseconds; {"tokens": n} makes n of them and tells theirs, and the largest resident megabytes since the prompt.
     """
     print(json.dumps({"versions": versions}), flush=True)
     step: Callable[[], object] | None = None
     for line in sys.stdin:
         request = json.loads(line)
-        reply: dict[str, float] = {}
         if "prompt" in request:
             step = None  # what is left of the prompt before goes first
             reset_peak()
+        start = perf_counter()
+        if "prompt" in request:
             step = begin(request["prompt"])
         else:
             assert step is not None
-            start = perf_counter()
             for _ in range(request["tokens"]):
                 step()
-            reply = {"milliseconds": 1e3 * (perf_counter() - start), "megabytes": peak_megabytes()}
+        reply = {"milliseconds": 1e3 * (perf_counter() - start), "megabytes": peak_megabytes()}
         print(json.dumps(reply), flush=True)
 
 
@@ -56,6 +56,8 @@ class Engine:
         self.command = command
         self.rates: dict[str, list[float]] = {}
         """Tokens per second by case, a prompt each."""
+        self.prefills: dict[str, list[float]] = {}
+        """The same of the prompts themselves."""
         self.megabytes: dict[str, float] = {}
         """The largest resident memory by case."""
         self.versions: dict[str, str] = {}
@@ -106,8 +108,8 @@ def take_bursts(
 ) -> None:
     """Start all engines together, `processes` times, and have each make `bursts` of `tokens` after every prompt.
 
-    There are `prompts` of each of the `lengths`, and a short one ahead, to warm up. The order within a burst is drawn
-    anew.
+    There are `prompts` of each of the `lengths`, and a short one ahead, to warm up. The order is drawn anew for every
+    prompt and burst.
     """
     random = Random(0)
     warm_up = ("", min(lengths.values()), 1)
@@ -123,8 +125,9 @@ def take_bursts(
                 alive = [engine for engine in engines if not engine.fault]
                 replies = _one_prompt(alive, length, count, tokens, random)
                 for engine in [engine for engine in alive if case and not engine.fault]:
-                    seconds = sum(reply["milliseconds"] for reply in replies[engine]) / 1e3
-                    engine.rates.setdefault(case, []).append(bursts * tokens / seconds)
+                    prefill, *made = [reply["milliseconds"] / 1e3 for reply in replies[engine]]
+                    engine.prefills.setdefault(case, []).append(length / prefill)
+                    engine.rates.setdefault(case, []).append(bursts * tokens / sum(made))
                     engine.megabytes[case] = max(
                         engine.megabytes.get(case, 0.0), *(reply["megabytes"] for reply in replies[engine])
                     )
@@ -133,12 +136,10 @@ def take_bursts(
 def _one_prompt(
     engines: Sequence[Engine], length: int, bursts: int, tokens: int, random: Random
 ) -> dict[Engine, list[dict[str, Any]]]:
-    """What each engine replied to each burst after a prompt."""
+    """What each engine replied to a prompt, and to each burst after it."""
     replies: dict[Engine, list[dict[str, Any]]] = {engine: [] for engine in engines}
-    for engine in engines:
-        engine.ask(prompt=length)
-    for _ in range(bursts):
+    for request in ({"prompt": length}, *[{"tokens": tokens}] * bursts):
         for engine in random.sample(engines, len(engines)):
             sleep(PAUSE_SECONDS)
-            replies[engine].append(engine.ask(tokens=tokens))
+            replies[engine].append(engine.ask(**request))
     return replies

@@ -52,8 +52,9 @@ def run(work: Path, shape: Shape = LLAVA, processes: int = PROCESSES) -> dict[st
             for name, options in ours.items():
                 how = ("-k", str(shape.budgets[0]), "--verify", "layers", *options)
                 bundle = exported(checkpoint, bundles / f"bundle-{len(group)}", *how)
-                group[f"resprune, {name}"] = Engine(command("decoder", {"bundle": str(bundle)}))
-            lengths = prompt_tokens(bundle, shape)
+                own = {"bundle": str(bundle), "tokens": BURSTS * TOKENS}
+                group[f"resprune, {name}"] = Engine(command("decoder", own))
+            lengths = prompt_tokens(bundle, shape.budgets[0])
             take_bursts(
                 [*group.values()], lengths, processes=processes, prompts=PROMPTS, bursts=BURSTS, tokens=TOKENS
             )
@@ -68,25 +69,28 @@ def run(work: Path, shape: Shape = LLAVA, processes: int = PROCESSES) -> dict[st
     }
 
 
-def prompt_tokens(bundle: Path, shape: Shape) -> dict[str, int]:
-    """The length of the question's prompt by case: with the fewest of the visual tokens, and with all."""
-    text = len(Prompter(read_bundle(bundle, check_hashes=False)).prompt(QUESTION, 1).ids) - 1
-    return {str(shape.budgets[0]): text + shape.budgets[0], "all": text + shape.num_tokens}
+def prompt_tokens(bundle: Path, k: int) -> dict[str, int]:
+    """The length of the question's prompt by case: with k of the visual tokens, and with all."""
+    opened = read_bundle(bundle, check_hashes=False)
+    text = len(Prompter(opened).prompt(QUESTION, 1).ids) - 1
+    return {str(k): text + k, "all": text + opened.manifest.selection.num_tokens}
 
 
 def figures(engine: Engine, theirs: Engine) -> dict[str, Any]:
-    """What an engine sampled, by case: tokens/s, of each prompt too, and what part of `theirs` that is."""
+    """What an engine sampled, by case: tokens/s of prefill and decoding, and what part of `theirs` that is."""
     if engine.fault:
         return {"fault": engine.fault}
     cases: dict[str, Any] = {}
     for case, rates in engine.rates.items():
         cases[case] = {
             "tokens per second": timing(rates),
+            "prefill": timing(engine.prefills[case]),
             "of each prompt": rates,
             "resident megabytes": engine.megabytes[case],
         }
         if engine is not theirs and not theirs.fault:
             cases[case]["of theirs"] = ratio(rates, theirs.rates[case])
+            cases[case]["prefill, of theirs"] = ratio(engine.prefills[case], theirs.prefills[case])
     return cases
 
 

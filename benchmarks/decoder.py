@@ -1,44 +1,57 @@
-"""The runtime's decoder by itself, for `bursts`: `python -m benchmarks.decoder SPEC`."""
+"""A language model behind a bundle by itself, for `bursts`: `python -m benchmarks.decoder SPEC`."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from benchmarks.bursts import serve
 from benchmarks.measure import THREADS
-from resprune.runtime.backends.backend import Embedding
-from resprune.runtime.backends.onnxruntime import onnxruntime_decoder
+from benchmarks.shapes import QUESTION
+from resprune.runtime.backends.backend import Embedding, Request
+from resprune.runtime.backends.llama_cpp import llamacpp
+from resprune.runtime.backends.onnxruntime import onnxruntime_backend
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions
 from resprune.runtime.bundle.files import read_bundle
-from resprune.runtime.prompt.splice import Spliced
+from resprune.runtime.prompt.prompter import Prompter
+from resprune.runtime.prompt.splice import KeptTokens, Picks, Spliced
+from resprune.runtime.sampling import Sampling
 
 
 def main(spec: dict[str, Any]) -> None:
-    """`spec`: `bundle`. The prompts are random embeddings."""
+    """`spec`: `bundle`, and `tokens` that there is to be room for after a prompt.
+
+    With `gguf`, llama.cpp answers from that file in place of the bundle's decoder, and `packages` is the folder that
+    has its Python part. A prompt is a question about an image, of random rows.
+    """
     bundle = read_bundle(Path(spec["bundle"]), check_hashes=False)
     options = SessionOptions(threads=THREADS)
-    decoder = onnxruntime_decoder(bundle, Embedding(OrtGraphs(bundle, options)), options)
-    (embeds,) = bundle.manifest.graphs["embed_tokens"].outputs
+    sys.path += [spec["packages"]] if "gguf" in spec else []
+    factory = llamacpp(spec["gguf"]) if "gguf" in spec else onnxruntime_backend
+    backend = factory(bundle, Embedding(OrtGraphs(bundle, options)), options)
+    engine = "llama-cpp-python" if "gguf" in spec else "onnxruntime"
+    prompt = Prompter(bundle).prompt(QUESTION, 1)
+    width = bundle.graph("embed_tokens").outputs[0].shape[-1]
+    sampling = Sampling(max_new_tokens=spec["tokens"] + 1, min_new_tokens=spec["tokens"] + 1)
     rng = np.random.default_rng(0)
 
-    def begin(length: int) -> Callable[[], None]:
-        prompt = rng.standard_normal((1, length, embeds.shape[-1]), dtype=np.float32)
-        ones = np.ones((1, length), np.int64)
-        sequence = decoder.start(Spliced(prompt, np.arange(length)[None], ones))
+    def begin(length: int) -> Callable[[], object]:
+        rows = rng.standard_normal((1, length, width), dtype=np.float32)
+        kept = np.arange(length + 1 - len(prompt.ids))
+        picks = Picks(kept, kept, np.ones_like(kept))
+        image = KeptTokens(rows[0, kept], picks, kept, (len(kept),), (len(kept),))
+        spliced = Spliced(rows, np.arange(length)[None], np.ones((1, length), np.int64))
+        answer = backend.start(Request([prompt], [[image]], spliced), sampling)
+        next(answer)  # the prefill's own token
+        return lambda: next(answer)
 
-        def step() -> None:
-            sequence.step(sequence.logits.argmax(axis=1))
-
-        return step
-
-    serve({"onnxruntime": ort.__version__}, begin)
+    serve({engine: version(engine)}, begin)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from benchmarks.bursts import serve
 name, seconds, log = sys.argv[1], float(sys.argv[2]), open(sys.argv[3], "ab", buffering=0)
 def begin(length):
     log.write(f"{name}{length} ".encode())
+    time.sleep(seconds * length)
     def step():
         log.write(name.encode())
         time.sleep(seconds)
@@ -40,13 +42,15 @@ def test_engines_take_turns(tmp_path: Path) -> None:
     take_bursts([slow, fast], {"long": 9, "short": 4}, processes=2, prompts=3, bursts=4, tokens=2)
     for engine in (slow, fast):
         assert {case: len(rates) for case, rates in engine.rates.items()} == {"long": 6, "short": 6}
+        assert {case: len(rates) for case, rates in engine.prefills.items()} == {"long": 6, "short": 6}
         assert engine.megabytes.keys() == {"long", "short"}
     assert slow.versions == {"engine": "s"}
     ratios = [one / other for one, other in zip(slow.rates["long"], fast.rates["long"], strict=True)]
     assert decode.figures(slow, fast)["long"]["of theirs"].median == pytest.approx(np.median(ratios))
+    assert decode.figures(slow, fast)["long"]["prefill, of theirs"].median < 1
     assert "of theirs" not in decode.figures(fast, fast)["long"]
-    process = log.read_text().split("s4 f4 ")[1]
-    warm_up, *prompts = process.split("s9 f9 ")
+    process = re.split("s4 f4 |f4 s4 ", log.read_text())[1]
+    warm_up, *prompts = re.split("s9 f9 |f9 s9 ", process)
     assert sorted(warm_up) == sorted("ssff"), "one burst"
     pairs = prompts[0].replace("ss", "s").replace("ff", "f")
     assert len(prompts) == 3

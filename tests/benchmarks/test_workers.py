@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import decode, environments, peers
+from benchmarks import bursts, decode, environments, llamacpp, peers
 from benchmarks.measure import processes_take_turns
 from benchmarks.shapes import CLIP_L_336, LLAMA_1B, LLAVA, Shape
 from benchmarks.speed import Subject, figures, ours, prepare, worker
@@ -78,6 +79,24 @@ def test_decoding_without_a_peer_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     text = decode.table(result)
     assert f"| resprune, fp32 | {short} |" in text
     assert "| onnxruntime-genai, fp32 | ModuleNotFoundError" in text
+
+
+def test_without_llama_cpp_its_fault_stands_beside_our_figures(
+    tiny_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/hosts has the real one."""
+    monkeypatch.setattr(bursts, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(llamacpp, "PROMPTS", 1)
+    own = {"bundle": str(tiny_bundle("clip-llama", k=7, split=True))}
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    theirs = own | {"gguf": str(file), "packages": str(tmp_path)}
+    result = llamacpp.compare({llamacpp.BASE: own, "llama.cpp, Q4_1": theirs}, processes=1)
+    short, _ = result["prompt tokens"].values()
+    text = llamacpp.table(result)
+    assert f"| {llamacpp.BASE} | {short} | " in text
+    assert "| llama.cpp, Q4_1 | – | resprune.runtime.errors.ResPruneError: --gguf needs" in text
+    assert result["engines"][llamacpp.BASE]["all"]["prefill"].median > 0
 
 
 def test_beside_openvino_the_losses_of_our_own_are_told(

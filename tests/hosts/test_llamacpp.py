@@ -15,14 +15,19 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from openai import OpenAI
 
+from benchmarks import bursts
+from benchmarks import llamacpp as benchmark
 from resprune.runtime.backends.llama_cpp import llamacpp
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
 from tests import tiny, tiny_qwen, tiny_tiles
 from tests.hosts import llamacpp_host
 from tests.hosts.gguf_model import write_gguf
+from tests.hosts.serve import served
 from tests.runtime.bundles import one_sentence
+from tests.serving.conftest import data_url
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "demo" / "pictures"
@@ -32,13 +37,15 @@ ASKED = [
 ]
 QUESTION = "what colour is the red square on the table ?"
 STEPS = 24
-COMMAND = """
+SCRIPT = """
 import sys
 from tests.hosts import llamacpp_host
 llamacpp_host.use()
 from resprune.runtime.cli import main
 sys.exit(main(sys.argv[1:]))
 """
+RESPRUNE = [sys.executable, "-c", SCRIPT]
+"""`resprune`, in a process that has llama.cpp."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,10 @@ def test_an_f32_file_gives_the_tokens_of_the_bundle(name: str, made: Callable[[s
             found = there.ask(images, QUESTION, stream=False, **settings)
             assert found.token_ids == expected.token_ids, number
             assert found.text == expected.text
+        chats = [vlm.look(images).chat() for vlm in (here, there)]
+        for question in (QUESTION, "what is red ?"):
+            answered = [chat.ask(question, stream=False, **settings).token_ids for chat in chats]
+            assert answered[0] == answered[1], question
         questions = ["what is red ?", QUESTION, "how many circles are there in the photo of a cat ?"]
         batch = [
             [answer.token_ids for answer in pipeline.ask_batch([image] * 3, questions, **settings)]
@@ -194,18 +205,88 @@ def test_closing_ends_an_open_answer(demo: Pair) -> None:
         list(answer)
 
 
-def test_the_command(demo: Pair, near: Pipeline) -> None:
-    picture, question = ASKED[0]
-    words = ["ask", demo.bundle, picture, question, "--gguf", demo.model]
-    done = run(*words, "--json")
+def run(*words: object, lines: str = "") -> str:
+    """What `resprune` prints for these words and lines of input; it must succeed and complain of nothing."""
+    command = [*RESPRUNE, *map(str, words)]
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["text"] == near.ask(picture, question, stream=False).text
+    return done.stdout
 
 
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    """`resprune` with these words, in a process that has llama.cpp."""
-    command = [sys.executable, "-c", COMMAND, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+def test_ask(demo: Pair, near: Pipeline) -> None:
+    picture, question = ASKED[0]
+    printed = run("ask", demo.bundle, picture, question, "--gguf", demo.model, "--json")
+    assert json.loads(printed)["text"] == near.ask(picture, question, stream=False).text
+
+
+def test_chat(demo: Pair, near: Pipeline) -> None:
+    picture, question = ASKED[0]
+    questions = [question, "How many circles are there?"]
+    lines = "".join(f"{words}\n" for words in questions)
+    printed = run("chat", demo.bundle, picture, "--gguf", demo.model, lines=lines)
+    chat = near.look(picture).chat()
+    assert printed.split("\n")[:2] == [chat.ask(words, stream=False).text for words in questions]
+
+
+def test_bench(demo: Pair) -> None:
+    printed = run("bench", demo.bundle, "--gguf", demo.model, "-k", "4,16", "--repeats", "1", "--json")
+    found = json.loads(printed)
+    assert found["runs on"] == "cpu; demo.gguf in llama.cpp"
+    few, more = found["cases"]
+    assert more["prompt_tokens"] - few["prompt_tokens"] == 12
+    assert few["tokens_per_second"]["median"] > 0
+
+
+def test_serve(demo: Pair, near: Pipeline) -> None:
+    """Whole and streamed, to two clients at once; one that goes away in the middle leaves its place to others."""
+
+    def body(picture: Path, question: str) -> dict[str, Any]:
+        image = {"type": "image_url", "image_url": {"url": data_url(picture.read_bytes())}}
+        content = [image, {"type": "text", "text": question}]
+        return {"model": demo.bundle.name, "messages": [{"role": "user", "content": content}]}
+
+    def whole(pair: tuple[Path, str]) -> str:
+        answer = client.chat.completions.create(**body(*pair))
+        return answer.choices[0].message.content or ""
+
+    def streamed(pair: tuple[Path, str]) -> str:
+        chunks = client.chat.completions.create(**body(*pair), stream=True)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    expected = [near.ask(*pair, stream=False).text for pair in ASKED]
+    options = ("--gguf", demo.model, "--parallel", 2)
+    with (
+        served(demo.bundle, *options, resprune=RESPRUNE, PYTHONPATH=str(ROOT)) as url,
+        OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        answers = threads.map(lambda way: [way(pair) for pair in ASKED], (whole, streamed))
+        assert list(answers) == [expected] * 2
+        for _ in range(3):  # more than there are places
+            endless = body(*ASKED[0]) | {"temperature": 2, "max_tokens": 500, "stream": True}
+            with client.chat.completions.create(**endless) as chunks:
+                next(iter(chunks))
+        assert whole(ASKED[0]) == expected[0]
+
+
+def test_the_benchmark_has_figures_of_all(
+    demo: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bursts, "PAUSE_SECONDS", 0.0)
+    for name in ("PROMPTS", "BURSTS"):
+        monkeypatch.setattr(benchmark, name, 1)
+    monkeypatch.delitem(benchmark.BUNDLES, "int8")
+    published = write_gguf("demo", demo.bundle, tmp_path / "published.gguf", "q8_0")
+    specs = benchmark.prepare("demo", published, tmp_path)
+    result = benchmark.compare(specs, processes=1)
+    assert result["engines"].keys() == {benchmark.BASE, *benchmark.PREDICTED} - {"resprune, int8"}
+    for name, cases in result["engines"].items():
+        for case in (str(benchmark.K), "all"):
+            found = cases[case]
+            assert min(found["tokens per second"].median, found["prefill"].median) > 0
+            assert ("of theirs" in found) == (name != benchmark.BASE)
+    sizes = [Path(specs[f"llama.cpp, {name}"]["gguf"]).stat().st_size for name in ("Q4_0", "Q8_0")]
+    assert sizes[0] < 0.8 * sizes[1]
 
 
 def changed(model: Path, out: Path, **values: Any) -> Path:
