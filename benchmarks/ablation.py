@@ -18,7 +18,8 @@ from resprune.evaluation.evaluate import Plan
 from resprune.evaluation.model import Asked, Encoded, Model, open_bundle
 from resprune.evaluation.selectors import Candidates, Ints, resprune, unit
 from resprune.evaluation.statistics import paired, wilson
-from resprune.runtime.bundle.manifest import POSITIONS, SCALES
+from resprune.method import SCALES
+from resprune.runtime.bundle.manifest import POSITIONS
 
 PUBLISHED = Path(__file__).parent / "ABLATION.md"
 MARK = "<!-- What follows is written by `python -m benchmarks ablation`. -->"

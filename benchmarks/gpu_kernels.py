@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.measure import Timing, take_turns
 from resprune.exporter.verify.reference import picks_within_rounding, residual_select, text_gain
 from resprune.graphs import token_select_model
+from resprune.method import Selection
 from tests.vectors import CASES
 
 SIZES = ((576, 64, 4096, 0.25), (2880, 320, 4096, 1.0))
@@ -142,7 +143,7 @@ def measure(device: torch.device, N: int, k: int, D: int, bar: float, calls: int
 def onnx_call(visual: Tensor, k: int, body: str) -> Callable[[], None]:
     """The stand-alone selector in ONNX Runtime's CUDA provider: all inputs and outputs stay on the GPU."""
     session = ort.InferenceSession(
-        token_select_model(k, alpha=1.0, scale="minmax", body=body).SerializeToString(),
+        token_select_model(Selection(k=k, body=body)).SerializeToString(),
         providers=["CUDAExecutionProvider"],
     )
     B, N, D = visual.shape

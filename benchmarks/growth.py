@@ -15,8 +15,7 @@ from benchmarks.measure import Timing, take_turns
 from benchmarks.measure import run as run_command
 from benchmarks.selection import cpu_session
 from resprune.graphs import choose_form, token_select_model
-from resprune.graphs.functions import FORMS
-from resprune.runtime.bundle.manifest import share_of
+from resprune.method import FORMS, Selection, share_of
 
 TOKENS = (576, 1296, 2880, 4096)
 HIDDEN = (2048, 4096)
@@ -96,7 +95,7 @@ def crossover(N: int, timings: dict[str, Timing]) -> float:
 
 
 def _session(k: int, form: str) -> Any:
-    return cpu_session(token_select_model(k, alpha=1.0, scale="minmax", form=form).SerializeToString())
+    return cpu_session(token_select_model(Selection(k=k, form=form)).SerializeToString())
 
 
 def _feeds(N: int, D: int) -> dict[str, npt.NDArray[Any]]:

@@ -17,8 +17,8 @@ from benchmarks.measure import Timing, exported, take_turns
 from benchmarks.measure import run as run_command
 from benchmarks.selection import cpu_session, selector
 from resprune.graphs import choose_form
+from resprune.method import share_of
 from resprune.runtime.bundle.files import read_bundle
-from resprune.runtime.bundle.manifest import share_of
 from resprune.runtime.families.preprocessor import Arrays
 from resprune.runtime.families.qwen2_vl import DynamicResolution
 

@@ -12,6 +12,7 @@ import onnxruntime as ort
 from benchmarks.checkpoints import write_llava15_vision
 from benchmarks.measure import THREADS, Timing, exported, take_turns
 from resprune.graphs import choose_form, token_select_model
+from resprune.method import Selection
 from resprune.runtime.backends.session import session_settings
 from resprune.runtime.bundle.files import read_bundle
 
@@ -103,7 +104,7 @@ def selector(
     With `counts` as for proportional attention, which takes `num_kept` as well.
     """
     form = choose_form(k, *shape[1:])
-    model = token_select_model(k, alpha=1.0, scale="minmax", body=body, form=form, counts=counts)
+    model = token_select_model(Selection(k=k, body=body, form=form, counts=counts))
     return cpu_session(model.SerializeToString())
 
 

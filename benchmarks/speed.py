@@ -14,6 +14,7 @@ from benchmarks.measure import Timing, bfloat16_in_hardware, exported, processes
 from benchmarks.plots import gains, stacked
 from benchmarks.shapes import QUESTION, REAL, Shape, write_picture, write_shape
 from resprune.graphs import choose_form, token_select_model
+from resprune.method import Selection
 
 ROUNDS = 3
 STEPS = 8
@@ -44,7 +45,7 @@ def prepare(shape: Shape, work: Path, bundles: Path, *options: str) -> Subject:
     selectors = {k: work / f"{shape.name}-select-{k}.onnx" for k in shape.budgets}
     for k, path in selectors.items():
         form = choose_form(k, shape.num_tokens, shape.text["hidden_size"])
-        path.write_bytes(token_select_model(k, alpha=1.0, scale="minmax", form=form).SerializeToString())
+        path.write_bytes(token_select_model(Selection(k=k, form=form)).SerializeToString())
     return Subject(checkpoint, bundle, picture, selectors)
 
 

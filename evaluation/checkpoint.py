@@ -16,9 +16,9 @@ from PIL import Image
 
 from resprune.evaluation.model import Encoded, Model, Stages, check_policies, engine
 from resprune.evaluation.towers import smaller_pixels
+from resprune.method import Selection
 from resprune.runtime.backends.backend import Place
 from resprune.runtime.bundle.files import Bundle
-from resprune.runtime.bundle.manifest import Selection
 from resprune.runtime.errors import ResPruneError, one_line, permission_faults, require_packages
 from resprune.runtime.families.preprocessor import FixedGrid, PreparedImage, Preprocessor
 from resprune.runtime.families.table import FAMILIES

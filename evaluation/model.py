@@ -335,4 +335,4 @@ def _with_attention(manifest: Manifest, attention: str | None) -> Manifest:
             f"the bundle was exported with --attention {manifest.attention}, and its decoder takes no counts; "
             f"export it with --attention {attention}"
         )
-    return replace(manifest, attention=attention)
+    return replace(manifest, selection=replace(manifest.selection, counts=False))

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from resprune.method import EXHAUSTED, TIE
+
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-
-# As in resprune.exporter.verify.reference, which says why.
-TIE, EXHAUSTED = 1e-5, 1e-6
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from resprune.runtime.bundle.manifest import ATTENTION, BODIES, FORMS, OPTIMIZE, POSITIONS, SCALES
+from resprune.method import BODIES, FORMS, SCALES
+from resprune.runtime.bundle.manifest import ATTENTION, OPTIMIZE, POSITIONS
 from resprune.runtime.bundle.precisions import PRESETS, parse_dtype, words
 from resprune.runtime.errors import ResPruneError, printable, require_packages, require_python
 

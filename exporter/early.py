@@ -30,6 +30,7 @@ from resprune.graphs.functions import (
     kept_counts_function,
     residual_select_function,
 )
+from resprune.method import Selection
 from resprune.runtime.bundle.manifest import Early, TensorSpec
 from resprune.runtime.errors import ResPruneError
 
@@ -115,7 +116,7 @@ def with_early(component: Component, early: Early, mode: FakeTensorMode) -> Comp
     )
     form = choose_form(early.tokens, early.of, tower.hidden_size)
     functions = (
-        residual_select_function(early.tokens, body="loop", form=form, opset=OPSET, name=EARLY_SELECT),
+        residual_select_function(Selection(k=early.tokens, form=form), opset=OPSET, name=EARLY_SELECT),
         kept_counts_function(opset=OPSET),
     )
     return replace(

@@ -50,14 +50,13 @@ from resprune.exporter.verify.ort_worker import OrtWorker
 from resprune.exporter.verify.text import ids_of
 from resprune.exporter.verify.verifier import Verifier
 from resprune.graphs import attach_selection, choose_form, token_select_model
+from resprune.method import Selection, share_of
 from resprune.runtime.bundle.files import describe_files, write_manifest
 from resprune.runtime.bundle.manifest import (
-    ATTENTION,
+    COUNTS,
     EARLY,
     Early,
     Manifest,
-    Selection,
-    share_of,
 )
 from resprune.runtime.bundle.precisions import TABLE, Choice, parse_dtype
 from resprune.runtime.errors import ResPruneError
@@ -150,7 +149,6 @@ class _Export:
     options: Options
     report: Report
     work: Path
-    attention: str = "plain"
     early: Early | None = None
     differences: list[Difference] = field(default_factory=list)
     counts: dict[str, Counted] = field(default_factory=dict)
@@ -166,7 +164,6 @@ class _Export:
             checkpoint = replace(checkpoint, template=read_template(self.options.chat_template))
         positions = family.policy(self.options.positions)
         plain = "plain" if self.options.language_checkpoint or self.options.gguf else family.attention
-        self.attention = self.options.attention or plain
         check_side_files(checkpoint)
         mode = fake_mode()
         choice = parse_dtype(self.options.dtype)
@@ -176,7 +173,7 @@ class _Export:
             self.early = Request.parse(self.options.early).of(components.vision, family.title)
             components = replace(components, vision=with_early(components.vision, self.early, mode))
         write_draft(checkpoint, components, self.work)
-        if self.attention == "proportional":
+        if (self.options.attention or plain) == "proportional":
             components = proportional(components)
         if self.options.optimize:
             components = optimize_decoder(components, dtype)
@@ -255,14 +252,13 @@ class _Export:
             traced = quantize(traced, row, self.options.block, stored)
         if component is not components.vision:
             return [writer.write(component.name, traced)]
-        how: Any = {name: getattr(selection, name) for name in ("alpha", "scale", "body", "form")}
-        how |= {"counts": components.proportional, "protected": components.protected is not None}
-        attached = attach_selection(traced.model, selection.k, **how, padding=components.padding)
+        protected = components.protected is not None
+        attached = attach_selection(traced.model, selection, padding=components.padding, protected=protected)
         fused = Traced(attached, traced.weights)
         if not self.options.split:
             return [writer.write("vision_select", fused)]
         encoder = writer.write("vision_encoder", traced)
-        selector = token_select_model(selection.k, **how, planes=components.planes)
+        selector = token_select_model(selection, planes=components.planes, protected=protected)
         return [
             writer.write("vision_select", fused, owner=encoder),
             encoder,
@@ -394,14 +390,15 @@ class _Export:
                     f"-k {k} is more than the {left} visual tokens that --early leaves of an image; give 1 to {left}"
                 )
         return Selection(
-            k,
-            components.num_tokens,
-            family.alpha if options.alpha is None else options.alpha,
-            options.scale,
-            options.body,
+            k=k,
+            num_tokens=components.num_tokens,
+            alpha=family.alpha if options.alpha is None else options.alpha,
+            scale=options.scale,
+            body=options.body,
             max_tokens=components.max_tokens,
             share=options.share,
             form=options.form or choose_form(k, n, int(components.vision.outputs[0].shape[2])),
+            counts=components.proportional,
         )
 
     def _manifest(
@@ -429,7 +426,7 @@ class _Export:
         write_manifest(
             self.work,
             Manifest(
-                format_version=ATTENTION[self.attention] if self.early is None else EARLY,
+                format_version=EARLY if self.early else COUNTS if selection.counts else 1,
                 family=family.name,
                 model=checkpoint.name,
                 revision=checkpoint.revision,
@@ -448,7 +445,6 @@ class _Export:
                 parity=parity,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 optimize=self.options.optimize,
-                attention=self.attention,
                 early=self.early,
             ),
         )

@@ -19,6 +19,8 @@ from typing import Any
 import onnx_ir as ir
 import onnxscript
 
+from resprune.method import EXHAUSTED, FILL, TIE, Selection
+
 DOMAIN = "resprune"
 VERSION = 1
 TEXT_GAIN = "TextGain"
@@ -26,19 +28,7 @@ RESIDUAL_SELECT = "ResidualSelect"
 KEPT_COUNTS = "KeptCounts"
 EARLY_SELECT = "EarlySelect"
 """`ResidualSelect` of another k, inside the vision tower: a function has one body, so it needs a name of its own."""
-SCALES = ("minmax", "clamp", "shifted")
-BODIES = ("loop", "unrolled")
-FORMS = ("quadratic", "linear")
 
-
-TIE = 1e-5
-"""Scores within a factor (1 - TIE) of the largest are tied; the lowest index among them is picked. Cosines within TIE
-of the largest are tied as well, and the lowest index has the token."""
-EXHAUSTED = 1e-6
-"""The span is exhausted once the best score is at most EXHAUSTED times the best score before any pick."""
-FILL = 1e-7
-"""Scores before any pick, times FILL, stand in for tokens without residual energy: below EXHAUSTED, so that a
-token outside the span always comes first, and one maximum serves both rules."""
 CACHED_SHARE, STREAMED_SHARE = 1 / 4, 1 / 10
 """Shares k / N up to which the linear form is the faster one, with V in the cache and without."""
 CACHE_BYTES = 16 << 20
@@ -55,17 +45,8 @@ SEGMENT = 64
 segments are read from outside: N 2,928, K 640 took 748 ms with one buffer, 553 ms with buffers of 64."""
 
 
-def text_gain_function(*, alpha: float, scale: str, opset: int) -> ir.Function:
-    """`TextGain`: visual [B,N,D], text [B,M,D], text_mask [B,M], token_mask [B,N] → gain [B,N] float32 (Eq. 13).
-
-    Raises:
-        ValueError: an unknown scale or a negative alpha.
-
-    """
-    if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    if alpha < 0:
-        raise ValueError(f"alpha must be at least 0, got {alpha}")
+def text_gain_function(selection: Selection, *, opset: int) -> ir.Function:
+    """`TextGain`: visual [B,N,D], text [B,M,D], text_mask [B,M], token_mask [B,N] → gain [B,N] float32 (Eq. 13)."""
 
     def body(op: Any, visual: Any, text: Any, text_mask: Any, token_mask: Any) -> Any:
         V = _float32(op, visual, rank=3)  # [B, N, D]
@@ -79,18 +60,18 @@ def text_gain_function(*, alpha: float, scale: str, opset: int) -> ir.Function:
         cosine = op.Mul(op.MatMul(V, op.Transpose(T, perm=[0, 2, 1])), _inverse_norm(op, V))  # [B, N, M + 1]
         cosine = op.Where(op.Unsqueeze(text_mask, [1]), cosine, -2.0)  # below any cosine
         relevance = op.ReduceMax(cosine, [2], keepdims=0)  # [B, N]
-        if scale == "minmax":
+        if selection.scale == "minmax":
             low = op.ReduceMin(op.Where(token_mask, relevance, 4.0), [1])
             high = op.ReduceMax(op.Where(token_mask, relevance, -4.0), [1])
             span = op.Sub(high, low)
             spread = op.Greater(span, 0.0)
             span = op.Where(spread, span, 1.0)
             scaled = op.Where(spread, op.Div(op.Sub(relevance, low), span), 1.0)
-        elif scale == "clamp":
+        elif selection.scale == "clamp":
             scaled = relevance
         else:
             scaled = op.Mul(op.Add(relevance, 1.0), 0.5)
-        gain = op.Pow(op.Clip(scaled, 0.0, 1.0), alpha)
+        gain = op.Pow(op.Clip(scaled, 0.0, 1.0), selection.alpha)
         any_text = op.Greater(op.ReduceMax(op.Cast(text_mask, to=ir.DataType.FLOAT), [1]), 0.0)
         gain = op.Where(any_text, gain, 1.0)
         return op.Where(token_mask, gain, 0.0)
@@ -111,26 +92,14 @@ def choose_form(k: int, num_tokens: int, hidden_size: int) -> str:
     return "linear" if k <= num_tokens * (CACHED_SHARE if cached else STREAMED_SHARE) else "quadratic"
 
 
-def residual_select_function(
-    k: int, *, body: str, form: str, opset: int, name: str = RESIDUAL_SELECT
-) -> ir.Function:
+def residual_select_function(selection: Selection, *, opset: int, name: str = RESIDUAL_SELECT) -> ir.Function:
     """`ResidualSelect`: visual [B,N,D], gain [B,N], token_mask [B,N] → pick_order [B,k] int64.
 
-    `body` is "loop" (Loops of up to SEGMENT steps) or "unrolled" (the same k steps in a row, for runtimes that
-    capture a graph only without control flow, such as CUDA graphs). `form` is "quadratic" (G by one product before
-    the first pick, N² numbers) or "linear" (one row of it a pick, from V alone); `choose_form` knows which is faster.
-
-    Raises:
-        ValueError: k below 1, or an unknown body or form.
-
+    A Loop has up to SEGMENT steps. `choose_form` knows which form is the faster one.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    if body not in BODIES:
-        raise ValueError(f"body must be one of {', '.join(BODIES)}, got {body!r}")
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    several_steps = _loop if body == "loop" else _unrolled
+    k = selection.k
+    several_steps = _loop if selection.body == "loop" else _unrolled
+    products = _quadratic if selection.form == "quadratic" else _linear
 
     def trace(op: Any, visual: Any, gain: Any, token_mask: Any) -> Any:
         V = _float32(op, visual, rank=3)  # [B, N, D]
@@ -138,7 +107,7 @@ def residual_select_function(
         shape = op.Shape(gain)
         batch, count = op.Shape(gain, start=0, end=1), op.Shape(gain, start=1, end=2)
         tokens = op.Range(0, op.Squeeze(count, [0]), 1)  # [N]
-        energy, row_of = (_quadratic if form == "quadratic" else _linear)(op, V, op.Expand(tokens, shape))
+        energy, row_of = products(op, V, op.Expand(tokens, shape))
         initial = op.Where(token_mask, op.Mul(gain, energy), 0.0)
         threshold = op.Mul(op.ReduceMax(initial, [1]), EXHAUSTED)  # [B, 1]
         fill = op.Where(token_mask, op.Mul(initial, FILL), -1.0)

@@ -21,6 +21,7 @@ from resprune.graphs.functions import (
     residual_select_function,
     text_gain_function,
 )
+from resprune.method import Selection
 
 OPSET = 20
 """Of the stand-alone selector; an attached selection takes the encoder's."""
@@ -39,13 +40,8 @@ DTYPES = {
 
 
 def token_select_model(
-    k: int,
+    selection: Selection,
     *,
-    alpha: float,
-    scale: str,
-    body: str = "loop",
-    form: str = "quadratic",
-    counts: bool = False,
     dtype: str = "float32",
     planes: int = 0,
     protected: bool = False,
@@ -58,15 +54,15 @@ def token_select_model(
     ascending by index; `pick_order` [batch_size, k] int64. −1, with a row of zeros, where fewer than k exist.
     Arithmetic is float32 whatever the dtype.
 
-    `form` is "quadratic" or "linear", see `choose_form`. With `counts` there is one more input, `num_kept`
-    [batch_size] int64, how many of the picks are kept, and one more output, `kept_counts` [batch_size, k] int64: how
-    many tokens each kept row stands for, see `kept_counts_function`. With `planes` there are further inputs
-    `plane_features.i` like `image_features`, and further outputs `kept_planes.i` like `kept_features`, gathered by the
-    same indices. With `protected` there is one more input, `protected_mask` [batch_size, num_tokens] bool: rows that
-    are always kept and counted in k, see `_protected_first`.
+    A `selection` that counts has one more input, `num_kept` [batch_size] int64, how many of the picks are kept, and
+    one more output, `kept_counts` [batch_size, k] int64: how many tokens each kept row stands for, see
+    `kept_counts_function`. With `planes` there are further inputs `plane_features.i` like `image_features`, and
+    further outputs `kept_planes.i` like `kept_features`, gathered by the same indices. With `protected` there is one
+    more input, `protected_mask` [batch_size, num_tokens] bool: rows that are always kept and counted in k, see
+    `_protected_first`.
 
     Raises:
-        ValueError: k below 1, alpha below 0, or an unknown scale, body, form or dtype.
+        ValueError: an unknown dtype.
 
     """
     if dtype not in DTYPES:
@@ -89,12 +85,7 @@ def token_select_model(
         op,
         [features, *further],
         token_mask,
-        k,
-        alpha=alpha,
-        scale=scale,
-        body=body,
-        form=form,
-        counts=counts,
+        selection,
         protected=protected,
         kept_names=["kept_features", *(f"kept_planes.{index}" for index in range(planes))],
     )
@@ -104,21 +95,16 @@ def token_select_model(
 
 def attach_selection(
     encoder: onnx.ModelProto,
-    k: int,
+    selection: Selection,
     *,
-    alpha: float,
-    scale: str,
-    body: str = "loop",
-    form: str = "quadratic",
-    counts: bool = False,
     padding: str | None = None,
     protected: bool = False,
 ) -> onnx.ModelProto:
     """`vision_select` from `vision_encoder`: the encoder's N rows go through the selection inside the graph.
 
     The encoder's output `image_features` [batch_size, N, D] is replaced by the K kept rows under the same name, and so
-    is each output `plane_features.i`, with `kept_indices`, `pick_order` and, with `counts`, `kept_counts` as in
-    `token_select_model`; its inputs `text_embeds`, `text_mask` and, with `counts`, `num_kept`, with `protected`,
+    is each output `plane_features.i`, with `kept_indices`, `pick_order` and, if the `selection` counts, `kept_counts`
+    as in `token_select_model`; its inputs `text_embeds`, `text_mask` and, if it counts, `num_kept`, with `protected`,
     `protected_mask` are added.
     Tensors in external files stay there: only their references are copied. `padding` names an int64 input
     [batch_size, N] of the encoder, or [batch_size, N, T], that is below 0 where an image with fewer tokens than the
@@ -126,7 +112,7 @@ def attach_selection(
     bool, that says which tokens are, and stays an output.
 
     Raises:
-        ValueError: no output `image_features`, no input `padding`, k outside 1 … N, or an unknown scale, body or form.
+        ValueError: no output `image_features`, no input `padding`, or more k than tokens.
 
     """
     model = ir.from_proto(encoder)
@@ -135,8 +121,8 @@ def attach_selection(
     if output is None:
         raise ValueError("the encoder has no output image_features")
     num_tokens = None if output.shape is None else output.shape[1]
-    if isinstance(num_tokens, int) and k > num_tokens:
-        raise ValueError(f"k must be at most the encoder's {num_tokens} tokens, got {k}")
+    if isinstance(num_tokens, int) and selection.k > num_tokens:
+        raise ValueError(f"k must be at most the encoder's {num_tokens} tokens, got {selection.k}")
     every = [output, *(value for value in graph.outputs if (value.name or "").startswith("plane_features."))]
     kept_names = [str(value.name) for value in every]
     for value in every:
@@ -158,12 +144,7 @@ def attach_selection(
         op,
         every,
         candidates,
-        k,
-        alpha=alpha,
-        scale=scale,
-        body=body,
-        form=form,
-        counts=counts,
+        selection,
         protected=protected,
         kept_names=kept_names,
     )
@@ -177,13 +158,8 @@ def _select(
     op: Any,
     planes: Sequence[ir.Value],
     token_mask: ir.Value,
-    k: int,
+    selection: Selection,
     *,
-    alpha: float,
-    scale: str,
-    body: str,
-    form: str,
-    counts: bool,
     protected: bool,
     kept_names: Sequence[str],
 ) -> list[ir.Function]:
@@ -191,13 +167,13 @@ def _select(
 
     The first of `planes` is what the selection sees; rows of all are gathered, and named by `kept_names`.
     """
-    features = planes[0]
+    features, k = planes[0], selection.k
     graph = op.builder.graph
     op.builder.push_module("select")  # names of its own, whatever the encoder's are
     opset = graph.opset_imports[""]
     functions = [
-        text_gain_function(alpha=alpha, scale=scale, opset=opset),
-        residual_select_function(k, body=body, form=form, opset=opset),
+        text_gain_function(selection, opset=opset),
+        residual_select_function(selection, opset=opset),
     ]
     batch, num_tokens, hidden = features.shape or ("batch_size", "num_tokens", "hidden_size")
     text = ir.val("text_embeds", features.dtype, ir.Shape([batch, "text_tokens", hidden]))
@@ -210,7 +186,9 @@ def _select(
         protected_mask = ir.val("protected_mask", ir.DataType.BOOL, ir.Shape([batch, num_tokens]))
         graph.inputs.append(protected_mask)
         candidates = op.And(token_mask, op.Not(protected_mask))
-    gain = op.TextGain(features, text, text_mask, candidates, alpha=alpha, scale=scale, **ours)
+    gain = op.TextGain(
+        features, text, text_mask, candidates, alpha=selection.alpha, scale=selection.scale, **ours
+    )
     gain.dtype = ir.DataType.FLOAT
     pick_order = op.ResidualSelect(features, gain, candidates, k=k, **ours)
     pick_order.dtype = ir.DataType.INT64
@@ -235,7 +213,7 @@ def _select(
         (kept_indices, "kept_indices", ir.DataType.INT64, [batch, k]),
         (pick_order, "pick_order", ir.DataType.INT64, [batch, k]),
     ]
-    if counts:
+    if selection.counts:
         num_kept = ir.val("num_kept", ir.DataType.INT64, ir.Shape([batch]))
         graph.inputs.append(num_kept)
         functions.append(kept_counts_function(opset=opset))

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from resprune.method import share_of
 from resprune.runtime.arguments import text as require_text
-from resprune.runtime.bundle.manifest import share_of
 from resprune.runtime.errors import ResPruneError, shown
 
 

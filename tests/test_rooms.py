@@ -93,6 +93,10 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
     assert wrong == []
 
 
+def test_what_all_rooms_share_imports_no_room() -> None:
+    assert [name for _, name in imports(ROOT / "resprune/method.py") if "resprune" in name] == []
+
+
 def test_torch_is_imported_only_when_tensorrt_llm_is() -> None:
     """Not when the file is, which any device may do."""
     tree = ast.parse((ROOT / TENSORRT_LLM).read_text(encoding="utf-8"))

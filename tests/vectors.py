@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from resprune.method import Selection
+
 FOLDER = Path(__file__).parent / "vectors"
 
 
@@ -20,6 +22,10 @@ class Case:
     alpha: float
     scale: str
     arrays: dict[str, np.ndarray]
+
+    @property
+    def selection(self):
+        return Selection(k=self.k, alpha=self.alpha, scale=self.scale)
 
     def inputs(self, dtype=np.float32):
         """(visual, text, text_mask, token_mask), each with a batch axis of one."""

@@ -11,8 +11,9 @@ from typing import Any
 from resprune.exporter.checkpoint.checkpoint import Checkpoint, family_of
 from resprune.exporter.checkpoint.side_files import copy_side_files, read_tokenizer
 from resprune.exporter.components import Components
+from resprune.method import Selection
 from resprune.runtime.bundle.files import Bundle, describe_files
-from resprune.runtime.bundle.manifest import FORMAT_VERSION, GraphSpec, Manifest, Selection
+from resprune.runtime.bundle.manifest import FORMAT_VERSION, GraphSpec, Manifest
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.prompt.messages import Message, Turn
 from resprune.runtime.prompt.prompter import Prompter
@@ -50,7 +51,11 @@ def write_draft(
         model=checkpoint.name,
         revision=checkpoint.revision,
         selection=Selection(
-            most, components.num_tokens, family.alpha, "minmax", "loop", max_tokens=components.max_tokens
+            k=most,
+            num_tokens=components.num_tokens,
+            alpha=family.alpha,
+            max_tokens=components.max_tokens,
+            counts=attention == "proportional",
         ),
         positions=family.positions[0],
         image_token_id=components.image_token_id,
@@ -62,7 +67,6 @@ def write_draft(
         command="",
         parity={},
         created="",
-        attention=attention,
     )
     bundle = Bundle(root, manifest)
     _check_prompts(checkpoint, bundle, tokenizer, vocabulary, plain=family.plain_prompt)

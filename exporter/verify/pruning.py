@@ -5,6 +5,7 @@ An image with more would take minutes in a tower of real size; the selection nee
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -13,7 +14,7 @@ import torch
 from resprune.exporter.verify.ort_worker import OrtWorker
 from resprune.exporter.verify.reference import picks_within_rounding, residual_select, text_gain
 from resprune.graphs import token_select_model
-from resprune.runtime.bundle.manifest import Selection
+from resprune.method import Selection
 
 TEXT_TOKENS = 5
 PICKS = 128
@@ -34,10 +35,7 @@ def pruned_picks(worker: OrtWorker, folder: Path, selection: Selection, hidden_s
     gain = text_gain(visual, text, every, None, alpha=selection.alpha, scale=selection.scale)
     picks = residual_select(visual, gain, k, None)
     path = folder / "token_select.pruning.onnx"
-    graph = token_select_model(
-        k, alpha=selection.alpha, scale=selection.scale, body=selection.body, form=selection.form
-    )
-    onnx.save(graph, path)
+    onnx.save(token_select_model(replace(selection, k=k, counts=False)), path)
     try:
         got = worker.run(
             path,

@@ -21,7 +21,7 @@ from resprune.exporter.verify.reference import (
     residual_select,
     text_gain,
 )
-from resprune.runtime.bundle.manifest import Selection
+from resprune.method import Selection
 
 
 @dataclass(frozen=True)

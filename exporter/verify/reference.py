@@ -13,14 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resprune.runtime.bundle.manifest import SCALES
-
-TIE = 1e-5
-"""Scores within a factor (1 - TIE) of the largest are tied; the lowest index among them is picked. Cosines within TIE
-of the largest are tied as well, and the lowest index has the token."""
-
-EXHAUSTED = 1e-6
-"""The span is exhausted once the best score is at most EXHAUSTED times the best score before any pick."""
+from resprune.method import EXHAUSTED, SCALES, TIE
 
 ROUNDING = 1e-5
 """What float32 leaves in doubt of a score, as a part of the best score before any pick; and of a cosine."""

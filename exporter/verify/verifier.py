@@ -40,7 +40,7 @@ from resprune.exporter.verify.pruning import pruned_picks
 from resprune.exporter.verify.question import Question, Selected, seeded
 from resprune.exporter.verify.reference import counts_within_rounding, keep, kept_counts
 from resprune.exporter.verify.text import after_text, agreeing, every_logit, every_position, whole_text
-from resprune.runtime.bundle.manifest import Selection
+from resprune.method import Selection
 from resprune.runtime.bundle.precisions import Choice
 
 SIZES = {"batch_size": 3, "sequence_length": 4, "past_sequence_length": 6}

@@ -39,9 +39,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TIE = tl.constexpr(1 - 1e-5)
-EXHAUSTED = tl.constexpr(1e-6)
-FILL = tl.constexpr(1e-7)  # as in graphs/functions.py: below EXHAUSTED, so that one maximum serves both rules
+from resprune import method
+
+TIE = tl.constexpr(1 - method.TIE)
+EXHAUSTED = tl.constexpr(method.EXHAUSTED)
+FILL = tl.constexpr(method.FILL)
 NONE = tl.constexpr(2**30)  # above any token's index
 
 # Words before the arrays: arrivals and the best score before any pick, then a greeting and an answer for each program.

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, TypeVar, cast
 
+from resprune.method import BODIES, FORMS, SCALES, Selection
 from resprune.runtime.bundle import precisions
 from resprune.runtime.errors import ResPruneError, shown
 
 FORMAT_VERSION = 3
-"""The newest that is read. A bundle has the oldest that says all of it, see ATTENTION and EARLY."""
+"""The newest that is read. A bundle has the oldest that says all of it, see COUNTS and EARLY."""
 MANIFEST_NAME = "resprune.json"
 DECODER = "decoder_model_merged"
 """The language model's graph."""
@@ -36,12 +37,11 @@ MAX_TOKENS = 1 << 20
 MAX_ID = (1 << 31) - 1
 
 DTYPES = ("float32", "float16", "bfloat16", "int64", "bool")
-SCALES = ("minmax", "clamp", "shifted")
-BODIES = ("loop", "unrolled")
-FORMS = ("quadratic", "linear")
 POSITIONS = ("contiguous", "original")
-ATTENTION = {"plain": 1, "proportional": 2}
-"""How the language model attends to kept tokens, and the format version that came with it."""
+ATTENTION = ("plain", "proportional")
+"""How the language model attends to kept tokens."""
+COUNTS = 2
+"""The format version that came with proportional attention."""
 EARLY = 3
 """The format version that came with a first selection inside the vision tower."""
 OPTIMIZE = ("ort",)
@@ -90,29 +90,6 @@ class FileSpec:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """What the selection inside the graph was built for.
-
-    `num_tokens` is N, None where it varies by image; `max_tokens` is then the largest there is. `share` is the part
-    of an image's tokens that was asked for in place of a number, and K what it comes to for the largest image.
-    A manifest without `form` is an old one: quadratic.
-    """
-
-    k: int
-    num_tokens: int | None
-    alpha: float
-    scale: str
-    body: str
-    max_tokens: int | None = None
-    share: float | None = None
-    form: str = "quadratic"
-
-    def budget(self, num_tokens: int) -> int:
-        """How many tokens of an image with `num_tokens` are kept: K, or fewer if a share of them is fewer."""
-        return self.k if self.share is None else min(self.k, share_of(self.share, num_tokens))
-
-
-@dataclass(frozen=True)
 class Early:
     """A first selection inside the vision tower: after `layer` blocks `tokens` of `of` go on, of an image or tile."""
 
@@ -153,9 +130,8 @@ class EngineSet:
 class Manifest:
     """The contents of `resprune.json`; `files` has every file of the bundle but the manifest itself.
 
-    `optimize` "ort" means a decoder for ONNX Runtime alone; `attention` "proportional" a selection that counts the
-    tokens each kept one stands for, and a decoder that takes the counts in its mask. `early` None: the vision tower
-    sees every token to its end.
+    `optimize` "ort" means a decoder for ONNX Runtime alone; `early` None that the vision tower sees every token to
+    its end.
     """
 
     format_version: int
@@ -173,7 +149,6 @@ class Manifest:
     parity: dict[str, Any]
     created: str
     optimize: str | None = None
-    attention: str = "plain"
     early: Early | None = None
     engines: dict[str, EngineSet] = field(default_factory=dict)
 
@@ -182,9 +157,18 @@ class Manifest:
         """Whether it can answer by itself: an export --without-decoder left that to something else."""
         return DECODER in self.graphs
 
+    @property
+    def attention(self) -> str:
+        """How the language model attends: "proportional" if the selection counts, else "plain"."""
+        return "proportional" if self.selection.counts else "plain"
+
     def to_json(self) -> str:
         """Text of `resprune.json`; raises `ValueError` for a number JSON has no way to write (NaN)."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        table = dataclasses.asdict(self)
+        del table["selection"]["counts"]
+        last = {key: table.pop(key) for key in ("early", "engines")}
+        table |= {"attention": self.attention} | last
+        return json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @staticmethod
     def from_json(text: str | bytes) -> "Manifest":
@@ -218,12 +202,13 @@ class Manifest:
                         f"{where}.profiles", "sizes of the axes of its graph's inputs", engine.profiles
                     )
         revision = top.get("revision")
+        attention = _choice(top, "attention", ATTENTION) if "attention" in top else "plain"
         return Manifest(
             format_version=version,
             family=_field(top, "family", str),
             model=_field(top, "model", str),
             revision=None if revision is None else _field(top, "revision", str),
-            selection=_selection(_field(top, "selection", dict)),
+            selection=_selection(_field(top, "selection", dict), attention),
             positions=_choice(top, "positions", POSITIONS),
             image_token_id=_whole(top, "image_token_id", least=0, most=MAX_ID),
             context_length=_whole(top, "context_length", least=1),
@@ -236,7 +221,6 @@ class Manifest:
             parity=_field(top, "parity", dict),
             created=_field(top, "created", str),
             optimize=None if top.get("optimize") is None else _choice(top, "optimize", OPTIMIZE),
-            attention=_choice(top, "attention", ATTENTION) if "attention" in top else "plain",
             early=None if top.get("early") is None else _early(_field(top, "early", dict)),
             engines=engines,
         )
@@ -250,11 +234,6 @@ def axis_size(axis: int | str, sizes: Mapping[str, int]) -> int:
 def axis_names(axis: int | str) -> list[str]:
     """The names an axis is made of: none of a number, several of a sum."""
     return [] if isinstance(axis, int) else [name.strip() for name in axis.split("+")]
-
-
-def share_of(share: float, num_tokens: int) -> int:
-    """A share of an image's tokens, rounded up; not by the rounding errors of a decimal fraction, though."""
-    return max(1, math.ceil(round(share * num_tokens, 6)))
 
 
 def safe_name(name: str) -> str:
@@ -314,7 +293,7 @@ def _depth(value: object) -> int:
     return depth
 
 
-def _selection(table: dict[str, Any]) -> Selection:
+def _selection(table: dict[str, Any], attention: str) -> Selection:
     where = "selection."
     k = _whole(table, "k", where, least=1, most=MAX_TOKENS)
     num_tokens, max_tokens = (
@@ -338,7 +317,10 @@ def _selection(table: dict[str, Any]) -> Selection:
         body=_choice(table, "body", BODIES, where),
         max_tokens=max_tokens,
         share=share,
-        form=_choice(table, "form", FORMS, where) if "form" in table else "quadratic",
+        form=_choice(table, "form", FORMS, where)
+        if "form" in table
+        else "quadratic",  # which old ones do not name
+        counts=attention == "proportional",
     )
 
 

@@ -19,6 +19,7 @@ from resprune.exporter.tensorrt import engines
 from resprune.exporter.tensorrt.engines import build
 from resprune.exporter.tensorrt.profiles import Limits, profiles
 from resprune.graphs import token_select_model
+from resprune.method import Selection
 from resprune.runtime.bundle.files import Bundle, describe_file, read_bundle, write_manifest
 from resprune.runtime.bundle.manifest import DECODER, MANIFEST_NAME, Manifest
 from resprune.runtime.cli import main
@@ -91,7 +92,7 @@ def test_the_demo_bundle(demo_bundle: Path, tmp_path: Path) -> None:
 
 def test_the_unrolled_selection(tiny: Path) -> None:
     spec = read_bundle(tiny).manifest.graphs["token_select"]
-    onnx.save(token_select_model(7, alpha=1.0, scale="minmax", body="unrolled"), tiny / spec.file)
+    onnx.save(token_select_model(Selection(k=7, body="unrolled")), tiny / spec.file)
     describe_again(tiny, spec.file)
     check(tiny, "sm_120")
     layers = (tiny / "engines/tensorrt-rtx-sm_120/token_select.layers.txt").read_text()

@@ -15,9 +15,9 @@ from resprune.exporter.checkpoint.weightless import fake_mode
 from resprune.exporter.export import Options, export
 from resprune.exporter.families import qwen2_vl as qwen2_5_vl
 from resprune.exporter.trace import precision
+from resprune.method import share_of
 from resprune.runtime.backends.onnxruntime import OrtSequence
 from resprune.runtime.bundle.files import read_bundle
-from resprune.runtime.bundle.manifest import share_of
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline

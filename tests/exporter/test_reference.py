@@ -14,15 +14,7 @@ from resprune.exporter.verify.reference import (
     residual_select,
     text_gain,
 )
-from resprune.graphs import functions
-from resprune.runtime.bundle import manifest
 from tests.vectors import CASES
-
-
-@pytest.mark.parametrize("names", ["SCALES", "BODIES", "FORMS"])
-def test_the_rooms_mean_the_same_names(names):
-    """The graphs and the runtime, which may not import each other."""
-    assert getattr(functions, names) == getattr(manifest, names)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

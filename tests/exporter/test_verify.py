@@ -28,7 +28,7 @@ from resprune.exporter.verify.difference import (
 )
 from resprune.exporter.verify.reference import keep, kept_counts
 from resprune.exporter.verify.verifier import SEEDS, Verifier
-from resprune.runtime.bundle.manifest import Selection
+from resprune.method import Selection
 from resprune.runtime.bundle.precisions import TABLE, parse_dtype
 
 FP32, TEXT = parse_dtype("fp32"), torch.arange(30)
@@ -98,7 +98,7 @@ def test_what_is_prepared_is_not_computed_again(
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
     components = split_model(checkpoint, torch.float32, mode)
     verifier = Verifier(components, find_weights(checkpoint, components.model), FP32, TEXT, "layers")
-    selection = Selection(5, 16, 1.0, "minmax", "loop")
+    selection = Selection(k=5, num_tokens=16)
     verifier.prepare(selection)
     monkeypatch.delattr(question, "residual_select")
     for name in ("reference_of", "blank"):
@@ -122,7 +122,7 @@ def test_another_picture_is_tried_before_picks_and_counts_count_as_wrong(
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
     components = proportional(split_model(checkpoint, torch.float32, mode))
     verifier = Verifier(components, find_weights(checkpoint, components.model), FP32, TEXT)
-    selection = Selection(5, 16, 1.0, "minmax", "loop")
+    selection = Selection(k=5, num_tokens=16)
     runs: list[Path] = []
 
     def run(graph: Path, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -14,15 +14,13 @@ from onnx.inliner import inline_local_functions
 from resprune.exporter.verify.reference import picks_within_rounding, residual_select
 from resprune.graphs import choose_form, token_select_model
 from resprune.graphs.functions import GRAM_BYTES, SEGMENT
-
-FORMS = ("quadratic", "linear")
-BODIES = ("loop", "unrolled")
+from resprune.method import FORMS, Selection
 
 
 @functools.cache
 def selector(k, form, body="loop"):
     """A session whose gain is 1, one thread: the sums of a product must not depend on how many there are."""
-    model = token_select_model(k, alpha=0.0, scale="minmax", form=form, body=body)
+    model = token_select_model(Selection(k=k, alpha=0.0, form=form, body=body))
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -109,9 +107,7 @@ def test_fewer_tokens_than_k_are_all_kept(form, count):
 
 @pytest.mark.parametrize(("form", "squares"), [("quadratic", True), ("linear", False)])
 def test_the_linear_form_has_no_matrix_of_all_pairs(form, squares):
-    model = inline_local_functions(
-        token_select_model(4, alpha=0.0, scale="minmax", form=form, body="unrolled")
-    )
+    model = inline_local_functions(token_select_model(Selection(k=4, alpha=0.0, form=form, body="unrolled")))
     sizes = {"batch_size": 1, "num_tokens": 50, "hidden_size": 8, "text_tokens": 3}
     for value in model.graph.input:
         for axis in value.type.tensor_type.shape.dim:

@@ -1,5 +1,7 @@
 """The ops' function bodies in ONNX Runtime, against the float64 cases and the PyTorch reference."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -16,10 +18,8 @@ from resprune.exporter.verify.reference import (
     text_gain,
 )
 from resprune.graphs import attach_selection, token_select_model
+from resprune.method import BODIES, FORMS, Selection
 from tests.vectors import CASES
-
-BODIES = ("loop", "unrolled")
-FORMS = ("quadratic", "linear")
 
 
 def run(model, visual, text, text_mask, token_mask, outputs=None, **more):
@@ -33,7 +33,7 @@ def run(model, visual, text, text_mask, token_mask, outputs=None, **more):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_vectors(case, form, body):
-    model = token_select_model(case.k, alpha=case.alpha, scale=case.scale, body=body, form=form)
+    model = token_select_model(replace(case.selection, body=body, form=form))
     out = run(model, *case.inputs())
     expected = case.arrays["pick_order"]
     np.testing.assert_array_equal(out["pick_order"][0], expected)
@@ -46,7 +46,7 @@ def test_vectors(case, form, body):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_gain_of_vectors(case):
-    model = token_select_model(case.k, alpha=case.alpha, scale=case.scale)
+    model = token_select_model(case.selection)
     node = next(node for node in model.graph.node if node.op_type == "TextGain")
     model.graph.output.append(helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None))
     out = run(model, *case.inputs())
@@ -56,7 +56,7 @@ def test_gain_of_vectors(case):
 
 @pytest.mark.parametrize("body", BODIES)
 def test_the_file_is_a_valid_model_with_one_node_of_each_op(body):
-    model = token_select_model(5, alpha=1.0, scale="minmax", body=body)
+    model = token_select_model(Selection(k=5, body=body))
     onnx.checker.check_model(model, full_check=True)
     ours = [node for node in model.graph.node if node.domain == "resprune"]
     assert [node.op_type for node in ours] == ["TextGain", "ResidualSelect"]
@@ -78,7 +78,7 @@ def test_half_precision_input_is_computed_in_float32(dtype):
     expected = residual_select(
         visual, text_gain(visual, text, text_mask, token_mask, alpha=1.0, scale="minmax"), case.k, token_mask
     )
-    model = token_select_model(case.k, alpha=1.0, scale="minmax", dtype=dtype)
+    model = token_select_model(Selection(k=case.k), dtype=dtype)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
     def value(tensor):
@@ -112,7 +112,7 @@ def test_batch_with_masks_matches_the_reference(form, body):
     picks = residual_select(visual, gain, 12, token_mask)
     rows, indices = keep(visual, picks)
     out = run(
-        token_select_model(12, alpha=2.0, scale="shifted", body=body, form=form),
+        token_select_model(Selection(k=12, alpha=2.0, scale="shifted", body=body, form=form)),
         *(tensor.numpy() for tensor in (visual, text, text_mask, token_mask)),
     )
     np.testing.assert_array_equal(out["pick_order"], picks.numpy())
@@ -123,7 +123,7 @@ def test_batch_with_masks_matches_the_reference(form, body):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_counts_of_vectors(case):
     """Duplicates, zero rows, padding and fewer tokens than k among them; for every number of picks kept."""
-    model = token_select_model(case.k, alpha=case.alpha, scale=case.scale, counts=True)
+    model = token_select_model(replace(case.selection, counts=True))
     visual, _, _, token_mask = map(torch.from_numpy, case.inputs())
     order = torch.from_numpy(case.arrays["pick_order"])[None]
     for num_kept in (1, case.k // 2 + 1, case.k):
@@ -145,12 +145,12 @@ def test_counts_of_a_batch_that_keeps_different_numbers():
     token_mask[2, ::3] = False
     text, text_mask = torch.randn(3, 2, 16, generator=generator), torch.ones(3, 2, dtype=torch.bool)
     inputs = [tensor.numpy() for tensor in (visual, text, text_mask, token_mask)]
-    model = token_select_model(12, alpha=1.0, scale="minmax", body="unrolled", counts=True)
+    model = token_select_model(Selection(k=12, body="unrolled", counts=True))
     onnx.checker.check_model(model, full_check=True)
     assert [function.name for function in model.functions][-1] == "KeptCounts"
     num_kept = np.array([3, 12, 7])
     out = run(model, *inputs, num_kept=num_kept)
-    plain = run(token_select_model(12, alpha=1.0, scale="minmax", body="unrolled"), *inputs)
+    plain = run(token_select_model(Selection(k=12, body="unrolled")), *inputs)
     for name, array in plain.items():
         np.testing.assert_array_equal(out[name], array)
     for row, count in enumerate(num_kept):
@@ -168,7 +168,7 @@ def test_planes_are_gathered_by_the_same_indices(counts):
     token_mask = torch.ones(2, 30, dtype=torch.bool)
     token_mask[1, 4:] = False  # fewer than k
     text, text_mask = torch.randn(2, 2, 16, generator=generator), torch.ones(2, 2, dtype=torch.bool)
-    model = token_select_model(7, alpha=1.0, scale="minmax", counts=counts, planes=2)
+    model = token_select_model(Selection(k=7, counts=counts), planes=2)
     onnx.checker.check_model(model, full_check=True)
     more = {f"plane_features.{index}": plane.numpy() for index, plane in enumerate(planes)}
     more |= {"num_kept": np.array([7, 7])} if counts else {}
@@ -178,7 +178,7 @@ def test_planes_are_gathered_by_the_same_indices(counts):
         rows, _ = keep(plane, torch.from_numpy(out["pick_order"]))
         np.testing.assert_array_equal(out[f"kept_planes.{index}"], rows.numpy())
     del more["plane_features.0"], more["plane_features.1"]
-    plain = run(token_select_model(7, alpha=1.0, scale="minmax", counts=counts), *inputs, **more)
+    plain = run(token_select_model(Selection(k=7, counts=counts)), *inputs, **more)
     for name, array in plain.items():
         np.testing.assert_array_equal(out[name], array)
 
@@ -205,7 +205,7 @@ def test_protected_rows_are_kept_before_all_others(form, body):
     assert expected[2].tolist() == list(range(0, 30, 4))
     assert expected[3].tolist() == list(range(0, 16, 2))
     assert sorted(expected[4].tolist()) == [-1, -1, -1, 0, 1, 2, 3, 4]
-    model = token_select_model(8, alpha=1.0, scale="minmax", body=body, form=form, protected=True)
+    model = token_select_model(Selection(k=8, body=body, form=form), protected=True)
     onnx.checker.check_model(model, full_check=True)
     inputs = [tensor.numpy() for tensor in (visual, text, text_mask, token_mask)]
     out = run(model, *inputs, protected_mask=protected.numpy())
@@ -218,7 +218,7 @@ def test_protected_rows_are_kept_before_all_others(form, body):
     for row, count in enumerate(counts):
         assert after[row].tolist() == [*greedy[row, : 8 - count].tolist(), *[-1] * int(count)]
     none = run(model, *inputs, protected_mask=np.zeros_like(protected.numpy()))
-    plain = run(token_select_model(8, alpha=1.0, scale="minmax", body=body, form=form), *inputs)
+    plain = run(token_select_model(Selection(k=8, body=body, form=form)), *inputs)
     for name, array in plain.items():
         np.testing.assert_array_equal(none[name], array)
 
@@ -239,7 +239,7 @@ def encoder(batch="batch_size", tokens=9, dim=4):
 @pytest.mark.parametrize("counts", [False, True])
 def test_attached_selection_equals_encoder_then_selector(counts):
     model, weight = encoder()
-    fused = attach_selection(model, 4, alpha=1.0, scale="minmax", counts=counts)
+    fused = attach_selection(model, Selection(k=4, counts=counts))
     onnx.checker.check_model(fused, full_check=True)
     inputs, outputs = ["text_embeds", "text_mask"], ["image_features", "kept_indices", "pick_order"]
     assert [i.name for i in fused.graph.input] == ["pixel_values", *inputs, *["num_kept"] * counts]
@@ -253,7 +253,7 @@ def test_attached_selection_equals_encoder_then_selector(counts):
         None, {"pixel_values": pixels, "text_embeds": text, "text_mask": text_mask, **more}
     )
     apart = run(
-        token_select_model(4, alpha=1.0, scale="minmax", counts=counts),
+        token_select_model(Selection(k=4, counts=counts)),
         pixels @ weight,
         text,
         text_mask,
@@ -273,11 +273,11 @@ def test_tokens_that_the_encoder_names_padding_are_not_candidates():
     plain.graph.input.append(
         helper.make_tensor_value_info("pack_indices", TensorProto.INT64, ["batch_size", "num_tokens"])
     )
-    fused = attach_selection(plain, 6, alpha=1.0, scale="minmax", padding="pack_indices")
+    fused = attach_selection(plain, Selection(k=6), padding="pack_indices")
     onnx.checker.check_model(fused, full_check=True)
     rng = np.random.default_rng(2)
     text, text_mask = rng.standard_normal((2, 2, 4)).astype(np.float32), np.ones((2, 2), bool)
-    selector = token_select_model(6, alpha=1.0, scale="minmax")
+    selector = token_select_model(Selection(k=6))
     session = ort.InferenceSession(fused.SerializeToString(), providers=["CPUExecutionProvider"])
     for tokens, longest in ((9, 7), (5, 4), (1, 1)):
         pixels = rng.standard_normal((2, tokens, 3)).astype(np.float32)
@@ -295,16 +295,11 @@ def test_tokens_that_the_encoder_names_padding_are_not_candidates():
 
 def test_arguments_out_of_range_are_refused():
     with pytest.raises(ValueError, match="no input pack_indices"):
-        attach_selection(encoder()[0], 4, alpha=1.0, scale="minmax", padding="pack_indices")
+        attach_selection(encoder()[0], Selection(k=4), padding="pack_indices")
     with pytest.raises(ValueError, match="at most the encoder's 9"):
-        attach_selection(encoder()[0], 10, alpha=1.0, scale="minmax")
-    for wrong in (
-        {"k": 0},
-        {"alpha": -1.0},
-        {"scale": "soft"},
-        {"body": "while"},
-        {"form": "cubic"},
-        {"dtype": "int8"},
-    ):
+        attach_selection(encoder()[0], Selection(k=10))
+    for wrong in ({"k": 0}, {"alpha": -1.0}, {"scale": "soft"}, {"body": "while"}, {"form": "cubic"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            token_select_model(**{"k": 4, "alpha": 1.0, "scale": "minmax", **wrong})
+            Selection(**{"k": 4, **wrong})
+    with pytest.raises(ValueError, match="dtype"):
+        token_select_model(Selection(k=4), dtype="int8")

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from resprune.method import Selection
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import (
     EngineSet,
@@ -11,7 +12,6 @@ from resprune.runtime.bundle.manifest import (
     FileSpec,
     GraphSpec,
     Manifest,
-    Selection,
     TensorSpec,
 )
 from resprune.runtime.errors import ResPruneError
@@ -21,7 +21,7 @@ MANIFEST = Manifest(
     family="llava",
     model="demo",
     revision=None,
-    selection=Selection(k=16, num_tokens=144, alpha=1.0, scale="minmax", body="loop", form="linear"),
+    selection=Selection(k=16, num_tokens=144, form="linear"),
     positions="contiguous",
     image_token_id=7,
     context_length=512,
@@ -75,7 +75,7 @@ def bundle_of_files(root: Path, files: Mapping[str, str], *, image_token_id: int
         family="llava",
         model="made-by-hand",
         revision=None,
-        selection=Selection(k=4, num_tokens=9, alpha=1.0, scale="minmax", body="loop"),
+        selection=Selection(k=4, num_tokens=9),
         positions="contiguous",
         image_token_id=image_token_id,
         context_length=4096,

@@ -6,15 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resprune.method import Selection, share_of
 from resprune.runtime.bundle.manifest import (
     MANIFEST_NAME,
     Early,
     FileSpec,
     GraphSpec,
     Manifest,
-    Selection,
     TensorSpec,
-    share_of,
 )
 from resprune.runtime.errors import ResPruneError
 from tests.runtime import bundles
@@ -275,8 +274,19 @@ def test_a_manifest_that_names_no_attention_has_the_plain_one() -> None:
     assert Manifest.from_json(json.dumps(top)).attention == "plain"
 
 
+def test_the_keys_are_written_as_they_have_always_been() -> None:
+    """Counts are not among the selection's: `attention` says them."""
+    counting = dataclasses.replace(MANIFEST.selection, counts=True)
+    written = json.loads(dataclasses.replace(MANIFEST, selection=counting).to_json())
+    assert written["attention"] == "proportional"
+    assert list(written)[-4:] == ["optimize", "attention", "early", "engines"]
+    keys = ["k", "num_tokens", "alpha", "scale", "body", "max_tokens", "share", "form"]
+    assert list(written["selection"]) == keys
+    assert Manifest.from_json(json.dumps(written)).selection == counting
+
+
 def test_a_budget_is_the_share_of_the_picture_and_at_most_k() -> None:
-    by_number = Selection(k=16, num_tokens=None, alpha=1.0, scale="minmax", body="loop", max_tokens=144)
+    by_number = Selection(k=16, max_tokens=144)
     by_share = dataclasses.replace(by_number, share=0.11)
     assert [by_number.budget(tokens) for tokens in (8, 100, 144)] == [16, 16, 16]
     assert [by_share.budget(tokens) for tokens in (8, 100, 144, 10_000)] == [1, 11, 16, 16]

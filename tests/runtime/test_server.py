@@ -5,6 +5,7 @@ import io
 import json
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from resprune import Pipeline, ResPruneError
 from resprune.runtime.backends.servers import APIS, KEY_VARIABLE, server
+from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.options import SERVER_FORMATS
 from resprune.runtime.prompt.splice import Floats
@@ -280,7 +282,8 @@ def test_a_server_that_would_get_positions_wrong_is_refused(
         Pipeline.load(bundle, generator=server(nowhere, api="sglang"))
     with pytest.raises(ResPruneError, match="exported with --positions original; export it again"):
         Pipeline.load(with_manifest(bundle, tmp_path, positions="original"), generator=server(nowhere))
-    weighing = with_manifest(bundle, tmp_path / "weighing", attention="proportional")
+    counting = replace(read_bundle(bundle).manifest.selection, counts=True)
+    weighing = with_manifest(bundle, tmp_path / "weighing", selection=counting)
     with pytest.raises(ResPruneError, match=r"vLLM attends to every row alike, .* with --attention plain"):
         Pipeline.load(weighing, generator=server(nowhere))
     with (

@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from resprune import Pipeline, ResPruneError
 from resprune.runtime.backends.backend import BackendFactory
 from resprune.runtime.backends.tensorrt_llm import PyTorchBackend, Rotary, engine_backend, pytorch_backend
-from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.bundle.files import Bundle, read_bundle
 from tests.runtime.bundles import bundle_of_files
 from tests.runtime.fake_tensorrt_llm import install
 from tests.runtime.test_pipeline import QUESTION, picture, with_manifest
@@ -154,7 +154,8 @@ def test_wrong_positions_and_a_missing_package_are_one_sentence(
     for backend in BACKENDS.values():
         with pytest.raises(ResPruneError, match="exported with --positions original; export it again"):
             Pipeline.load(original, generator=backend("model"))
-    weighing = with_manifest(bundle, tmp_path / "weighing", attention="proportional")
+    counting = replace(read_bundle(bundle).manifest.selection, counts=True)
+    weighing = with_manifest(bundle, tmp_path / "weighing", selection=counting)
     for backend in BACKENDS.values():
         with pytest.raises(ResPruneError, match="TensorRT-LLM attends to every row alike"):
             Pipeline.load(weighing, generator=backend("model"))

@@ -12,6 +12,7 @@ from resprune.graphs import token_select_model
 from resprune.graphs.kernels.compiled import SHARED_MEMORY
 from resprune.graphs.kernels.selection import scratch_words
 from resprune.graphs.kernels.tensorrt_plugin import for_plugin, register
+from resprune.method import Selection
 from tests.graphs.kernels.build_plugin import HIDDEN, PROCESSORS, SIZES, K
 from tests.graphs.kernels.interpreted import shapes_of, together
 from tests.graphs.kernels.test_residual_select import features, gains
@@ -78,7 +79,7 @@ def test_a_launch_with_just_these_arguments_picks_what_the_reference_picks(plugi
 
 
 def test_nodes_for_the_plugin_have_its_outputs_and_no_function():
-    model = token_select_model(5, alpha=1.0, scale="minmax")
+    model = token_select_model(Selection(k=5))
     changed = for_plugin(model)
     node = next(node for node in changed.graph.node if node.op_type == "ResidualSelect")
     assert len(node.output) == 2
