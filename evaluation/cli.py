@@ -26,19 +26,12 @@ def register_eval(subparsers: Any) -> None:
         help="measure what pruning costs: exact match against K",
         description="Ask a model questions with known answers, with K of N visual tokens chosen in several ways.",
     )
-    parser.add_argument(
-        "model",
-        metavar="BUNDLE_OR_MODEL",
-        help="a bundle exported with --split, or what resprune export takes, which then runs in PyTorch",
-    )
+    add_model(parser)
     parser.add_argument(
         "--data",
         required=True,
         metavar="NAMES",
         help="easyvqa, scenes, crowd, or files of JSON Lines with image, question and answer (or answers), by commas",
-    )
-    parser.add_argument(
-        "-k", required=True, metavar="LIST", help="budgets by commas: numbers, shares like 11%%, and all"
     )
     parser.add_argument(
         "--selectors",
@@ -58,12 +51,6 @@ def register_eval(subparsers: Any) -> None:
         "--limit", type=int, metavar="N", help="questions of each data set, evenly spread (default: all)"
     )
     parser.add_argument(
-        "--positions", choices=POSITIONS, help="position ids of the pruned prompt (default: the model's own)"
-    )
-    parser.add_argument(
-        "--attention", choices=ATTENTION, help="how kept tokens count (default: the model's own)"
-    )
-    parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the first random draw (default: 0)"
     )
     parser.add_argument(
@@ -79,12 +66,30 @@ def register_eval(subparsers: Any) -> None:
         metavar="N",
         help="of ONNX Runtime or PyTorch (default: one a physical core)",
     )
+    parser.set_defaults(run=run_eval)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add what is evaluated, and how: BUNDLE_OR_MODEL, -k, --positions, --attention and --device."""
+    parser.add_argument(
+        "model",
+        metavar="BUNDLE_OR_MODEL",
+        help="a bundle exported with --split, or what resprune export takes, which then runs in PyTorch",
+    )
+    parser.add_argument(
+        "-k", required=True, metavar="LIST", help="budgets by commas: numbers, shares like 11%%, and all"
+    )
+    parser.add_argument(
+        "--positions", choices=POSITIONS, help="position ids of the pruned prompt (default: the model's own)"
+    )
+    parser.add_argument(
+        "--attention", choices=ATTENTION, help="how kept tokens count (default: the model's own)"
+    )
     parser.add_argument(
         "--device",
         default="cpu",
         help="of a checkpoint in PyTorch; a bundle runs on the CPU (default: %(default)s)",
     )
-    parser.set_defaults(run=run_eval)
 
 
 def run_eval(arguments: argparse.Namespace) -> int:

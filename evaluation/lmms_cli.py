@@ -11,10 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resprune.evaluation.cli import read_budgets, require_bundle_or_model, words
+from resprune.evaluation.cli import add_model, read_budgets, require_bundle_or_model, words
 from resprune.exporter.cli import POSIX
 from resprune.runtime.budget import Budget
-from resprune.runtime.bundle.manifest import ATTENTION, POSITIONS
 from resprune.runtime.bundle.whole import write_whole
 from resprune.runtime.errors import ResPruneError, one_line, require_packages
 
@@ -34,11 +33,7 @@ def register_lmms(subparsers: Any) -> None:
         help="run published benchmarks through lmms-eval",
         description="Answer the questions of lmms-eval's tasks with K visual tokens of each image.",
     )
-    parser.add_argument(
-        "model",
-        metavar="BUNDLE_OR_MODEL",
-        help="a bundle exported with --split, or what resprune export takes, which then runs in PyTorch",
-    )
+    add_model(parser)
     parser.add_argument(
         "--tasks",
         required=True,
@@ -46,22 +41,8 @@ def register_lmms(subparsers: Any) -> None:
         help="by commas: names of lmms-eval's tasks, files of tasks in its format (.yaml), and resprune_scenes, "
         "resprune_crowd, resprune_easyvqa, which need no network",
     )
-    parser.add_argument(
-        "-k", required=True, metavar="LIST", help="budgets by commas: numbers, shares like 11%%, and all"
-    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIRECTORY", help="where the results go")
     parser.add_argument("--limit", type=int, metavar="N", help="questions of each task (default: all)")
-    parser.add_argument(
-        "--positions", choices=POSITIONS, help="position ids of the pruned prompt (default: the model's own)"
-    )
-    parser.add_argument(
-        "--attention", choices=ATTENTION, help="how kept tokens count (default: the model's own)"
-    )
-    parser.add_argument(
-        "--device",
-        default="cpu",
-        help="of a checkpoint in PyTorch; a bundle runs on the CPU (default: %(default)s)",
-    )
     parser.set_defaults(run=run_lmms)
 
 

@@ -8,8 +8,7 @@ a key in every later block (proportional attention, arXiv 2210.09461). A class t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from resprune.exporter.components import Component, Tower
 from resprune.exporter.families.tiles import PackedTiles
 from resprune.exporter.trace.tracer import OPSET
-from resprune.exporter.verify.early import early_reference
+from resprune.exporter.verify.early import early_reference, selecting
 from resprune.graphs import choose_form
 from resprune.graphs.functions import (
     DOMAIN,
@@ -143,19 +142,16 @@ class _Rows(nn.Module):
         self.early = early
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        found: list[Tensor] = []
+        picks: list[Tensor] = []
 
-        def select(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            hidden, bias, kept = self._select(args[0])
-            found.extend((bias, kept))
+        def select(hidden: Tensor) -> tuple[Tensor, Tensor]:
+            hidden, bias, kept = self._select(hidden)
+            picks.append(kept)
             return hidden, bias
 
-        def weigh(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return args[0], found[0]
-
-        with called_before(self.blocks, self.early.layer, select, weigh):
+        with selecting(self.blocks, self.early.layer, select):
             (rows,) = self.rows(pixel_values)
-        return rows, found[1]
+        return rows, picks[0]
 
     def _select(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [T, S, H] → those that go on, what is added to their scores as keys, and the tokens kept."""
@@ -247,15 +243,3 @@ def _table(rows: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
     dropped = torch.full_like(places[:, :1], tiles * length).expand(-1, count)
     slots = dropped.scatter(1, kept, places[:, leading:])
     return table, torch.cat([places[:, :leading], slots], dim=1)
-
-
-@contextmanager
-def called_before(
-    blocks: Sequence[nn.Module], layer: int, select: Callable[..., Any], weigh: Callable[..., Any]
-) -> Iterator[None]:
-    """While it lasts, `select` gets and gives the arguments of block `layer`, `weigh` those of every later one."""
-    with ExitStack() as stack:
-        for index, block in enumerate(blocks[layer:]):
-            handle = block.register_forward_pre_hook(weigh if index else select)
-            stack.callback(handle.remove)
-        yield

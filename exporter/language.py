@@ -323,20 +323,35 @@ def decode(
     """
     inputs_embeds, attention_mask, position_ids, *rest = inputs
     planes, numbers, past = rows.parts(tuple(rest))
-    language_model = model.get_decoder()
-    cache = DynamicCache()
-    for layer in range(len(past) // 2):
-        cache.update(past[2 * layer].float(), past[2 * layer + 1].float(), layer)
-    given: Any = attention_mask
+    cache = read_past(past)
+    further = {}
     if masks is not None:
-        given = masks(inputs_embeds, attention_mask, position_ids, numbers, cache)
-    with rows.added(language_model, planes):
-        hidden = language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=given,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            **position_bias(language_model, attention_mask),
-        ).last_hidden_state
+        further["attention_mask"] = masks(inputs_embeds, attention_mask, position_ids, numbers, cache)
+    with rows.added(model.get_decoder(), planes):
+        return called(model, inputs, cache, **further)
+
+
+def read_past(past: Sequence[Tensor]) -> DynamicCache:
+    """A cache in float32 of keys and values in turn, layer by layer."""
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(zip(past[::2], past[1::2], strict=True)):
+        cache.update(keys.float(), values.float(), layer)
+    return cache
+
+
+def called(model: Any, inputs: tuple[Tensor, ...], cache: DynamicCache, **further: Any) -> tuple[Tensor, ...]:
+    """The decoder graph's outputs by the Hugging Face model, of whose inputs the first three are taken.
+
+    `further` is what its language model is given besides, or in place of them.
+    """
+    inputs_embeds, attention_mask, position_ids = inputs[:3]
+    language_model = model.get_decoder()
+    given = {
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        **position_bias(language_model, attention_mask),
+        **further,
+    }
+    hidden = language_model(past_key_values=cache, use_cache=True, **given).last_hidden_state
     return (model.lm_head(hidden[:, -1:]), *present(cache))

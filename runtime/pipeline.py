@@ -16,7 +16,7 @@ import numpy as np
 
 from resprune.runtime.answer import Answer, Batch, Row
 from resprune.runtime.arguments import choice, flag, instance, items, whole
-from resprune.runtime.backends.backend import BackendFactory, Request
+from resprune.runtime.backends.backend import BackendFactory, Request, closed_early
 from resprune.runtime.backends.onnxruntime import onnxruntime_backend
 from resprune.runtime.backends.providers import CPU
 from resprune.runtime.backends.session import GraphRunner, OrtGraphs, SessionOptions
@@ -249,9 +249,7 @@ class Pipeline:
 
     def _require_open_to_read(self) -> None:
         if self._closed:
-            raise ResPruneError(
-                "the pipeline was closed before this answer was read to its end; read it before that"
-            )
+            raise closed_early()
 
     @np.errstate(
         all="ignore"

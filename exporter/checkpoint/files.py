@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
+from resprune.runtime.bundle.strict_json import strict_json
 from resprune.runtime.errors import ResPruneError, one_line
 
 MAX_BYTES = 64 << 20
@@ -25,13 +24,11 @@ def read_json(path: Path) -> dict[str, Any]:
             "without one"
         )
     try:
-        value = json.loads(raw.decode("utf-8"), parse_float=_finite, parse_constant=_finite)
-        if not isinstance(value, dict):
-            raise ResPruneError(f"{path} should hold a JSON object; download it again")
-        if _depth(value) > MAX_DEPTH:
-            raise RecursionError(f"it is nested more than {MAX_DEPTH} deep")
-    except (ValueError, RecursionError) as error:
+        value = strict_json(raw, MAX_DEPTH)
+    except ValueError as error:
         raise ResPruneError(f"{path} is not valid JSON ({one_line(error)}); download it again") from None
+    if not isinstance(value, dict):
+        raise ResPruneError(f"{path} should hold a JSON object; download it again")
     return value
 
 
@@ -51,25 +48,3 @@ def refuse_pointer(path: Path) -> None:
             raise ResPruneError(
                 f"{path} is a Git LFS pointer and not the file itself; run `git lfs pull` in {path.parent}"
             )
-
-
-def _finite(literal: str) -> float:
-    value = float(literal)
-    if not math.isfinite(value):
-        raise ValueError(f"{literal[:40]} is no finite number")
-    return value
-
-
-def _depth(value: object) -> int:
-    """How deep lists and objects are nested, without recursion."""
-    depth, level = 0, [value]
-    while level:
-        containers = [each for each in level if isinstance(each, (dict, list))]
-        depth += bool(containers)
-        level = [
-            child
-            for each in containers
-            for child in (each.values() if isinstance(each, dict) else each)
-            if isinstance(child, (dict, list))
-        ]
-    return depth

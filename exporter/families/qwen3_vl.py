@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from resprune.exporter.checkpoint.checkpoint import Checkpoint, config_faults
 from resprune.exporter.checkpoint.side_files import image_processor_config
 from resprune.exporter.components import Component, Components, Sizes
 from resprune.exporter.families.qwen2_vl import Block, check_processor, grid_of, places_of
-from resprune.exporter.language import position_bias, present
+from resprune.exporter.language import called, read_past
 from resprune.exporter.split import assemble, read_config, weightless_model
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
@@ -130,21 +130,12 @@ def _features(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _decode(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """What the decoder graph computes, by the model's own code: planes added to every row, 0 where there is text."""
-    inputs_embeds, attention_mask, position_ids, *rest = inputs
-    count = len(model.config.vision_config.deepstack_visual_indexes)
-    planes, past = rest[:count], rest[count:]
-    cache = DynamicCache()
-    for layer in range(len(past) // 2):
-        cache.update(past[2 * layer].float(), past[2 * layer + 1].float(), layer)
-    language_model = model.model.language_model
-    hidden = language_model(
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        visual_pos_masks=torch.ones(inputs_embeds.shape[:2], dtype=torch.bool),
+    first_past = 3 + len(model.config.vision_config.deepstack_visual_indexes)
+    planes, past = inputs[3:first_past], inputs[first_past:]
+    return called(
+        model,
+        inputs,
+        read_past(past),
+        visual_pos_masks=torch.ones(inputs[0].shape[:2], dtype=torch.bool),
         deepstack_visual_embeds=[plane.flatten(0, 1) for plane in planes],
-        **position_bias(language_model, attention_mask),
-    ).last_hidden_state
-    return (model.lm_head(hidden[:, -1:]), *present(cache))
+    )

@@ -6,7 +6,7 @@ code; what the projector makes of a zero row is set to zero. Only what is left i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -40,6 +40,31 @@ def early_reference(component: Component, tower: Tower, early: Early) -> Referen
         return (*_packed(features, left, *inputs[1:]), indices)
 
     return reference
+
+
+@contextmanager
+def selecting(
+    blocks: Sequence[nn.Module], layer: int, select: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Iterator[None]:
+    """While it lasts, block `layer` is given what `select` makes of its hidden states [T, S, H].
+
+    That is the rows that go on and a bias, which every later block is given too, beside its own hidden states.
+    """
+    biases: list[Tensor] = []
+
+    def first(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, bias = select(args[0])
+        biases.append(bias)
+        return hidden, bias
+
+    def later(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args[0], biases[0]
+
+    with ExitStack() as stack:
+        for index, block in enumerate(blocks[layer:]):
+            handle = block.register_forward_pre_hook(later if index else first)
+            stack.callback(handle.remove)
+        yield
 
 
 def _left(indices: Tensor, count: int) -> Tensor:
@@ -78,20 +103,15 @@ def selected_early(
     encoder = tower.encoder
     blocks: Any = encoder.layer if hasattr(encoder, "layer") else encoder.layers
     picks: list[Tensor] = []
-    bias: list[Tensor] = []
 
-    def select(block: object, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0]
+    def select(hidden: Tensor) -> tuple[Tensor, Tensor]:
         patches = hidden[:, leading:]
         indices = early_picks(patches, early.tokens) if kept is None else kept
         counts = kept_counts(patches, indices)
         picks.append(indices)
-        bias.append(nn.functional.pad(counts.float().log(), (leading, 0))[:, None, None])
+        bias = nn.functional.pad(counts.float().log(), (leading, 0))[:, None, None]
         rows = torch.take_along_dim(patches, indices[:, :, None], dim=1)
-        return torch.cat([hidden[:, :leading], rows], dim=1), bias[0]
-
-    def weigh(block: object, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args[0], bias[0]
+        return torch.cat([hidden[:, :leading], rows], dim=1), bias
 
     def spread(hidden: Tensor | None) -> Tensor | None:
         if hidden is None or hidden.shape[1] != leading + early.tokens:
@@ -114,9 +134,7 @@ def selected_early(
         return output * left[:, :, None]
 
     with ExitStack() as stack:
-        for index, block in enumerate(blocks[early.layer :]):
-            handle = block.register_forward_pre_hook(weigh if index else select)
-            stack.callback(handle.remove)
+        stack.enter_context(selecting(blocks, early.layer, select))
         for handle in (tower.register_forward_hook(whole), projector.register_forward_hook(clear)):
             stack.callback(handle.remove)
         yield picks

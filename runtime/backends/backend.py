@@ -179,6 +179,13 @@ def expanded_ids(request: Request, row: int, image_token_id: int) -> list[int]:
     return ids
 
 
+def closed_early() -> ResPruneError:
+    """The error of an answer that is read on after its pipeline was closed."""
+    return ResPruneError(
+        "the pipeline was closed before this answer was read to its end; read it before that"
+    )
+
+
 def require_images(request: Request, title: str) -> None:
     """`ResPruneError` if a prompt has no image. `title` names the backend, which takes prompts with images only."""
     if not all(request.images):

@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from resprune.runtime.backends.backend import Backend, Embedding, EmbedTokens, Place, local_backend
+from resprune.runtime.backends.backend import (
+    Backend,
+    Embedding,
+    EmbedTokens,
+    Place,
+    closed_early,
+    local_backend,
+)
 from resprune.runtime.backends.providers import cache_device
 from resprune.runtime.backends.session import SessionOptions, graph_faults, open_session
 from resprune.runtime.bundle.files import Bundle
@@ -69,9 +76,7 @@ class OrtDecoder:
     def opened(self) -> "onnxruntime.InferenceSession":
         """The session; `ResPruneError` once it is closed."""
         if self.session is None:
-            raise ResPruneError(
-                "the pipeline was closed before this answer was read to its end; read it before that"
-            )
+            raise closed_early()
         return self.session
 
     def empty_cache(self, batch: int) -> "list[onnxruntime.OrtValue]":

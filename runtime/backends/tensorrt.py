@@ -14,7 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from resprune.runtime.backends.backend import Backend, Embedding, EmbedTokens, Place, local_backend
+from resprune.runtime.backends.backend import (
+    Backend,
+    Embedding,
+    EmbedTokens,
+    Place,
+    closed_early,
+    local_backend,
+)
 from resprune.runtime.backends.cuda import Buffer, Stream, download, gpu_at_hand, upload
 from resprune.runtime.backends.engines import choose_engines, choose_profile, tensorrt_module
 from resprune.runtime.backends.session import Array, SessionOptions
@@ -213,9 +220,7 @@ class TensorRTDecoder:
     def opened(self) -> Engine:
         """The engine; `ResPruneError` once it is closed."""
         if self._engine is None:
-            raise ResPruneError(
-                "the pipeline was closed before this answer was read to its end; read it before that"
-            )
+            raise closed_early()
         return self._engine
 
 

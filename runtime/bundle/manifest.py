@@ -6,7 +6,6 @@ Everything in a manifest is checked before it is used, for it may come from anyw
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 from resprune.method import BODIES, FORMS, SCALES, Selection
 from resprune.runtime.bundle import precisions
+from resprune.runtime.bundle.strict_json import strict_json
 from resprune.runtime.errors import ResPruneError, shown
 
 FORMAT_VERSION = 3
@@ -253,44 +253,11 @@ def safe_name(name: str) -> str:
 
 
 def _parse(text: str | bytes) -> dict[str, Any]:
-    """A JSON object without repeated keys and without NaN, infinite or overflowing numbers."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in table:
-                raise ValueError(f"the key {shown(key)} stands twice")
-            table[key] = value
-        return table
-
-    def finite(literal: str) -> float:
-        value = float(literal)
-        if not math.isfinite(value):
-            raise ValueError(f"{shown(literal)} is no finite number")
-        return value
-
     try:
-        text = text.decode("utf-8") if isinstance(text, bytes) else text
-        value = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
-    except RecursionError:
-        raise ResPruneError(f"{MANIFEST_NAME} is nested too deeply; export the bundle again") from None
+        value = strict_json(text, MAX_DEPTH, unique=True)
     except ValueError as error:
         raise ResPruneError(f"{MANIFEST_NAME} is not valid JSON ({error}); export the bundle again") from None
-    if _depth(value) > MAX_DEPTH:
-        raise ResPruneError(f"{MANIFEST_NAME} is nested too deeply; export the bundle again")
     return _expect("its content", value, dict)
-
-
-def _depth(value: object) -> int:
-    """How many objects and lists stand in each other, counted up to one more than MAX_DEPTH."""
-    level, depth = [value], 0
-    while level and depth <= MAX_DEPTH:
-        nested = [entry for entry in level if isinstance(entry, dict | list)]
-        depth += bool(nested)
-        level = [
-            inner for entry in nested for inner in (entry.values() if isinstance(entry, dict) else entry)
-        ]
-    return depth
 
 
 def _selection(table: dict[str, Any], attention: str) -> Selection:

@@ -202,14 +202,14 @@ class ImageProcessor:
         settings = DEFAULTS[kind] | dict(config)  # a null switches a step off, as it does in transformers
         llava = kind == "LlavaImageProcessor"
         if settings.get("do_pad") and settings.get("pad_size") is not None and not llava:
-            raise _fault("pad_size", settings["pad_size"])
+            raise setting_fault("pad_size", settings["pad_size"])
         pad_color, normalize = None, None
         if settings.get("do_pad") and llava:
             pad_color = tuple(int(255 * value) for value in _channels(settings, "image_mean"))
         if settings["do_normalize"]:
             normalize = (_channels(settings, "image_mean"), _channels(settings, "image_std"))
             if min(normalize[1]) <= 0:
-                raise _fault("image_std", settings["image_std"])
+                raise setting_fault("image_std", settings["image_std"])
         shortest_edge, resize_to, crop, resample = None, None, None, Image.Resampling.BICUBIC
         if settings["do_resize"]:
             square = settings.get("default_to_square", False)
@@ -218,7 +218,7 @@ class ImageProcessor:
         if settings.get("do_center_crop"):
             crop = _size(settings.get("crop_size"), "crop_size", square=True)[1]
             if crop is None:
-                raise _fault("crop_size", settings.get("crop_size"))
+                raise setting_fault("crop_size", settings.get("crop_size"))
         if crop is None and resize_to is None and not (pad_color and shortest_edge):
             raise ResPruneError(
                 "preprocessor_config.json leaves images of different sizes, and the vision graph takes one; "
@@ -337,18 +337,18 @@ def _size(value: object, key: str, *, square: bool) -> tuple[int | None, tuple[i
     if isinstance(value, int) and not isinstance(value, bool):
         side = _side(value, key)
         return (None, (side, side)) if square else (side, None)
-    raise _fault(key, value)
+    raise setting_fault(key, value)
 
 
 def _side(value: object, key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 16384:
-        raise _fault(key, value)
+        raise setting_fault(key, value)
     return value
 
 
 def _number(value: object, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
-        raise _fault(key, value)
+        raise setting_fault(key, value)
     return float(value)
 
 
@@ -363,10 +363,11 @@ def _resample(value: Any) -> Image.Resampling:
     try:
         return Image.Resampling(value)
     except (ValueError, TypeError):
-        raise _fault("resample", value) from None
+        raise setting_fault("resample", value) from None
 
 
-def _fault(key: str, value: object) -> ResPruneError:
+def setting_fault(key: str, value: object) -> ResPruneError:
+    """The error of a setting that no image processor can have."""
     return ResPruneError(
         f"{key} in preprocessor_config.json cannot be {shown(value)}; correct it in the checkpoint"
     )

@@ -16,8 +16,8 @@ from PIL import Image
 
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range
-from resprune.runtime.errors import ResPruneError, shown
-from resprune.runtime.families.image import OPENAI_CLIP, Box, ImageProcessor
+from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.image import OPENAI_CLIP, Box, ImageProcessor, setting_fault
 from resprune.runtime.families.preprocessor import Arrays, PreparedImage, image_processor_config
 
 Floats = npt.NDArray[np.float32]
@@ -90,10 +90,10 @@ class DynamicResolution:
         Raises `ResPruneError` for a value that makes no sense.
         """
         if not config.get("do_resize", True):
-            raise _fault("do_resize", False)
+            raise setting_fault("do_resize", False)
         size = config.get("size") or {}
         if not isinstance(size, Mapping):
-            raise _fault("size", size)
+            raise setting_fault("size", size)
         limits = {
             key: _first(config.get(key), size.get(edge), size.get(key), default)
             for key, (edge, default) in PIXEL_LIMITS.items()
@@ -109,7 +109,7 @@ class DynamicResolution:
         if window_patches is not None and (
             window_patches < 1 or math.isqrt(window_patches) % numbers["merge_size"]
         ):
-            raise _fault("merge_size", numbers["merge_size"])
+            raise setting_fault("merge_size", numbers["merge_size"])
         # Of the processors that resize to a given height and width; the size is set anew for each image.
         fixed = {
             "image_processor_type": "SiglipImageProcessor",
@@ -264,11 +264,5 @@ def _first(*values: Any) -> Any:
 
 def _whole(key: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 30:
-        raise _fault(key, value)
+        raise setting_fault(key, value)
     return value
-
-
-def _fault(key: str, value: object) -> ResPruneError:
-    return ResPruneError(
-        f"{key} in preprocessor_config.json cannot be {shown(value)}; correct it in the checkpoint"
-    )

@@ -72,8 +72,8 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "I8": (weight(lambda value: value.to(torch.int8)), r"is stored as I8, which is what quantizing"),
     "byte order mark": (content("config.json", lambda old: b"\xef\xbb\xbf" + old), "begins with a byte order mark"),
     "UTF-16": (content("config.json", lambda old: old.decode().encode("utf-16")), "not valid JSON .*decode"),
-    "nesting": (content("config.json", lambda old: b'{"a":' * 600 + b"1" + b"}" * 600), "nested more than"),
-    "infinity": (content("generation_config.json", lambda old: b'{"top_p": 1e999}'), "1e999 is no finite number"),
+    "nesting": (content("config.json", lambda old: b'{"a":' * 600 + b"1" + b"}" * 600), "nested too deeply"),
+    "infinity": (content("generation_config.json", lambda old: b'{"top_p": 1e999}'), "'1e999' is no finite number"),
     "digits": (content("config.json", lambda old: b'{"a": ' + b"9" * 5000 + b"}"), "is not valid JSON"),
 } | {
     f"LFS {name}": (content(name, lambda old: POINTER), f"{name} is a Git LFS pointer .*git lfs pull")
