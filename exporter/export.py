@@ -163,7 +163,9 @@ class _Export:
         if self.options.chat_template is not None:
             checkpoint = replace(checkpoint, template=read_template(self.options.chat_template))
         positions = family.policy(self.options.positions)
-        plain = "plain" if self.options.language_checkpoint or self.options.gguf else family.attention
+        plain = (
+            "plain" if self.options.language_checkpoint or self.options.gguf else family.defaults.attention
+        )
         check_side_files(checkpoint)
         mode = fake_mode()
         choice = parse_dtype(self.options.dtype)
@@ -392,7 +394,7 @@ class _Export:
         return Selection(
             k=k,
             num_tokens=components.num_tokens,
-            alpha=family.alpha if options.alpha is None else options.alpha,
+            alpha=family.defaults.alpha if options.alpha is None else options.alpha,
             scale=options.scale,
             body=options.body,
             max_tokens=components.max_tokens,

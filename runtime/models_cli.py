@@ -22,13 +22,15 @@ def register_models(subparsers: "argparse._SubParsersAction[argparse.ArgumentPar
 
 def described(family: Family) -> dict[str, Any]:
     """A row as JSON takes it."""
+    defaults = family.defaults
     return {
         "family": family.name,
         "title": family.title,
         "aliases": dict(family.aliases),
-        "positions": list(family.positions),
-        "alpha": family.alpha,
-        "attention": family.attention,
+        "positions": list(defaults.positions),
+        "alpha": defaults.alpha,
+        "attention": defaults.attention,
+        "why": dict(defaults.why),
         "any_size": family.any_size,
         "servers": list(family.servers),
         "verified_by": list(family.verified),
@@ -43,20 +45,26 @@ def _models(arguments: argparse.Namespace) -> int:
     for family in FAMILIES.values():
         print(f"{family.title} ({family.name})")
         for what, text in _lines(family):
-            print(f"  {what:<10}{text}")
+            print(textwrap.fill(text, 80, initial_indent=f"  {what:<10}", subsequent_indent=" " * 12))
     print()
-    print(textwrap.fill(VERIFIED, 100))
+    print(textwrap.fill(VERIFIED, 80))
     return 0
 
 
 def _lines(family: Family) -> list[tuple[str, str]]:
-    first, *others = family.positions
+    defaults = family.defaults
+    first, *others = defaults.positions
     legal = f" (or {' or '.join(others)})" if others else " alone"
+    values = {
+        "positions": f"{first}{legal}",
+        "alpha": f"{defaults.alpha:g}",
+        "attention": defaults.attention,
+    }
     aliases = [f"{alias:<22}{hub_id}" for alias, hub_id in family.aliases.items()]
     aliases = aliases or ["none; give a hub id or a directory"]
     return [
         *zip(["aliases", *[""] * len(aliases)], aliases, strict=False),
-        ("defaults", f"positions {first}{legal}, alpha {family.alpha:g}, attention {family.attention}"),
+        *((name, f"{value}: {defaults.why[name]}") for name, value in values.items()),
         ("servers", ", ".join(family.servers) or "none"),
         ("verified", ", ".join(family.verified)),
     ]

@@ -53,11 +53,11 @@ def write_draft(
         selection=Selection(
             k=most,
             num_tokens=components.num_tokens,
-            alpha=family.alpha,
+            alpha=family.defaults.alpha,
             max_tokens=components.max_tokens,
             counts=attention == "proportional",
         ),
-        positions=family.positions[0],
+        positions=family.policy(None),
         image_token_id=components.image_token_id,
         context_length=components.context_length,
         # A preprocessor asks this graph for the windows of its tower.

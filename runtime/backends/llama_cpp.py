@@ -18,6 +18,7 @@ from resprune.runtime.backends.backend import (
     Piece,
     Request,
     answers,
+    closed_early,
     expanded_ids,
     require_plain_attention,
 )
@@ -188,9 +189,7 @@ class LlamaSequence:
     def step(self, tokens: Ints) -> None:
         """Append one token a row, all in one decode."""
         if self._model.closed:
-            raise ResPruneError(
-                "the pipeline was closed before this answer was read to its end; read it before that"
-            )
+            raise closed_early()
         batch = range(len(tokens))
         self._context.decode(tokens.astype(np.int32), self._next[None], list(batch), every=True)
         self.logits = np.stack([self._context.logits(row) for row in batch])

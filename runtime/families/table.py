@@ -5,7 +5,7 @@ A family is one module in `runtime/families/` with a `Preprocessor` (preprocesso
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
@@ -18,9 +18,52 @@ from resprune.runtime.families.qwen2_vl import DynamicResolution
 from resprune.runtime.families.qwen3_vl import InterpolatedResolution
 from resprune.runtime.families.smolvlm import SplitImage
 
-# Others measured on documents that relevance to the question costs Qwen-VL models more than it brings (CDPruner keeps
-# 85 % of Qwen2.5-VL's score on an OCR-heavy set, and DivPrune, without it, 93 %); --about should still steer.
-WEAK = 0.5
+
+@dataclass(frozen=True)
+class Defaults:
+    """What an export takes unless an option says another; `why` has a reason for each in one sentence."""
+
+    positions: tuple[str, ...]
+    """The legal position policies, the default first."""
+    alpha: float
+    """Strength of the text guidance."""
+    attention: str
+    """"plain" or "proportional"."""
+    why: Mapping[str, str]
+    """By the names of the other fields."""
+
+
+TRAINED = "The model was trained with it, and servers and llama.cpp have no other."
+PUBLISHED = Defaults(
+    ("contiguous", "original"),
+    1.0,
+    "plain",
+    {
+        "positions": "Published results of pruned LLaVAs number the shortened prompt from 0.",
+        "alpha": "The published method's; the demo model, a small LLaVA, answers better without guidance at some "
+        "budgets, which is too little to change it.",
+        "attention": TRAINED,
+    },
+)
+UNMEASURED = replace(
+    PUBLISHED,
+    why={
+        "positions": "As for LLaVA, which has one position axis too; on this family not measured.",
+        "alpha": "The published method's; on this family not measured.",
+        "attention": TRAINED,
+    },
+)
+M_ROPE = Defaults(
+    ("original",),
+    0.5,
+    "plain",
+    {
+        "positions": "Under M-RoPE a kept token keeps its (t, h, w), and the text goes on where it stood unpruned.",
+        "alpha": "Others found that guidance costs Qwen2.5-VL on documents (of an OCR-heavy score CDPruner, which is "
+        "guided, keeps 85 %, DivPrune 93 %); half is a choice, not measured here, with which --about still steers.",
+        "attention": TRAINED,
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -34,18 +77,13 @@ class Family:
     """The module of `exporter/families/` whose `split_model` splits such a checkpoint."""
     preprocessor: Callable[[Bundle], Preprocessor]
     """Makes the image preprocessor of a bundle."""
-    positions: tuple[str, ...] = ("contiguous", "original")
-    """The legal position policies, the default first."""
+    defaults: Defaults = UNMEASURED
     position_axes: int = 1
     """1 for `position_ids` [B, S], 3 for M-RoPE's [3, B, S]."""
     any_size: bool = False
     """Whether an image has as many tokens as its pixels ask for, up to --max-pixels."""
     servers: tuple[str, ...] = ()
     """The server formats and TensorRT-LLM backends that give kept tokens, and the text, their right positions."""
-    alpha: float = 1.0
-    """Strength of the text guidance, unless --alpha says another. 1 is the published method's."""
-    attention: str = "plain"
-    """"plain" or "proportional", unless --attention says another. Plain is the published method's."""
     research_keys: tuple[str, ...] = ()
     """Keys of a config.json of the code that the model was published with, which transformers does not read."""
     placeholder: str | None = None
@@ -59,9 +97,10 @@ class Family:
 
     def policy(self, asked: str | None) -> str:
         """The position policy that was asked for, or the default; `ResPruneError` for one that is not legal."""
-        if asked is not None and asked not in self.positions:
-            raise ResPruneError(f"{self.title} allows --positions {' or '.join(self.positions)}, not {asked}")
-        return asked or self.positions[0]
+        legal = self.defaults.positions
+        if asked is not None and asked not in legal:
+            raise ResPruneError(f"{self.title} allows --positions {' or '.join(legal)}, not {asked}")
+        return asked or legal[0]
 
 
 FAMILIES = {
@@ -72,6 +111,7 @@ FAMILIES = {
             "LLaVA-1.5",
             "llava",
             FixedGrid.from_bundle,
+            defaults=PUBLISHED,
             servers=("vllm", "trtllm", "trtllm-pytorch", "trtllm-engine"),
             plain_prompt=True,
             research_keys=("mm_vision_tower", "mm_projector_type"),
@@ -90,6 +130,7 @@ FAMILIES = {
             "LLaVA-NeXT",
             "llava_next",
             AnyResolution.from_bundle,
+            defaults=PUBLISHED,
             servers=("vllm", "trtllm", "trtllm-pytorch", "trtllm-engine"),
             verified=("tests/exporter/test_parity_llava_next.py", "benchmarks/llava_next.py"),
             aliases={
@@ -113,10 +154,9 @@ FAMILIES = {
             "Qwen2.5-VL",
             "qwen2_vl",
             DynamicResolution.from_bundle,
-            positions=("original",),
+            defaults=M_ROPE,
             position_axes=3,
             any_size=True,
-            alpha=WEAK,
             servers=("sglang", "trtllm-engine"),
             verified=(
                 "tests/exporter/test_parity_qwen.py",
@@ -133,10 +173,9 @@ FAMILIES = {
             "Qwen2-VL",
             "qwen2_vl",
             DynamicResolution.from_bundle,
-            positions=("original",),
+            defaults=M_ROPE,
             position_axes=3,
             any_size=True,
-            alpha=WEAK,
             servers=("sglang", "trtllm-engine"),
             verified=("tests/exporter/test_parity_qwen.py",),
         ),
@@ -145,10 +184,9 @@ FAMILIES = {
             "Qwen3-VL",
             "qwen3_vl",
             InterpolatedResolution.from_bundle,
-            positions=("original",),
+            defaults=M_ROPE,
             position_axes=3,
             any_size=True,
-            alpha=WEAK,
             verified=("tests/exporter/test_parity_qwen3.py",),
             aliases={
                 "qwen3vl-2b": "Qwen/Qwen3-VL-2B-Instruct",

@@ -63,7 +63,7 @@ class HuggingFaceQwen:
         picks, counts = [], []
         weights = torch.ones_like(ids[0])
         for rows, budget, place in zip(features, budgets, places, strict=True):
-            gain = text_gain(rows[None], text, alpha=FAMILIES[self.model.config.model_type].alpha)
+            gain = text_gain(rows[None], text, alpha=FAMILIES[self.model.config.model_type].defaults.alpha)
             order = residual_select(rows[None], gain, min(budget, len(rows)))[0]
             stays[place[order]] = True
             picks.append(order.tolist())

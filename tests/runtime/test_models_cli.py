@@ -16,10 +16,14 @@ def test_every_row_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert titles == [f"{row.title} ({row.name})" for row in FAMILIES.values()]
     for alias, hub_id in aliases().items():
         assert any(alias in line.split() and hub_id in line.split() for line in parts)
-    assert "positions original alone, alpha 0.5, attention plain" in text
+    assert max(map(len, text.splitlines())) <= 80
+    text = " ".join(text.split())
+    assert "positions original alone: Under M-RoPE" in text
+    assert "alpha 0.5: Others found" in text
     assert "with random weights" in text
     for row in FAMILIES.values():
         assert ", ".join(row.verified) in text
+        assert all(reason in text for reason in row.defaults.why.values())
 
 
 def test_json_has_the_same(capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,5 +33,7 @@ def test_json_has_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert {
         alias: hub_id for row in told["families"] for alias, hub_id in row["aliases"].items()
     } == aliases()
-    assert all(row["alpha"] == FAMILIES[row["family"]].alpha for row in told["families"])
+    for row in told["families"]:
+        assert row["alpha"] == FAMILIES[row["family"]].defaults.alpha
+        assert set(row["why"]) == {"positions", "alpha", "attention"}
     assert "random weights" in told["verified"]
