@@ -16,7 +16,7 @@ from tempfile import TemporaryFile
 from time import perf_counter, sleep
 from typing import Any
 
-from benchmarks.measure import peak_megabytes, reset_peak
+from benchmarks.measure import peak_mebibytes, reset_peak
 
 PAUSE_SECONDS = 0.1
 """Before each burst, for the threads of the engine before it to stop waiting for more."""
@@ -42,7 +42,7 @@ def serve(versions: Mapping[str, str], begin: Callable[[int], Callable[[], objec
             assert step is not None
             for _ in range(request["tokens"]):
                 step()
-        reply = {"milliseconds": 1e3 * (perf_counter() - start), "megabytes": peak_megabytes()}
+        reply = {"milliseconds": 1e3 * (perf_counter() - start), "megabytes": peak_mebibytes()}
         print(json.dumps(reply), flush=True)
 
 

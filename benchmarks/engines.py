@@ -41,20 +41,21 @@ def run(work: Path) -> dict[str, Any]:
             write(checkpoint)
         exported(checkpoint, bundle, "--dtype", "fp16", *options)
         printed, _, peaks[name] = run_command([*RESPRUNE, "build", str(bundle), "--target", TARGET])
+        manifest = read_bundle(bundle, check_hashes=False).manifest
+        built = manifest.engines[f"tensorrt-rtx-{TARGET}"].graphs
         for line in printed.splitlines():
-            file, seconds, _, megabytes, _ = line.replace(",", "").split()
+            file, seconds, *_ = line.replace(",", "").split()
             graph = Path(file).stem
             if graph in titles:
                 onnx = sum(path.stat().st_size for path in (bundle / "onnx").glob(f"{graph}_fp16.onnx*"))
                 engines[titles[graph]] = {
                     "seconds": float(seconds),
-                    "megabytes": float(megabytes),
+                    "megabytes": manifest.files[built[graph].file].size / 1e6,
                     "graph, megabytes": onnx / 1e6,
                 }
-    versions = read_bundle(bundle, check_hashes=False).manifest.engines[f"tensorrt-rtx-{TARGET}"]
     return {
         "target": TARGET,
-        "versions": versions.graphs["vision_select"].versions,
+        "versions": built["vision_select"].versions,
         "engines": engines,
         "peak megabytes": peaks,
     }

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from resprune.runtime.bench.measure import Timing, cpu_flags, peak_megabytes, processor, timing
+from resprune.runtime.bench.measure import Timing, cpu_flags, peak_bytes, processor, timing
 
 THREADS = os.cpu_count() or 1
 RESPRUNE = [str(Path(sys.executable).with_name("resprune"))]
@@ -110,7 +110,7 @@ def sample_stages(model: Staged, spec: Mapping[str, Any], budgets: Iterable[int]
                 tokens[case], first = model.prefill(prompt, kept)
             with clock.time("decode", case):
                 model.decode(first, spec["steps"])
-            memory[case] = peak_megabytes()
+            memory[case] = peak_mebibytes()
     return {
         "samples": samples.values,
         "steps": spec["steps"],
@@ -145,8 +145,15 @@ def processes_take_turns(commands: Mapping[str, Sequence[str]], rounds: int) -> 
     return {name: replies[name] for name in commands}
 
 
+def peak_mebibytes() -> float:
+    """The largest resident memory of this process since `reset_peak`, in 2^20 bytes."""
+    peak = peak_bytes()
+    assert peak is not None, "the benchmarks run on Linux"
+    return peak / (1 << 20)
+
+
 def reset_peak() -> None:
-    """Let `peak_megabytes` begin anew (Linux: proc(5), clear_refs)."""
+    """Let `peak_mebibytes` begin anew (Linux: proc(5), clear_refs)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -167,7 +174,7 @@ def bfloat16_in_hardware() -> bool:
 
 
 def run(command: Sequence[str]) -> tuple[str, float, float]:
-    """Run a command; returns its standard output, its seconds, and its peak resident memory in megabytes."""
+    """Run a command; returns its standard output, its seconds, and its peak resident memory in 2^20 bytes."""
     probe = (
         "import resource, subprocess, sys; code = subprocess.call(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr); sys.exit(code)"

@@ -15,7 +15,7 @@ import openvino as ov
 import openvino_genai
 from PIL import Image
 
-from benchmarks.measure import THREADS, Samples, peak_megabytes, reset_peak
+from benchmarks.measure import THREADS, Samples, peak_mebibytes, reset_peak
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
                 "decode": metrics.get_tpot().mean * spec["steps"],
             }
             clock.add({case: {stage: [value] for stage, value in figures.items()}})
-            memory[case] = peak_megabytes()
+            memory[case] = peak_mebibytes()
             tokens[case] = metrics.get_num_input_tokens()
     return {
         "samples": samples.values,

@@ -9,6 +9,7 @@ from torch import nn
 from resprune.exporter.components import Components
 from resprune.exporter.memory import available_memory
 from resprune.runtime.bundle.precisions import Choice
+from resprune.runtime.console import bytes_text
 
 GB = 1e9
 # Fitted to benchmarks/results/export_size.json: checkpoints of 7 B and 3 B parameters in fp16 and q4, on two cores.
@@ -34,7 +35,8 @@ def estimate(components: Components, choice: Choice, disk: int, stored: int, lev
     whole = (8 if choice.element == "float32" else 10) * total
     if level == "full" or (level == "auto" and whole < available_memory()):
         memory = BASE_BYTES + whole
-    return f"needs up to {_size(disk)} of disk; on two cores about {_size(memory)} of memory and {_time(seconds)}"
+    needed = f"{bytes_text(memory)} of memory and {_time(seconds)}"
+    return f"needs up to {bytes_text(disk)} of disk; on two cores about {needed}"
 
 
 def needs(
@@ -52,10 +54,6 @@ def needs(
 
 def _numbers(module: nn.Module) -> int:
     return sum(tensor.numel() for tensor in module.parameters())
-
-
-def _size(count: float) -> str:
-    return f"{count / GB:.1f} GB" if count >= GB else f"{max(1, round(count / 1e6))} MB"
 
 
 def _time(seconds: float) -> str:

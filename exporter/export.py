@@ -51,7 +51,7 @@ from resprune.exporter.verify.text import ids_of
 from resprune.exporter.verify.verifier import Verifier
 from resprune.graphs import attach_selection, choose_form, token_select_model
 from resprune.method import Selection, share_of
-from resprune.runtime.bundle.files import describe_files, write_manifest
+from resprune.runtime.bundle.files import describe_files, read_bundle, write_manifest
 from resprune.runtime.bundle.manifest import (
     COUNTS,
     EARLY,
@@ -59,6 +59,7 @@ from resprune.runtime.bundle.manifest import (
     Manifest,
 )
 from resprune.runtime.bundle.precisions import TABLE, Choice, parse_dtype
+from resprune.runtime.console import bytes_text
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.table import Family
 
@@ -228,7 +229,7 @@ class _Export:
             self._language(language)
         level = verifier.level if self.options.decoder else "without decoder"
         self._manifest(checkpoint, family, components, selection, positions, level, writer)
-        total = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
+        total = read_bundle(self.work, check_hashes=False).nbytes
         of = selection.num_tokens or f"up to {selection.max_tokens}"
         self._line(str(self.out), total, f"K {selection.k} of {of}")
 
@@ -361,9 +362,9 @@ class _Export:
         before, self.since = self.since, perf_counter()
         stages = 6 + 2 * self.options.split + self.options.decoder
         stages += self.options.language_checkpoint + (self.options.gguf is not None)
-        megabytes = "" if size is None else f"{size / 1e6:,.1f} MB"
+        amount = "" if size is None else bytes_text(size)
         seconds = f"{self.since - before:.1f} s"
-        self.report(_fitted(f"[{self.stage}/{stages}] {what:28} {seconds:>8} {megabytes:>12}", note))
+        self.report(_fitted(f"[{self.stage}/{stages}] {what:28} {seconds:>8} {amount:>12}", note))
 
     def _limit_pixels(self, checkpoint: Checkpoint, family: Family) -> Checkpoint:
         if self.options.max_pixels is None:

@@ -15,6 +15,14 @@ from typing import TextIO
 from resprune.runtime.errors import printable
 
 
+def bytes_text(count: float) -> str:
+    """A number of bytes in kB, MB or GB, which are powers of 1000: 9.9 MB, 819 MB, 14.1 GB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.{0 if count >= 100 * scale else 1}f} {unit}"
+    return f"{count:.0f} B"
+
+
 def complain(message: object) -> None:
     """Write `resprune: message` to stderr, as one line; nothing where stderr is closed."""
     line = re.sub(r"[\n\t\u2028\u2029]+", " ", printable(str(message)))
@@ -75,7 +83,7 @@ def progress_line(what: str, after: float = 0.5) -> Iterator[Callable[[int, int]
     timer.daemon = True
     timer.start()
     try:
-        yield lambda done, of: show(f"{what}: {100 * done // max(of, 1)} % of {of / 1e6:,.0f} MB checked")
+        yield lambda done, of: show(f"{what}: {100 * done // max(of, 1)} % of {bytes_text(of)} checked")
     finally:
         timer.cancel()
         with lock, suppress(OSError, ValueError):

@@ -10,6 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from resprune.runtime.console import bytes_text
 from resprune.runtime.errors import ResPruneError, require_packages
 from resprune.runtime.options import (
     BUNDLE_HELP,
@@ -181,9 +182,9 @@ def _load(path: str, arguments: argparse.Namespace) -> "Pipeline":
     """Open a bundle, and say so: one of gigabytes takes a while."""
     from resprune.runtime.bundle.files import read_bundle
 
-    size = sum(spec.size for spec in read_bundle(path, check_hashes=False).manifest.files.values())
+    size = bytes_text(read_bundle(path, check_hashes=False).nbytes)
     doing = "opening" if arguments.skip_hashes else "checking and opening"
-    _say(f"{doing} {path} ({size / 1e6:,.0f} MB) …")
+    _say(f"{doing} {path} ({size}) …")
     start = perf_counter()
     pipeline = load_pipeline(path, arguments)
     _say(f"{path} is ready after {perf_counter() - start:.1f} s")

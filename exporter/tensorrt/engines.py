@@ -46,6 +46,7 @@ from resprune.runtime.bundle.manifest import (
     axis_size,
 )
 from resprune.runtime.bundle.precisions import TABLE
+from resprune.runtime.console import bytes_text
 from resprune.runtime.errors import ResPruneError, one_line
 
 TIMING_CACHE = "timing.cache"
@@ -154,8 +155,8 @@ class _Builder:
         self.bundle = Bundle(self.bundle.root, manifest)
 
     def _line(self, file: str, what: str, size: int | None, note: str) -> None:
-        megabytes = "" if size is None else f"{size / 1e6:,.1f} MB"
-        self.report(f"{file:64} {what:>8} {megabytes:>12}   {note}".rstrip())
+        amount = "" if size is None else bytes_text(size)
+        self.report(f"{file:64} {what:>8} {amount:>12}   {note}".rstrip())
 
 
 def _check_operators(bundle: Bundle) -> None:

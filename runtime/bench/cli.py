@@ -3,7 +3,6 @@
 import argparse
 import io
 import json
-import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -63,7 +62,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     out = None if arguments.out is None else Path(arguments.out)
     if out is not None:
         check_plot(out)
-    pipeline, start_up = _load(arguments.bundle, load_options(arguments))
+    pipeline, load = _load(arguments.bundle, load_options(arguments))
     with pipeline:
         image = arguments.image or made_image()
         budgets = chosen_budgets(pipeline.look(image), arguments.k)
@@ -73,19 +72,18 @@ def _bench(arguments: argparse.Namespace) -> int:
         finally:
             _say("")  # before an error's line as well
         manifest = pipeline.manifest
-    where = arguments.server or arguments.engines or ",".join(arguments.provider)
+    backend = arguments.server or arguments.engines or ",".join(arguments.provider)
     if arguments.gguf is not None:
-        where += f"; {Path(arguments.gguf).name} in llama.cpp"
+        backend += f"; {Path(arguments.gguf).name} in llama.cpp"
     report = Report(
-        {
-            "bundle": f"{Path(arguments.bundle).resolve().name}, {manifest.family}",
-            "device": f"{processor()}, {_threads(arguments.threads)}",
-            "runs on": where,
-            "image": arguments.image or "made, 640 x 480",
-            "samples": f"{cases[0].first_token.repeats} of each K, in turns, warm: median (quartiles)",
-        },
-        start_up,
-        cases,
+        bundle=Path(arguments.bundle).resolve().name,
+        family=manifest.family,
+        device=processor(),
+        threads=arguments.threads,
+        backend=backend,
+        image=arguments.image or "made, 640 x 480",
+        load=load,
+        cases=cases,
     )
     text = json.dumps(report.values(), ensure_ascii=False) + "\n" if arguments.json else report.table()
     print(printable(text), end="")
@@ -139,10 +137,6 @@ def _load(bundle: str, options: dict[str, Any]) -> "tuple[Pipeline, Timing]":
         pipeline = Pipeline.load(bundle, **options)
         samples.append(pipeline.load_ms)
     return pipeline, timing(samples)
-
-
-def _threads(threads: int) -> str:
-    return f"{threads} threads" if threads else f"{os.cpu_count()} logical cores"
 
 
 def _say(text: str) -> None:

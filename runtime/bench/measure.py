@@ -47,8 +47,8 @@ class Timing:
 class Case:
     """One budget: `tokens` are kept of the `num_tokens` of the image.
 
-    `stages` are those of `STAGES`, in milliseconds as `first_token` is; `peak_megabytes` is the largest resident memory
-    of a process that loads the bundle and asks with this budget or a smaller one, None where the system does not tell.
+    `stages` are those of `STAGES`, in milliseconds as `first_token` is; `peak_bytes` is the largest resident memory of
+    a process that loads the bundle and asks with this budget or a smaller one, None where the system does not tell.
     """
 
     tokens: int
@@ -57,7 +57,7 @@ class Case:
     stages: dict[str, Timing]
     first_token: Timing
     tokens_per_second: Timing
-    peak_megabytes: float | None
+    peak_bytes: int | None
 
     @property
     def name(self) -> str:
@@ -108,11 +108,11 @@ def measure(
     far it has come.
     """
     ascending = sorted(budgets)
-    peaks: dict[int, float | None] = {}
+    peaks: dict[int, int | None] = {}
     for tokens in ascending:  # the warm-up goes up, so that the peak of memory so far is that of this budget
         say(f"warming up, {tokens} tokens")
         _sample(pipeline, image, question, tokens)
-        peaks[tokens] = peak_megabytes()
+        peaks[tokens] = peak_bytes()
     samples: dict[int, list[dict[str, float]]] = {tokens: [] for tokens in ascending}
     order, draw = list(ascending), random.Random(0)
     end, turn = perf_counter() + SECONDS, 0
@@ -155,7 +155,7 @@ def _sample(pipeline: Pipeline, image: ImageSource, question: str, tokens: int) 
     return sample
 
 
-def _case(tokens: int, num_tokens: int, peak: float | None, samples: Sequence[dict[str, float]]) -> Case:
+def _case(tokens: int, num_tokens: int, peak: int | None, samples: Sequence[dict[str, float]]) -> Case:
     of = {name: timing([sample[name] for sample in samples]) for name in samples[0]}
     return Case(
         tokens,
@@ -189,18 +189,18 @@ def question_of(pipeline: Pipeline, image: ImageSource, text_tokens: int | None)
     return QUESTION + f" {words[0]}" * round((text_tokens - least) / per_word)
 
 
-def peak_megabytes() -> float | None:
+def peak_bytes() -> int | None:
     """The largest resident memory of this process since it began; None where the system does not tell."""
     status = Path("/proc/self/status")
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) / 1024
+        return 1024 * int(lines["VmHWM"].split()[0])
     try:
         import resource
     except ImportError:  # Windows
         return None
-    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def processor() -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,19 @@ STAGE_COLORS = {
 
 @dataclass(frozen=True)
 class Report:
-    """The cases by ascending budget, and what they depend on: `about` are lines for the head of the table.
+    """The cases by ascending budget, and what they depend on.
 
-    `start_up` is reading, checking and opening the bundle, in milliseconds.
+    `threads` is 0 for as many as ONNX Runtime takes; `backend` is what answers; `load` is how long reading, checking
+    and opening the bundle takes, in milliseconds.
     """
 
-    about: dict[str, str]
-    start_up: Timing
+    bundle: str
+    family: str
+    device: str
+    threads: int
+    backend: str
+    image: str
+    load: Timing
     cases: Sequence[Case]
 
     @property
@@ -48,11 +55,20 @@ class Report:
 
     def table(self) -> str:
         """For a terminal of 80 columns."""
+        threads = f"{self.threads} threads" if self.threads else f"{os.cpu_count()} logical cores"
+        repeats = self.base.first_token.repeats
+        head = {
+            "bundle": f"{self.bundle}, {self.family}",
+            "device": f"{self.device}, {threads}",
+            "backend": self.backend,
+            "image": self.image,
+            "samples": f"{repeats} of each K, in turns, warm: median (quartiles)",
+            "load": f"{_with_quartiles(self.load)} ms, {_times(self.load.repeats)}",
+        }
         parts = [
             f"{name:<11} " + textwrap.shorten(value, WIDTH - 12, placeholder=" …")
-            for name, value in self.about.items()
+            for name, value in head.items()
         ]
-        parts.append(f"start-up    {_with_quartiles(self.start_up)} ms, {_times(self.start_up.repeats)}")
         across = (WIDTH - LABEL) // CELL
         for start in range(0, len(self.cases), across):
             parts += ["", *self._block(self.cases[start : start + across])]
@@ -70,7 +86,7 @@ class Report:
             ),
             (f"first token, {unit}", [_with_quartiles(case.first_token, scale) for case in cases]),
             ("tokens/s", [_with_quartiles(case.tokens_per_second) for case in cases]),
-            ("peak memory, MB", [_megabytes(case.peak_megabytes) for case in cases]),
+            ("peak memory, MB", [_megabytes(case.peak_bytes) for case in cases]),
             ("vision's share", [f"{100 * case.vision_share:.0f} %" for case in cases]),
         ]
         for label, gain in (
@@ -94,14 +110,33 @@ class Report:
         )
 
     def values(self) -> dict[str, Any]:
-        """As JSON values; milliseconds, megabytes, and factors over the case with the most tokens."""
+        """As JSON values, by the names of `Answer.describe`; `gains` are factors over the case with the most tokens."""
+        threads = {"threads": self.threads} if self.threads else {"logical_cores": os.cpu_count()}
         return {
-            **self.about,
-            "start_up": asdict(self.start_up),
-            "cases": [
-                asdict(case) | {"vision_share": case.vision_share, "gains": case.gains(self.base)}
-                for case in self.cases
-            ],
+            "bundle": self.bundle,
+            "family": self.family,
+            "device": self.device,
+            **threads,
+            "backend": self.backend,
+            "image": self.image,
+            "repeats": self.base.first_token.repeats,
+            "load_repeats": self.load.repeats,
+            "load_ms": _quartiles(self.load),
+            "cases": [self._case(case) for case in self.cases],
+        }
+
+    def _case(self, case: Case) -> dict[str, Any]:
+        timings = {f"{stage}_ms": _quartiles(timing) for stage, timing in case.stages.items()}
+        memory = {} if case.peak_bytes is None else {"peak_memory_mb": case.peak_bytes / 1e6}
+        return {
+            "tokens": case.tokens,
+            "num_tokens": case.num_tokens,
+            "prompt_tokens": case.prompt_tokens,
+            "timings": timings | {"first_token_ms": _quartiles(case.first_token)},
+            "tokens_per_second": _quartiles(case.tokens_per_second),
+            **memory,
+            "vision_share": case.vision_share,
+            "gains": case.gains(self.base),
         }
 
 
@@ -133,7 +168,7 @@ def plot(report: Report, path: Path) -> None:
     axis.invert_yaxis()
     axis.margins(x=0.15)
     axis.set_xlabel("milliseconds to the first token, medians")
-    axis.set_title(report.about["bundle"], fontsize=9, loc="left")
+    axis.set_title(f"{report.bundle}, {report.family}", fontsize=9, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=len(STAGES))
     content = io.BytesIO()
@@ -150,8 +185,12 @@ def _with_quartiles(timing: Timing, scale: float = 1.0) -> str:
     return f"{median} ({low}–{high})"
 
 
-def _megabytes(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
+def _quartiles(timing: Timing) -> dict[str, float]:
+    return {"median": timing.median, "first_quartile": timing.low, "third_quartile": timing.high}
+
+
+def _megabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e6:.0f}"
 
 
 def _short(value: float) -> str:

@@ -38,6 +38,12 @@ class Bundle:
     root: Path
     manifest: Manifest
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its files, the manifest included."""
+        files = sum(spec.size for spec in self.manifest.files.values())
+        return files + (self.root / MANIFEST_NAME).stat().st_size
+
     def file_path(self, name: str) -> Path:
         """Path of a file that the manifest lists; `ResPruneError` if it does not list it."""
         if name not in self.manifest.files:

@@ -6,6 +6,7 @@ from typing import Any
 
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import EngineSet, GraphSpec, Manifest, Range, TensorSpec
+from resprune.runtime.console import bytes_text
 
 RUNTIMES = {"ort": "ONNX Runtime"}
 WIDTH, INDENT = 80, 14
@@ -18,7 +19,7 @@ def summary(bundle: Bundle) -> str:
     lines = [
         textwrap.shorten(f"{bundle.root}", WIDTH, placeholder="…"),
         *_row("family", f"{manifest.family}, bundle format {manifest.format_version}"),
-        *_row("size", _megabytes(sum(file.size for file in manifest.files.values()))),
+        *_row("size", bytes_text(bundle.nbytes)),
     ]
     for name, value in _facts(manifest):
         lines += _row(name, value)
@@ -28,7 +29,7 @@ def summary(bundle: Bundle) -> str:
     lines += _row("graphs", "; ".join(graphs), most=4)
     for engines in manifest.engines.values():
         size = sum(manifest.files[engine.file].size for engine in engines.graphs.values())
-        lines += _row("engines", f"{engines.flavour} for {engines.target}, {_megabytes(size)}")
+        lines += _row("engines", f"{engines.flavour} for {engines.target}, {bytes_text(size)}")
     lines += _row("parity", "; ".join(_parity_summary(manifest.parity)), most=4)
     lines += _row("made with", ", ".join(f"{name} {value}" for name, value in manifest.versions.items()))
     return "\n".join([*lines, "resprune inspect --all says the rest."]) + "\n"
@@ -90,7 +91,7 @@ def _parity_summary(parity: dict[str, Any]) -> Iterator[str]:
 
 
 def _graph_size(graph: GraphSpec, manifest: Manifest) -> str:
-    size = _megabytes(sum(manifest.files[file].size for file in graph.files()))
+    size = bytes_text(sum(manifest.files[file].size for file in graph.files()))
     sharing = [spec for spec in manifest.graphs.values() if spec.weights == graph.weights]
     return f"{size} (weights shared)" if graph.weights and len(sharing) > 1 else size
 
@@ -98,9 +99,8 @@ def _graph_size(graph: GraphSpec, manifest: Manifest) -> str:
 def describe(bundle: Bundle) -> str:
     """Several lines on what a bundle holds: source, selection, graphs, parity, versions, sizes."""
     manifest = bundle.manifest
-    total = sum(file.size for file in manifest.files.values())
     lines = [
-        f"{bundle.root}: {manifest.family} bundle, format {manifest.format_version}, {_megabytes(total)}",
+        f"{bundle.root}: {manifest.family} bundle, format {manifest.format_version}, {bytes_text(bundle.nbytes)}",
         *(f"  {name:<{INDENT - 2}}{value}" for name, value in _facts(manifest)),
         "graphs",
     ]
@@ -127,7 +127,7 @@ def _engine_lines(engines: EngineSet, manifest: Manifest) -> Iterator[str]:
     yield f"  {engines.flavour} for {engines.target}"
     for graph, engine in engines.graphs.items():
         versions = ", ".join(f"{name} {value}" for name, value in engine.versions.items())
-        yield f"    {graph}  {_megabytes(manifest.files[engine.file].size)}, by {versions}"
+        yield f"    {graph}  {bytes_text(manifest.files[engine.file].size)}, by {versions}"
         for profile in engine.profiles:
             yield "      " + ", ".join(_limits(axis, limits) for axis, limits in profile.items())
 
@@ -160,7 +160,3 @@ def _parity_lines(figures: dict[str, Any], indent: str = "  ") -> Iterator[str]:
 
 def _figure(value: object) -> str:
     return f"{value:.2g}" if isinstance(value, float) else str(value)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"

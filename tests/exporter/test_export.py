@@ -25,8 +25,10 @@ from resprune.exporter.trace import writer as writer_module
 from resprune.exporter.verify.difference import Difference, ParityError
 from resprune.graphs import functions, selection
 from resprune.runtime.bundle.files import read_bundle
+from resprune.runtime.bundle.inspection import summary
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.bundle.precisions import TABLE
+from resprune.runtime.console import bytes_text
 from resprune.runtime.errors import ResPruneError
 
 Checkpoint = Callable[[str], Path]
@@ -162,15 +164,21 @@ def test_stage_lines(tiny_checkpoint, tmp_path, monkeypatch):
     options = Options(k=5, body="unrolled", form="linear", positions="original")
     export(str(tiny_checkpoint("clip-llama")), tmp_path / "out", options, lines.append)
     needs, *lines = lines
-    assert re.fullmatch(r"needs up to \d+ MB of disk; on two cores about \d+ MB of memory and \d+ s", needs)
+    assert re.fullmatch(
+        r"needs up to [\d.]+ MB of disk; on two cores about \d+ MB of memory and \d+ s", needs
+    )
     assert [line[:5] for line in lines] == [f"[{stage}/7]" for stage in range(1, 8)]
     assert max(len(row) for line in lines[:-1] for row in line.splitlines()) <= 80
     lines = [" ".join(line.split()) for line in lines]
-    stage = r"\[3/7\] vision_select\.onnx +[\d.]+ s +[\d.]+ MB +max diff \S+ \(atol \S+\) +picks 5/5"
+    stage = r"\[3/7\] vision_select\.onnx +[\d.]+ s +[\d.]+ [kM]B +max diff \S+ \(atol \S+\) +picks 5/5"
     assert re.fullmatch(stage, lines[2])
     assert "layers 0 and 1, the others like them" in lines[3]
-    assert re.fullmatch(r"\[5/7\] weights +[\d.]+ s +[\d.]+ MB +equal (\d+)/\1", lines[4])
-    manifest = read_bundle(tmp_path / "out").manifest
+    assert re.fullmatch(r"\[5/7\] weights +[\d.]+ s +[\d.]+ [kM]B +equal (\d+)/\1", lines[4])
+    bundle = read_bundle(tmp_path / "out")
+    size = f" {bytes_text(sum(file.stat().st_size for file in bundle.root.rglob('*') if file.is_file()))}"
+    assert f"{size} K 5 of " in lines[-1]
+    assert f"{size}\n" in summary(bundle)
+    manifest = bundle.manifest
     made = manifest.selection
     assert (manifest.positions, made.body, made.form) == ("original", "unrolled", "linear")
     assert manifest.parity["level"] == "layers"

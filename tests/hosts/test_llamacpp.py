@@ -231,7 +231,7 @@ def test_chat(demo: Pair, near: Pipeline) -> None:
 def test_bench(demo: Pair) -> None:
     printed = run("bench", demo.bundle, "--gguf", demo.model, "-k", "4,16", "--repeats", "1", "--json")
     found = json.loads(printed)
-    assert found["runs on"] == "cpu; demo.gguf in llama.cpp"
+    assert found["backend"] == "cpu; demo.gguf in llama.cpp"
     few, more = found["cases"]
     assert more["prompt_tokens"] - few["prompt_tokens"] == 12
     assert few["tokens_per_second"]["median"] > 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from resprune.runtime.console import complain
+from resprune.runtime.console import bytes_text, complain
 from resprune.runtime.errors import printable
 
 
@@ -80,3 +80,18 @@ def test_an_import_that_turns_ctrl_c_into_its_own_fault_is_no_traceback() -> Non
     )
     done = python(program)
     assert (done.returncode, done.stderr) == (130, b"")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1_250, "1.2 kB"),
+        (9_876_543, "9.9 MB"),
+        (819e6, "819 MB"),
+        (14.1e9, "14.1 GB"),
+    ],
+)
+def test_bytes_are_said_in_powers_of_a_thousand(count: float, text: str) -> None:
+    assert bytes_text(count) == text

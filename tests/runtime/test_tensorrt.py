@@ -218,7 +218,7 @@ def test_out_of_device_memory_is_one_sentence(stand_in: Place, bundles: Callable
     assert stand_in.trt is not None
     with Pipeline.load(root, engines=FLAVOUR) as pipeline:
         stand_in.cuda.limit = 20_000
-        with pytest.raises(ResPruneError, match=r"out of memory: [\d,]+ more bytes are needed; .*--batch"):
+        with pytest.raises(ResPruneError, match=r"out of memory: [\d.]+ [kMG]?B more are needed; .*--batch"):
             pipeline.ask(picture(1), QUESTION)
     stand_in.cuda.limit = 1 << 30
     stand_in.trt.fails = "[defaultAllocator.cpp::allocate] Out of memory\n(requested 5 bytes)"

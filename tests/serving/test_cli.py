@@ -61,7 +61,7 @@ def start() -> Iterator[Any]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_starts_answers_and_stops(bundle: Path, start: Any, number: int) -> None:
     running = start(str(bundle), "--port", "0")
-    assert re.search(r"checking and opening .* MB\)", running.said[0])
+    assert re.search(r"checking and opening .* [kM]B\)", running.said[0])
     assert "is ready after" in running.said[1]
     body = asked() | {"model": bundle.name}
     answered = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60)
