@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,20 @@ def check_adapter(root: Path) -> None:
 def check_layout(root: Path, config: Mapping[str, Any]) -> None:
     """`ResPruneError` for a config of research code, or of a model that transformers has no code for."""
     kind = str(config.get("model_type"))
-    for family in FAMILIES.values():
-        if any(key in config for key in family.research_keys):
-            raise ResPruneError(
-                f"{root} is in the layout of {family.title}'s research code ({kind:.80}), which transformers does not "
-                "read; take the converted checkpoint, whose name often ends in -hf, or convert it with transformers' "
-                f"convert_{family.name}_weights_to_hf"
-            )
+    said = [row for row in FAMILIES.values() if row.research and _has(config, row.research)]
+    if said:
+        row = max(said, key=lambda row: len(row.research))
+        raise ResPruneError(
+            f"{root} is in the layout of {row.title}'s research code ({kind:.80}), which transformers does not read; "
+            f"take a converted checkpoint such as {next(iter(row.aliases.values()))}, or convert yours with "
+            f"convert_{row.name}_weights_to_hf.py of transformers 4"
+        )
     if "auto_map" in config and kind not in FAMILIES:
         raise ResPruneError(
             f"{root} holds a model of type {kind:.80} with code of its own (auto_map), which is never run; take the "
             "checkpoint that was converted for transformers, whose name often ends in -hf"
         )
+
+
+def _has(config: Mapping[str, Any], research: Mapping[str, str]) -> bool:
+    return all(key in config and re.fullmatch(pattern, str(config[key])) for key, pattern in research.items())

@@ -84,8 +84,9 @@ class Family:
     """Whether an image has as many tokens as its pixels ask for, up to --max-pixels."""
     servers: tuple[str, ...] = ()
     """The server formats and TensorRT-LLM backends that give kept tokens, and the text, their right positions."""
-    research_keys: tuple[str, ...] = ()
-    """Keys of a config.json of the code that the model was published with, which transformers does not read."""
+    research: Mapping[str, str] = field(default_factory=dict)
+    """What a config.json of the code that it was published with has, which transformers does not read: keys, each with
+    a pattern of the whole value."""
     placeholder: str | None = None
     """What its chat template writes for an image; None for the image token itself."""
     plain_prompt: bool = False
@@ -114,7 +115,7 @@ FAMILIES = {
             defaults=PUBLISHED,
             servers=("vllm", "trtllm", "trtllm-pytorch", "trtllm-engine"),
             plain_prompt=True,
-            research_keys=("mm_vision_tower", "mm_projector_type"),
+            research={"mm_vision_tower": ".*"},
             verified=(
                 "tests/exporter/test_parity_llava.py",
                 "benchmarks/selection.py",
@@ -132,6 +133,7 @@ FAMILIES = {
             AnyResolution.from_bundle,
             defaults=PUBLISHED,
             servers=("vllm", "trtllm", "trtllm-pytorch", "trtllm-engine"),
+            research={"mm_vision_tower": ".*", "image_aspect_ratio": "anyres"},
             verified=("tests/exporter/test_parity_llava_next.py", "benchmarks/llava_next.py"),
             aliases={
                 "llava-next": "llava-hf/llava-v1.6-mistral-7b-hf",
@@ -143,6 +145,7 @@ FAMILIES = {
             "LLaVA-OneVision",
             "llava_onevision",
             LimitedResolution.from_bundle,
+            research={"mm_vision_tower": ".*", "image_aspect_ratio": "anyres_max_.*"},
             verified=("tests/exporter/test_parity_onevision.py",),
             aliases={
                 "llava-onevision-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
@@ -199,6 +202,7 @@ FAMILIES = {
             "InternVL",
             "internvl",
             Thumbnailed.from_bundle,
+            research={"model_type": "internvl_chat"},
             verified=("tests/exporter/test_parity_tiles.py", "benchmarks/families.py"),
             aliases={
                 "internvl3-1b": "OpenGVLab/InternVL3-1B-hf",

@@ -58,12 +58,25 @@ def content(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], obj
     return lambda root: (root / name).write_bytes(change((root / name).read_bytes()))
 
 
-RESEARCH = {"mm_vision_tower": "openai/clip", "mm_projector_type": "mlp2x_gelu"}
+RESEARCH = {"mm_vision_tower": "openai/clip", "mm_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad"}
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "llava": (config(model_type="llava", **RESEARCH), r"LLaVA-1\.5's research code \(llava\).* -hf"),
-    "llava_llama": (config(model_type="llava_llama", **RESEARCH), r"research code \(llava_llama\)"),
-    "llava_qwen": (config(model_type="llava_qwen", **RESEARCH), r"research code \(llava_qwen\)"),
-    "internvl_chat": (config(model_type="internvl_chat", auto_map={}), r"internvl_chat with code of its own.* -hf"),
+    "llava": (
+        config(model_type="llava", **RESEARCH),
+        r"LLaVA-1\.5's research code \(llava\), .* such as llava-hf/llava-1\.5-7b-hf,.* convert_llava_weights_to_hf",
+    ),
+    "llava_llama": (
+        config(model_type="llava_llama", **RESEARCH | {"image_aspect_ratio": "anyres"}),
+        r"LLaVA-NeXT's research code \(llava_llama\), .* such as llava-hf/llava-v1\.6-mistral-7b-hf",
+    ),
+    "llava_qwen": (
+        config(model_type="llava_qwen", **RESEARCH | {"image_aspect_ratio": "anyres_max_9"}),
+        r"LLaVA-OneVision's research code \(llava_qwen\), .* such as llava-hf/llava-onevision-qwen2-0\.5b-ov-hf",
+    ),
+    "internvl_chat": (
+        config(model_type="internvl_chat", auto_map={}),
+        r"InternVL's research code \(internvl_chat\), .* such as OpenGVLab/InternVL3-1B-hf",
+    ),
+    "code of its own": (config(model_type="minimind", auto_map={}), r"type minimind with code of its own.* -hf"),
     "adapter alone": (adapter(True), r"holds an adapter of x/y .*merge_and_unload"),
     "adapter beside": (adapter(False), r"holds an adapter of x/y .*merge_and_unload"),
     "ZeRO-3": (weight(lambda value: torch.empty(0)), r"down_proj.weight .*ZeRO-3.*zero_to_fp32"),

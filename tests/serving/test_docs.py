@@ -29,10 +29,12 @@ def blocks(language: str) -> list[str]:
 def address(demo_bundle: Path) -> Iterator[str]:
     """The demo as the page serves it, at a free port."""
     with Service({"demo-k16": Pipeline.load(demo_bundle)}) as service:
-        server, bound = Server(service.app, service.stop), bind("127.0.0.1", 0)
+        started, bound = threading.Event(), bind("127.0.0.1", 0)
+        server = Server(service.app, service.stop, started.set)
         thread = threading.Thread(target=server.run, args=([bound],))
         url = url_of(bound)
         thread.start()
+        assert started.wait(60)
         yield url
         server.stop()
         thread.join()
