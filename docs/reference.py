@@ -9,7 +9,7 @@ import pdoc
 
 import resprune
 
-PACKAGES = ["evaluation", "exporter", "graphs", "runtime"]
+PACKAGES = ["evaluation", "exporter", "graphs", "method", "runtime"]
 # The command line and the server have guides; for the inside of the export there is the code.
 LEFT_OUT = [
     r"resprune\..*cli$",

@@ -28,7 +28,7 @@ def output(directory: Path) -> Iterator[None]:
 
 
 class Run(NamedTuple):
-    """One way of asking a data set: a selector's name, a budget as it is written, and which draw of it."""
+    """One way of asking the data set `data`: a selector's name, a budget as written ("16", "11%"), a draw's seed."""
 
     data: str
     selector: str
@@ -100,7 +100,7 @@ class Answers:
         _write(self._files[run.data], row)
 
     def of(self, run: Run, numbers: list[int]) -> list[str]:
-        """The answers to questions that all have one."""
+        """The answers to the questions `numbers`, in that order; `KeyError` for one without an answer."""
         return [self._known[run][number] for number in numbers]
 
     def close(self) -> None:

@@ -43,7 +43,8 @@ def open_checkpoint(
 ) -> Model:
     """An alias, hub id or directory, run by Hugging Face's own code; its own selection is the reference.
 
-    In float32 on the CPU, elsewhere in the checkpoint's dtype. The prompt, the pixels' geometry and the positions are
+    In float32 on the CPU, elsewhere in the checkpoint's dtype; `device` is PyTorch's name of one. `positions` and
+    `attention` None are the family's defaults. The prompt, the pixels' geometry and the positions are
     the runtime's, as in a bundle. `threads` of the processor are then PyTorch's in this process; 0 leaves them.
     Raises `ResPruneError` for what cannot be found, loaded, or put on `device`.
     """

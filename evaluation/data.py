@@ -27,7 +27,8 @@ CROWD_TYPES = ("color", "shape", "existence", "position")
 class Question:
     """A question about an image, and the answers that count as right.
 
-    `image` is the same for questions about the same image, and `load` gives it; `type` may be empty.
+    `number` names it in its data set. `image` is an id, the same for questions about the same image, which `load()`
+    gives; `type` groups the scores and may be empty.
     """
 
     number: int
@@ -38,7 +39,7 @@ class Question:
     type: str = ""
 
     def right(self, answer: str) -> bool:
-        """Whether `answer` is one of the answers."""
+        """Whether `answer` is one of the answers, as `matches` compares them."""
         return matches(answer, self.answers)
 
 
@@ -62,7 +63,7 @@ class DataSet:
 
 
 def load_data(name: str) -> DataSet:
-    """A data set by its name, or from a `.jsonl` file; `ResPruneError` for what is neither."""
+    """A data set by its name in `NAMED`, or from a `.jsonl` file; `ResPruneError` for what is neither."""
     if name == "easyvqa":
         return _easy_vqa()
     if name in ("scenes", "crowd"):

@@ -157,7 +157,10 @@ def _ask(
 
 
 def pick(model: Model, run: Run, budget: Budget, encoded: Encoded, asked: Asked, number: int) -> Ints:
-    """The tokens that a run keeps of one image for one question, in pick order."""
+    """The tokens that a run keeps of one image for one question: indices [K] int64, in pick order.
+
+    `number` is the question's: with the run's seed it decides what a random selector draws.
+    """
     every = encoded.candidates
     if budget.everything or run.selector == RESIZE:
         return every

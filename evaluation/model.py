@@ -39,7 +39,10 @@ ROOMS = ("evaluation", "exporter", "runtime")
 
 @cache
 def code(root: Path = Path(__file__).parents[1]) -> str:
-    """A fingerprint of the sources that answers may depend on: of two checkouts the version can be the same."""
+    """SHA-256, in hexadecimal, of the sources in `root` that answers may depend on.
+
+    Two checkouts may have one version.
+    """
     digest = hashlib.sha256()
     for room in ROOMS:
         for path in sorted((root / room).rglob("*.py")):
@@ -67,7 +70,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question as the model reads it: `embeds` [S, D] of the whole prompt, `text` [M, D] of its nouns."""
+    """A question as the model reads it: `embeds` [S, D] float32 of the whole prompt, `text` [M, D] of its keywords."""
 
     prompt: Prompt
     embeds: Floats
@@ -84,7 +87,7 @@ class Engine:
 
 
 def engine(device: str, threads: int, *modules: Any) -> Engine:
-    """The versions are those of this package and of `modules` as they were imported, whatever brought them."""
+    """An `Engine` with the versions of this package, of NumPy, and of the imported `modules`."""
     versions = {module.__name__: module.__version__ for module in (np, *modules)}
     return Engine(device, threads, {"resprune": version("resprune")} | versions)
 
@@ -147,7 +150,11 @@ class Model:
         }
 
     def look(self, sources: Sequence[ImageSource], selector: str = "", k: int | None = None) -> list[Encoded]:
-        """Encode images, each with all its tokens, or as a selector that `changes_tower` has it for `k` tokens."""
+        """Encode images, each with all its tokens.
+
+        The selectors of `towers.py` change that: with "resize" an image is made smaller until it has about `k` tokens,
+        with "early …" the tower selects inside. Raises `ResPruneError` where the model's tower cannot be changed.
+        """
         images = [load_image(source) for source in sources]
         prepared = [self._preprocessor(image) for image in images]
         if selector == RESIZE and k is not None:
@@ -181,7 +188,7 @@ class Model:
         *,
         about: Sequence[str] | None = None,
     ) -> Asked:
-        """A question's prompt and embeddings; `about` names the words of it that steer, in place of its nouns.
+        """A question's prompt and embeddings; `about` names keywords that guide the selection in place of its nouns.
 
         `expansions` has an entry for each image (`PreparedImage.expansion`).
         """
@@ -200,7 +207,9 @@ class Model:
         kept: Sequence[Sequence[Ints]],
         max_new_tokens: int,
     ) -> list[str]:
-        """Greedy answers to questions that go together, each with its images and the indices kept of them.
+        """Greedy answers to B questions, prefilled as one batch.
+
+        `encoded[b]` are the images of question b; `kept[b][i]` [K] int64 are the tokens kept of the i-th, in any order.
 
         What of the checkpoint's settings `generate` applies without drawing is applied here.
         """
@@ -265,12 +274,12 @@ class Model:
                 )
 
     def close(self) -> None:
-        """Give back the language model."""
+        """Free the language model."""
         self._stages.decoder.close()
 
 
 def check_policies(positions: str | None, attention: str | None) -> None:
-    """`ResPruneError` for a position policy or an attention that there is none of."""
+    """`ResPruneError` for a position policy or an attention that does not exist; None is either's default."""
     for what, value, known in (("positions", positions, POSITIONS), ("attention", attention, ATTENTION)):
         if value is not None and value not in known:
             raise ResPruneError(f"{what} should be {' or '.join(known)}, not {value}")

@@ -27,9 +27,9 @@ from resprune.runtime.errors import ResPruneError
 class Score:
     """One selector at one budget on one data set.
 
-    `exact_match` is the mean over `draws`, and `low` to `high` Wilson's 95 % interval of it for this many questions;
-    `draws` are the single ones. `unpruned` compares each draw with all tokens (empty if those
-    were not asked); `first` with the selector that was named first.
+    Shares go from 0 to 1. `exact_match` is the mean over `draws`, the shares of the single draws, and `low` to `high`
+    Wilson's 95 % interval of it for this many questions; `types` has the share for each type of question. `unpruned`
+    compares each draw with all tokens (empty if those were not asked); `first` with the selector that was named first.
     """
 
     selector: str
@@ -53,7 +53,7 @@ class Sheet:
     scores: list[Score]
 
     def score(self, selector: str, budget: Budget) -> Score:
-        """One of them."""
+        """The score of a selector at a budget; `StopIteration` if it was not asked."""
         return next(row for row in self.scores if (row.selector, row.k) == (selector, str(budget)))
 
 

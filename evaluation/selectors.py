@@ -1,6 +1,7 @@
 """Ways to choose K of N visual tokens: the method, parts of it, and its rivals, all on the same features.
 
-NumPy in float64, written for clarity; the graphs and kernels that a bundle runs are held to the same picks.
+A selector takes `Candidates` and k ≤ N, and returns k indices [k] int64 in pick order.
+NumPy in float64, for clarity; the graphs and kernels that a bundle runs are held to the same picks.
 """
 
 from collections.abc import Callable
@@ -122,7 +123,10 @@ CONTROLS: dict[str, Selector] = {
 
 
 def expand(visual: Doubles, gain: Doubles, k: int) -> Ints:
-    """Greedy subspace expansion: g_i · E(v_i) is what is left of the diagonal of √g_i (v_i · v_j) √g_j."""
+    """Greedy subspace expansion: V [N, D] and gain g [N] → picks [k] int64 (docs/method.md).
+
+    `greedy_map` of the kernel √g_i (v_i · v_j) √g_j, of whose diagonal g_i · E(v_i) is what is left after each pick.
+    """
     rows = np.sqrt(gain)[:, None] * visual
     return greedy_map(rows @ rows.T, k)
 
@@ -150,7 +154,7 @@ def greedy_map(kernel: Doubles, k: int) -> Ints:
 
 
 def stands_for(visual: npt.NDArray[np.floating[Any]], kept: Ints) -> Ints:
-    """Which kept token each of N counts with in proportional attention: its place in `kept` [K] ascending, [N].
+    """Which kept token each of N counts with in proportional attention: its place in `kept` [K], ascending; [N] int64.
 
     A kept one with itself, any other with the one of the largest cosine; of those within TIE of it, the lowest.
     """

@@ -11,7 +11,7 @@ Z = 1.959964  # 95 %
 
 
 def wilson(hits: float, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a proportion."""
+    """Wilson's 95 % score interval, (low, high) from 0 to 1, of the proportion `hits` of `trials`, at least 1."""
     share = hits / trials
     center = share + Z * Z / (2 * trials)
     spread = Z * math.sqrt(share * (1 - share) / trials + Z * Z / (4 * trials * trials))

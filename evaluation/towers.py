@@ -21,12 +21,12 @@ STEPS = 16
 
 
 def changes_tower(selector: str) -> bool:
-    """Whether a selector needs the image encoded otherwise."""
+    """Whether a selector is one of these, so that each budget encodes the image anew."""
     return selector == RESIZE or selector.startswith(EARLY)
 
 
 def early_names(settings: list[str]) -> list[str]:
-    """The selectors that `--early` adds."""
+    """The selectors for settings of `resprune eval --early`, each like "8:288"."""
     return [f"{EARLY}{setting}" for setting in settings]
 
 
@@ -46,7 +46,10 @@ def smaller_image(image: Image.Image, count: Callable[[Image.Image], int], k: in
 
 
 def smaller_pixels(pixel_values: Any, patch: int, k: int) -> Any:
-    """[3, H, W] → [1, 3, S, S] float32 of as many whole patches a side as come closest to k in all; tensors."""
+    """Normalised pixels of a square, [3, H, W] float32 array → [1, 3, S, S] float32 tensor, S = `patch` · round(√k).
+
+    Bicubic, with antialiasing.
+    """
     import torch
 
     side = patch * max(1, round(k**0.5))

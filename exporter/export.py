@@ -73,12 +73,13 @@ PACKAGES = ("resprune", "torch", "transformers", "onnx", "onnxscript")
 class Options:
     """What the user may choose: `k` tokens an image, or a `share` of its tokens, above 0 and at most 1.
 
-    `early` is a first selection inside the vision tower, as `early.Request.parse` reads it.
-    `alpha`, `positions` and `attention` None mean the family's default, `max_pixels` None the checkpoint's own limit,
-    `form` None what `choose_form` says; `chat_template` is a file that takes the place of the checkpoint's template;
-    `language_checkpoint` writes the language model once more as a plain Hugging Face checkpoint, `gguf` as a GGUF file
-    of f32, f16 or q8_0. Without a `decoder` the bundle has vision, selection and embeddings alone.
-    `verify` "full" compares whole answers, "layers" the decoder layer by layer, "auto" whichever fits in memory.
+    A field is the option of `resprune export` of its name (docs/options.md). `early` is a first selection inside the
+    vision tower, as `early.Request.parse` reads it. `alpha`, `positions` and `attention` None mean the family's
+    default, `max_pixels` None the checkpoint's own limit, `form` None what `choose_form` says; `chat_template` is a
+    file that takes the place of the checkpoint's template; `language_checkpoint` writes the language model once more as
+    a plain Hugging Face checkpoint, `gguf` as a GGUF file of f32, f16 or q8_0. Without a `decoder` the bundle has
+    vision, selection and embeddings alone. `verify` "full" compares whole answers, "layers" the decoder layer by layer,
+    "auto" whichever fits in memory.
     """
 
     k: int | None = None
@@ -111,8 +112,8 @@ Report = Callable[[str], None]
 def export(model: str, out: Path, options: Options, report: Report = print) -> Path:
     """Export `model` (alias, hub id or directory) to the bundle `out`, which is there whole or not at all.
 
-    `report` gets one line a stage. Raises `ResPruneError` for what the user can put right and `ParityError` if a
-    graph differs from PyTorch by more than it may.
+    Returns `out`. `report` gets one line a stage. Raises `ResPruneError` for what the user can put right and
+    `ParityError` if a graph differs from PyTorch by more than it may.
     """
     if (options.k is None) == (options.share is None):
         raise ResPruneError("give the tokens to keep either as a number or as a share")

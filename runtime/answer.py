@@ -16,7 +16,7 @@ from resprune.runtime.prompt.splice import Picks
 
 @dataclass
 class Row:
-    """One answer as it grows: it ends with a token of `eos`, or when it has `limit` tokens."""
+    """One answer as it grows: `token_ids` so far and `pieces` of text; `eos` and `limit` (tokens) are what ends it."""
 
     stream: TextStream
     eos: frozenset[int] = frozenset()
@@ -153,7 +153,7 @@ class Answer:
         return self.text
 
     def finish(self) -> "Answer":
-        """Let the language model go on to the end."""
+        """Let the language model go on to the end; returns this answer."""
         self._batch.finish()
         return self
 

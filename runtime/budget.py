@@ -9,7 +9,7 @@ from resprune.runtime.errors import ResPruneError, shown
 
 @dataclass(frozen=True)
 class Budget:
-    """`k` tokens, or a `share` of them from 0 to 1; with neither, all."""
+    """`k` tokens, or a `share` of an image's tokens, above 0 and at most 1; with neither, all."""
 
     k: int | None = None
     share: float | None = None
@@ -36,7 +36,7 @@ class Budget:
         return self.k is None and self.share is None
 
     def of(self, num_tokens: int) -> int:
-        """How many of `num_tokens` are kept."""
+        """How many of `num_tokens` are kept: at most all; a share is rounded up."""
         if self.everything:
             return num_tokens
         wanted = share_of(self.share, num_tokens) if self.share is not None else self.k or 0

@@ -23,7 +23,7 @@ NO_CHARACTER = "\uffff"  # drawn as every character that a font lacks
 
 
 class Caption:
-    """Lines of one width: `height` is known before they are drawn."""
+    """Lines of `width` pixels: their `height` in pixels is known before they are drawn."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -31,7 +31,7 @@ class Caption:
         self._parts: list[Callable[[ImageDraw.ImageDraw, int, int], None]] = []
 
     def add_scale(self, words: str, count: int) -> None:
-        """`words`, and at the right the colours of `count` picks."""
+        """Add `words`, and at the right the colours of `count` picks."""
         font = ImageFont.load_default(size=SMALL)
         height, bar = 30, 160
         start = self._take(height, space=10)
@@ -50,7 +50,7 @@ class Caption:
         self._parts.append(draw)
 
     def add_text(self, words: str, color: Color) -> None:
-        """`words` in as many lines as they need, up to `MOST_LINES`."""
+        """Add `words` in as many lines as they need, up to `MOST_LINES`."""
         words = " ".join(words[:LONGEST].split())
         font = font_for(words)
         lines, step = wrapped(words, font, self.width), round(1.35 * LARGE)
@@ -63,7 +63,7 @@ class Caption:
         self._parts.append(draw)
 
     def draw(self, on: ImageDraw.ImageDraw, left: int, top: int) -> None:
-        """Draw all lines; `left`, `top` is their corner."""
+        """Draw all lines; `left`, `top` in pixels is their corner."""
         for part in self._parts:
             part(on, left, top)
 
@@ -74,7 +74,7 @@ class Caption:
 
 
 def pick_color(place: int, count: int) -> Color:
-    """The colour of the pick at `place` (0 is the first) of `count`."""
+    """The colour, red, green and blue from 0 to 255, of the pick at `place` (0 is the first) of `count`."""
     position = place / max(count - 1, 1) * (len(RAMP) - 1)
     low = min(int(position), len(RAMP) - 2)
     first, second = RAMP[low], RAMP[low + 1]

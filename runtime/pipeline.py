@@ -87,7 +87,7 @@ class Pipeline:
         engines: str | None = None,
         generator: BackendFactory | None = None,
     ) -> Pipeline:
-        """Check a bundle and open it.
+        """Check the bundle at the path `bundle` and open it.
 
         `check_hashes=False` skips the SHA-256 of the files. A large file that has not changed since its last check is
         not hashed again, unless `check_again`. `progress(done, all)` is called as bytes are hashed, by any thread.
@@ -195,7 +195,7 @@ class Pipeline:
         return [answer.finish() for answer in answers]
 
     def look(self, image: Images) -> View:
-        """Encode an image, or several, to ask about more than once.
+        """Encode an image, or several, to ask about more than once; `ResPruneError` for what is no image.
 
         With a split bundle (`resprune export --split`) the images go through the vision tower here and never
         again; from a fused bundle only their pixels are kept, and the tower runs with each question.

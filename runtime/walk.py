@@ -97,7 +97,7 @@ class Walk:
         return {"vision_encoder", "token_select"} <= self.manifest.graphs.keys()
 
     def encode(self, images: Sequence[PreparedImage]) -> Encoded:
-        """Encode images, if the bundle has the encoder apart."""
+        """Encode images, if the bundle has the encoder apart; else only hold them, with `features` None."""
         if not self.splits:
             return Encoded(images, None)
         outputs = ["image_features", *map(PLANE_FEATURES.format, range(self._planes))]
@@ -114,7 +114,10 @@ class Walk:
         return Encoded(images, features)
 
     def embed(self, prompts: Sequence[Prompt]) -> list[Floats]:
-        """Input embeddings [S_b, D] of each prompt; the rows of its image tokens are placeholders."""
+        """Input embeddings [S_b, D] float32 of each prompt; the rows of its image tokens are placeholders.
+
+        Raises `ResPruneError` for a token that the model's table does not have.
+        """
         ids = np.concatenate([prompt.ids_to_embed(self.manifest.image_token_id) for prompt in prompts])
         try:
             embeds = self.embed_tokens(ids[None])[0]  # [S_0 + S_1 + …, D]
@@ -129,7 +132,7 @@ class Walk:
         return np.split(embeds, np.cumsum([len(prompt.ids) for prompt in prompts])[:-1])
 
     def keywords(self, prompt: Prompt, embeds: Floats) -> Floats:
-        """Rows [M, D] of a prompt's keywords, M may be 0; `embeds` [S, D] are the prompt's."""
+        """Embeddings [M, D] float32 of a prompt's keywords, M may be 0; `embeds` [S, D] are the prompt's."""
         rows = embeds[prompt.text_positions]
         if not prompt.further_ids:
             return rows
@@ -256,7 +259,7 @@ class Walk:
 
 
 def pad_rows(rows: Sequence[Floats]) -> tuple[Floats, Bools]:
-    """Lists of rows [M_i, D] → [B, M, D], M at least 1, and the mask [B, M] that leaves the filling out."""
+    """B arrays [M_i, D] → [B, M, D] float32 with zeros behind, M at least 1, and the mask [B, M] bool of the rows."""
     longest = max(1, *(len(row) for row in rows))
     padded = np.zeros((len(rows), longest, rows[0].shape[1]), np.float32)
     mask = np.zeros((len(rows), longest), dtype=bool)

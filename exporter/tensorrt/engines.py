@@ -175,7 +175,7 @@ def _check_operators(bundle: Bundle) -> None:
 
 
 def known_targets(flavour: str) -> list[str]:
-    """What this machine can build for: all that TensorRT-RTX knows, or for classic TensorRT the GPU at hand."""
+    """What can be built for, like "sm_86": all that TensorRT-RTX knows; with classic TensorRT the GPU at hand."""
     if flavour == "tensorrt-rtx":
         names: list[str] = list(tensorrt_module(flavour).ComputeCapability.__members__)
         return [f"sm_{name[2:]}" for name in names if name.startswith("SM")]

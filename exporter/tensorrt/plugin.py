@@ -17,7 +17,7 @@ from resprune.runtime.backends.cuda import gpu_at_hand
 
 
 def plugin_versions(graph: Path, flavour: str, num_tokens: int) -> tuple[dict[str, str], str]:
-    """What an engine of `graph` depends on if it is to carry the kernel, else nothing; and a note on which it is.
+    """Versions, by package, of what brings the kernel into an engine of `graph` ({}: no kernel), and a note on it.
 
     `num_tokens` is the most visual tokens of an image. The plugin is registered with this process, for its GPU.
     """
@@ -38,7 +38,7 @@ def plugin_versions(graph: Path, flavour: str, num_tokens: int) -> tuple[dict[st
 
 
 def with_plugin(graph: Path, folder: Path) -> Path:
-    """`graph` for the parser, in `folder`, with its weights beside it, where the parser looks for them."""
+    """Write a copy of `graph` that calls the plugin, and its weights, into `folder`; returns the path of the copy."""
     from resprune.graphs.kernels.tensorrt_plugin import for_plugin
 
     changed = folder / graph.name

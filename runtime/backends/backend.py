@@ -86,7 +86,7 @@ class Place:
         return Place(spliced.attention_mask, spliced.position_ids)
 
     def step(self) -> None:
-        """The place after one more token per row."""
+        """Move on by one token a row: the mask gains a column of ones, `position_ids` become that token's."""
         more = np.ones((len(self.attention_mask), 1), np.int64)
         self.attention_mask = np.concatenate([self.attention_mask, more], axis=1)
         self.position_ids = self.position_ids[..., -1:] + 1

@@ -53,7 +53,11 @@ def _library() -> _Library:
 
 
 class Model:
-    """A GGUF file in memory. What uses it keeps it alive: the weights go with the last reference."""
+    """The GGUF file at `path` in memory, its first `gpu_layers` layers on the GPU (−1: all).
+
+    What uses it keeps it alive: the weights go with the last reference. `threads` is for its contexts. Raises
+    `ResPruneError` for a file that llama.cpp cannot open, and where llama-cpp-python is missing.
+    """
 
     def __init__(self, path: Path, gpu_layers: int, threads: int) -> None:
         self.path = path
@@ -77,7 +81,7 @@ class Model:
         return one_line(self._errors[-1]) if self._errors else "it says no reason"
 
     def metadata(self, key: str) -> str | None:
-        """A value of the file's header, as text."""
+        """A value of the file's header as text, None if there is no such key."""
         room = ctypes.create_string_buffer(256)
         size = self.lib.llama_model_meta_val_str(self.pointer, key.encode(), room, len(room))
         return room.value.decode(errors="replace") if size >= 0 else None
@@ -88,12 +92,12 @@ class Model:
         return int(self.lib.llama_vocab_n_tokens(self.vocabulary))
 
     def token(self, number: int) -> str:
-        """How the file writes a token."""
+        """The text of the token with the id `number`, as the file spells it."""
         text = self.lib.llama_vocab_get_text(self.vocabulary, number)
         return (text or b"").decode(errors="replace")
 
     def close(self) -> None:
-        """Answers that are still being read raise when they step."""
+        """Refuse every further step: answers that are still being read raise `ResPruneError`."""
         self.closed = True
 
 

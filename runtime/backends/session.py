@@ -1,4 +1,4 @@
-"""Running graphs: the seam that engines share, and ONNX Runtime's sessions, their options and their faults."""
+"""Running graphs: the interface that engines share, and ONNX Runtime's sessions, their options and their faults."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence

@@ -314,7 +314,7 @@ def tensorrt_backend(bundle: Bundle, embedding: Embedding, options: SessionOptio
 
 
 def num_bytes(tensor: TensorSpec, shape: Shape) -> int:
-    """What a tensor of this dtype and shape takes."""
+    """Bytes of a tensor of the dtype of `tensor` and this shape."""
     return math.prod(shape) * ITEM_BYTES[tensor.dtype]
 
 

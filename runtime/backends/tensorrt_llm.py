@@ -64,8 +64,9 @@ def pytorch_backend(model: str | Path) -> BackendFactory:
 def engine_backend(engine: str | Path) -> BackendFactory:
     """What `Pipeline.load(bundle, generator=…)` takes to answer from an engine of trtllm-build.
 
-        `engine` is its directory, built with `--max_multimodal_len` of at least K times the images of a batch, for
-    a language model with a class of its own from the `language_model/` that `resprune export --for trtllm` writes.
+    `engine` is the directory of the engine. Build it from the `language_model/` that `resprune export --for trtllm`
+    writes where the family's language model has a class of its own, else from the checkpoint, and with
+    `--max_multimodal_len` of at least K times the images of a batch.
     """
 
     def factory(bundle: Bundle, embedding: Embedding, options: SessionOptions) -> Backend:

@@ -89,7 +89,7 @@ class Case:
 
 
 def timing(samples: Sequence[float] | npt.NDArray[np.float64]) -> Timing:
-    """What was sampled, as a median with its quartiles."""
+    """Median and quartiles of samples, in the unit of the samples."""
     low, median, high = np.percentile(samples, [25, 50, 75])
     return Timing(float(median), float(low), float(high), len(samples))
 
@@ -169,7 +169,10 @@ def _case(tokens: int, num_tokens: int, peak: int | None, samples: Sequence[dict
 
 
 def question_of(pipeline: Pipeline, image: ImageSource, text_tokens: int | None) -> str:
-    """A question whose prompt has about so many tokens of text, its template's included; None is a short one."""
+    """A question whose prompt has about `text_tokens` tokens of text, its template's included; None is a short one.
+
+    Raises `ResPruneError` for fewer than the template and a short question have.
+    """
     if text_tokens is None:
         return QUESTION
     view = pipeline.look(image)

@@ -99,7 +99,7 @@ class Report:
         return [f"{label:<{LABEL}}" + "".join(f"{cell:>{CELL}}" for cell in cells) for label, cells in rows]
 
     def verdict(self) -> str:
-        """What more pruning can still bring."""
+        """Sentences on what more pruning can still bring."""
         least, base = self.cases[0], self.base
         gains = least.gains(base)
         return (
@@ -150,7 +150,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot(report: Report, path: Path) -> None:
-    """A bar for each budget, from the stages up to its first token; the whole file or none of it."""
+    """Draw each budget's stages up to the first token as a bar; the whole file or, with a `ResPruneError`, none."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -75,7 +75,7 @@ class Bundle:
         return self.file_path(file)
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the checkpoint, such as `config.json`, which must hold an object."""
+        """A JSON file of the checkpoint, such as `config.json`; `ResPruneError` if it does not hold a JSON object."""
         path = self.file_path(name)
         try:
             value = json.loads(self.text(name))

@@ -73,7 +73,7 @@ class GraphSpec:
     weights: str | None = None
 
     def files(self) -> tuple[str, ...]:
-        """What the graph is made of."""
+        """The files that the graph is made of, relative to the bundle: its own, and that of its weights."""
         return (self.file,) if self.weights is None else (self.file, self.weights)
 
     def axes(self) -> set[str]:
@@ -128,7 +128,7 @@ class EngineSet:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of `resprune.json`; `files` has every file of the bundle but the manifest itself.
+    """The contents of `resprune.json` (docs/bundle.md); `files` has every file of the bundle but the manifest itself.
 
     `optimize` "ort" means a decoder for ONNX Runtime alone; `early` None that the vision tower sees every token to
     its end.
@@ -237,7 +237,7 @@ def axis_names(axis: int | str) -> list[str]:
 
 
 def safe_name(name: str) -> str:
-    """`name` if it is a relative posix path that stays inside and means one file on every system."""
+    """`name` if it is a relative posix path that stays inside and is one file on every system; else `ResPruneError`."""
     parts = name.split("/")
     bad = (
         PurePosixPath(name).is_absolute()

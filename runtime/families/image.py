@@ -178,7 +178,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Pad, resize, crop, rescale, normalise: the steps of one preprocessor_config.json; None leaves one out."""
+    """Pad, resize, crop, rescale, normalise: the steps of one preprocessor_config.json; None leaves one out.
+
+    `pad_color` (RGB, 0 to 255) pads to a square. `shortest_edge` pixels, or `resize_to` (height, width) in its place;
+    `crop` (height, width) is cut from the middle. `normalize` is mean and standard deviation of each channel, after
+    the multiplication by `rescale_factor`.
+    """
 
     pad_color: tuple[int, ...] | None  # LLaVA's own processor pads to a square first
     shortest_edge: int | None
@@ -252,10 +257,11 @@ class ImageProcessor:
         return np.stack([values[channel][pixels[:, :, channel]] for channel in range(3)])  # [3, H, W]
 
     def patch_boxes(self, image_size: tuple[int, int], patch_size: int) -> list[Box]:
-        """Where each patch of the vision tower lies in an image of `image_size` (width, height).
+        """Left, top, right, bottom in pixels of each patch in an image of `image_size` (width, height).
 
-        Row by row as the tower numbers its tokens (a class token has no place and is not counted); a patch that
-        the crop or the pad puts partly outside is cut at the edge, one wholly outside has no area.
+        A patch is `patch_size` pixels of what the tower gets. Row by row as the tower numbers its tokens (a class token
+        has no place and is not counted); a patch that the crop or the pad puts partly outside is cut at the edge, one
+        wholly outside has no area.
         """
         steps = self._steps(image_size)
         columns, rows = steps.size[0] // patch_size, steps.size[1] // patch_size

@@ -29,7 +29,10 @@ START, END = "<img>", "</img>"
 
 @dataclass(frozen=True)
 class Thumbnailed:
-    """Tiles of the grid whose shape is nearest the image's, and the whole image if they are several."""
+    """Tiles of the grid whose shape is nearest the image's, and the whole image if they are several.
+
+    `fewest` and `most` bound the number of tiles, the whole image not counted.
+    """
 
     tiles: TileProcessor
     fewest: int
@@ -101,7 +104,10 @@ class Thumbnailed:
         return boxes if grid.tiles == 1 else [*boxes, *self.tiles.boxes(image_size, Grid(1, 1))]
 
     def grid(self, image_size: tuple[int, int]) -> Grid:
-        """The grid nearest the image's shape; of equally near ones the larger while the image fills half of it."""
+        """The grid whose shape is nearest that of an image of `image_size` (width, height).
+
+        Of equally near ones the larger, while the image fills half of it.
+        """
         width, height = image_size
         best, least = Grid(1, 1), float("inf")
         grids = [

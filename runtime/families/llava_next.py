@@ -152,7 +152,7 @@ class AnyResolution:
         return [None if row == NEWLINE else boxes[row] for row in self.packed_rows(image_size)]
 
     def row_boxes(self, image_size: Size) -> list[Box]:
-        """Where each row of the tower's lies, whether a token or not."""
+        """Where each row of the tower's output lies in the image, in its pixels, whether it becomes a token or not."""
         in_whole = self.processor.patch_boxes(self.whole, self.patch_size)
         in_tile = self.processor.patch_boxes((self.tile, self.tile), self.patch_size)
         width, height = self.best_resolution(image_size)
@@ -165,7 +165,7 @@ class AnyResolution:
         return boxes
 
     def best_resolution(self, image_size: Size) -> Size:
-        """The resolution that keeps most of the image's pixels, and among those wastes fewest."""
+        """(width, height) of the resolution that keeps most of the image's pixels, and among those wastes fewest."""
         width, height = image_size
         best, most, least_waste = (0, 0), 0, math.inf
         for rows, columns in self.resolutions:
@@ -177,7 +177,7 @@ class AnyResolution:
         return best
 
     def tile_grid(self, image_size: Size) -> tuple[int, int]:
-        """Rows and columns of tiles, beside the whole view."""
+        """(rows, columns) of tiles, beside the whole view, of an image of `image_size` (width, height)."""
         width, height = self.best_resolution(image_size)
         return height // self.tile, width // self.tile
 

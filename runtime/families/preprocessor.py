@@ -46,7 +46,7 @@ class PreparedImage:
 
     @staticmethod
     def one_span(arrays: Arrays, offsets: npt.NDArray[np.int64], advance: int) -> "PreparedImage":
-        """An image whose tokens stand side by side."""
+        """An image whose tokens stand side by side: one span, `advance` is its entry of `advances`."""
         return PreparedImage(arrays, offsets, (advance,), (int(offsets.shape[-1]),))
 
     @property
@@ -56,7 +56,7 @@ class PreparedImage:
 
 
 class Preprocessor(Protocol):
-    """A family's way with images, made from a bundle."""
+    """Image preprocessor of one model family, made from a bundle."""
 
     @property
     def max_batch(self) -> int | None:
@@ -72,11 +72,17 @@ class Preprocessor(Protocol):
         ...
 
     def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
-        """How long the named axes of the vision graphs' inputs get, `batch` images of `tokens` tokens at once."""
+        """(least, usual, most) of every named axis of the vision graph's inputs, by name: for TensorRT's profiles.
+
+        `batch` is how many images go through it at once, `tokens` how many tokens one has, each as such a triple.
+        """
         ...
 
     def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
-        """Where each of the N tokens lies in an image of `image_size` (width, height); None for nowhere."""
+        """Left, top, right, bottom in pixels of each of the N tokens of an image of `image_size` (width, height).
+
+        None for a token that shows no part of the image.
+        """
         ...
 
 

@@ -22,9 +22,9 @@ IMAGE_NUMBERS = "image_numbers"
 
 @dataclass(frozen=True)
 class Picks:
-    """Which of an image's visual tokens are kept: ascending, and in the order they were picked.
+    """Which of an image's visual tokens are kept: `kept_indices` [K] int64 ascending, `pick_order` [K] as picked.
 
-    `kept_counts`, in the order of `kept_indices`: how many of the image's tokens each of them counts for; 1 with
+    `kept_counts` [K], in the order of `kept_indices`: how many of the image's tokens each of them counts for; 1 with
     plain attention. `candidates` ascending are the tokens that a selection inside the vision tower left; None: all.
     """
 
