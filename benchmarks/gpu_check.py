@@ -52,10 +52,9 @@ def main() -> int:
 
 def demo_bundle(work: Path) -> Path:
     """The demo model's bundle, exported anew."""
-    from resprune.exporter.export import (  # PyTorch, which a machine without a GPU need not load
-        Options,
-        export,
-    )
+    # PyTorch, which a machine without a GPU need not load.
+    from resprune.exporter.export import export
+    from resprune.exporter.options import Options
 
     return export("demo", work / "demo", Options(k=TOKENS, split=True, positions="original"))
 

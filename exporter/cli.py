@@ -170,7 +170,8 @@ def run_export(arguments: argparse.Namespace) -> int:
 
     require_free(arguments.out, force=arguments.force)
     require_model(arguments.model, revision=arguments.revision)
-    from resprune.exporter.export import Options, export
+    from resprune.exporter.export import export
+    from resprune.exporter.options import Options
     from resprune.exporter.verify.difference import ParityError
 
     dtype, optimize = _precision(

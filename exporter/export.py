@@ -28,11 +28,12 @@ from resprune.exporter.estimate import estimate
 from resprune.exporter.families import split_model
 from resprune.exporter.language import proportional
 from resprune.exporter.memory import available_memory
+from resprune.exporter.options import Options
 from resprune.exporter.trace.ahead import traced_ahead
 from resprune.exporter.trace.grouped_query import optimize_decoder
 from resprune.exporter.trace.packed import pack
 from resprune.exporter.trace.precision import ELEMENTS
-from resprune.exporter.trace.quantize import BLOCK, BLOCK_SIZES, quantize
+from resprune.exporter.trace.quantize import quantize
 from resprune.exporter.trace.tracer import Traced
 from resprune.exporter.trace.weights import bytes_needed, find_weights
 from resprune.exporter.trace.writer import GraphWriter, ahead, progress_bar
@@ -52,12 +53,7 @@ from resprune.exporter.verify.verifier import Verifier
 from resprune.graphs import attach_selection, choose_form, token_select_model
 from resprune.method import Selection, share_of
 from resprune.runtime.bundle.files import describe_files, read_bundle, write_manifest
-from resprune.runtime.bundle.manifest import (
-    COUNTS,
-    EARLY,
-    Early,
-    Manifest,
-)
+from resprune.runtime.bundle.manifest import COUNTS, EARLY, Early, Manifest
 from resprune.runtime.bundle.precisions import TABLE, Choice, parse_dtype
 from resprune.runtime.console import bytes_text
 from resprune.runtime.errors import ResPruneError
@@ -67,45 +63,6 @@ if TYPE_CHECKING:
     from resprune.exporter.checkpoint.gguf_file import GgufModel
 
 PACKAGES = ("resprune", "torch", "transformers", "onnx", "onnxscript")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user may choose: `k` tokens an image, or a `share` of its tokens, above 0 and at most 1.
-
-    A field is the option of `resprune export` of its name (docs/options.md). `early` is a first selection inside the
-    vision tower, as `early.Request.parse` reads it. `alpha`, `positions` and `attention` None mean the family's
-    default, `max_pixels` None the checkpoint's own limit, `form` None what `choose_form` says; `chat_template` is a
-    file that takes the place of the checkpoint's template; `language_checkpoint` writes the language model once more as
-    a plain Hugging Face checkpoint, `gguf` as a GGUF file of f32, f16 or q8_0. Without a `decoder` the bundle has
-    vision, selection and embeddings alone. `verify` "full" compares whole answers, "layers" the decoder layer by layer,
-    "auto" whichever fits in memory.
-    """
-
-    k: int | None = None
-    share: float | None = None
-    dtype: str = "fp32"
-    block: int = BLOCK
-    optimize: str | None = None
-    split: bool = False
-    alpha: float | None = None
-    scale: str = "minmax"
-    positions: str | None = None
-    attention: str | None = None
-    early: str | None = None
-    body: str = "loop"
-    form: str | None = None
-    language_checkpoint: bool = False
-    gguf: str | None = None
-    decoder: bool = True
-    max_pixels: int | None = None
-    chat_template: Path | None = None
-    revision: str | None = None
-    verify: str = "auto"
-    force: bool = False
-    command: str = "resprune export"
-
-
 Report = Callable[[str], None]
 
 
@@ -115,28 +72,7 @@ def export(model: str, out: Path, options: Options, report: Report = print) -> P
     Returns `out`. `report` gets one line a stage. Raises `ResPruneError` for what the user can put right and
     `ParityError` if a graph differs from PyTorch by more than it may.
     """
-    if (options.k is None) == (options.share is None):
-        raise ResPruneError("give the tokens to keep either as a number or as a share")
-    if options.k is not None and options.k < 1:
-        raise ResPruneError(f"-k {options.k} keeps no visual token; give 1 or more")
-    if options.share is not None and not 0 < options.share <= 1:
-        raise ResPruneError(
-            f"-k {100 * options.share:g}% is no share of the visual tokens to keep; give more than 0% and at most 100%"
-        )
-    if options.block not in BLOCK_SIZES:
-        raise ResPruneError(f"--block {options.block}: the sizes are {', '.join(map(str, BLOCK_SIZES))}")
-    if options.optimize and parse_dtype(options.dtype).element == "bfloat16":
-        raise ResPruneError(
-            "--optimize ort makes a decoder of ONNX Runtime's operators, and its CPU kernels of them know no bf16; "
-            "give --dtype fp16 or fp32, or leave it out"
-        )
-    if options.optimize and not options.decoder:
-        raise ResPruneError("--optimize is of the decoder; leave out that or --without-decoder")
-    if options.attention == "proportional" and (options.language_checkpoint or options.gguf):
-        raise ResPruneError(
-            "--for writes the language model for runtimes that attend to every row alike, which is not what "
-            "--attention proportional is for; leave out one of the two"
-        )
+    options.check()
     with new_directory(out, force=options.force) as work:
         _Export(model, out, options, report, work).run()
     return out

@@ -1,10 +1,16 @@
 """How many tokens of an image to keep: a number, a share, or all."""
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from resprune.method import share_of
 from resprune.runtime.arguments import text as require_text
+from resprune.runtime.arguments import whole
 from resprune.runtime.errors import ResPruneError, shown
+
+Tokens = int | str | None
+"""How many visual tokens of each image to keep: a number, a share such as "11%", or None for the bundle's K."""
 
 
 @dataclass(frozen=True)
@@ -47,3 +53,13 @@ class Budget:
         if self.everything:
             return "all"
         return str(self.k) if self.share is None else f"{100 * self.share:g}%"
+
+
+def wanted(tokens: Tokens, counts: Sequence[int]) -> list[int | None]:
+    """How many tokens are kept of images that have `counts`, None for the bundle's K; a share is of each one's own."""
+    if tokens is None:
+        return [None] * len(counts)
+    if not isinstance(tokens, str):
+        return [whole(tokens, "tokens", -sys.maxsize)] * len(counts)  # the selection says which it takes
+    budget = Budget.parse(tokens)
+    return [budget.of(count) if budget.k is None else budget.k for count in counts]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,10 +19,11 @@ from resprune.runtime.backends.backend import BackendFactory, Request, closed_ea
 from resprune.runtime.backends.onnxruntime import onnxruntime_backend
 from resprune.runtime.backends.providers import CPU
 from resprune.runtime.backends.session import GraphRunner, OrtGraphs, SessionOptions
-from resprune.runtime.budget import Budget
+from resprune.runtime.budget import Tokens, wanted
 from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.bundle.hashes import Progress, hashed_meanwhile
 from resprune.runtime.bundle.manifest import FLAVOURS, Manifest
+from resprune.runtime.chat import Chat
 from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.image import MAX_PIXELS, Box, ImageSource, load_image
 from resprune.runtime.families.preprocessor import PreparedImage
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...]
-Tokens = int | str | None
-"""How many visual tokens of each image to keep: a number, a share such as "11%", or None for the bundle's K."""
 GraphsFactory = Callable[[Bundle, SessionOptions], GraphRunner]
 
 
@@ -289,7 +287,8 @@ class Pipeline:
                 for keywords in [self._walk.keywords(prompt, row)] * count
             ]
             together = Encoded.joined(encoded)
-            kept = iter(self._walk.select(together, text, _wanted(tokens, together.images)))
+            budgets = wanted(tokens, [image.num_tokens for image in together.images])
+            kept = iter(self._walk.select(together, text, budgets))
             kept_rows = [[next(kept) for _ in range(count)] for count in counts]
         with _stage(timings, "prefill"):
             spliced = self._walk.splice(embeds, prompts, kept_rows)
@@ -334,8 +333,7 @@ class View:
 
     def budgets(self, tokens: Tokens = None) -> list[int]:
         """How many visual tokens of each image `tokens` keeps; `ResPruneError` where `ask` raises one for it."""
-        images = self._encoded.images
-        return self._pipeline._walk.budgets(images, _wanted(tokens, images))
+        return self._pipeline._walk.budgets(self._encoded.images, wanted(tokens, self.num_tokens))
 
     @property
     def nbytes(self) -> int:
@@ -408,51 +406,6 @@ class View:
         return Chat(self)
 
 
-class Chat:
-    """A conversation in which every question makes its own selection.
-
-    The new selection changes rows near the head of the prompt, on which every later key and value depends. So the
-    whole conversation is prefilled again with the rows this question keeps: prompt, positions and KV cache always
-    belong together, and an answer is the one a fresh prompt of the whole conversation gets.
-    """
-
-    def __init__(self, view: View) -> None:
-        self._view = view
-        self._turns: list[tuple[str, Answer]] = []
-
-    @property
-    def history(self) -> list[Turn]:
-        """What has been said; the answer being read is finished first, and one that failed was never given."""
-        turns: list[Turn] = []
-        for question, answer in self._turns:
-            with suppress(Exception):  # its reader is told
-                turns.append(Turn(question, answer.text.strip()))
-        return turns
-
-    def ask(
-        self,
-        question: str,
-        *,
-        about: Sequence[str] | None = None,
-        tokens: Tokens = None,
-        plain_text: bool = False,
-        stream: bool = True,
-        **sampling: Unpack[SamplingOptions],
-    ) -> Answer:
-        """The next question; one that raises, now or while it is read, leaves the conversation as it was."""
-        answer = self._view.ask(
-            question,
-            about=about,
-            history=self.history,
-            tokens=tokens,
-            plain_text=plain_text,
-            stream=stream,
-            **sampling,
-        )
-        self._turns.append((question, answer))
-        return answer
-
-
 def _run_by(engines: str | None) -> tuple[GraphsFactory, BackendFactory]:
     """What runs the graphs, and what answers unless another generator is given."""
     if engines is None:
@@ -461,18 +414,6 @@ def _run_by(engines: str | None) -> tuple[GraphsFactory, BackendFactory]:
     from resprune.runtime.backends.tensorrt import Engines, tensorrt_backend
 
     return partial(Engines, engines), tensorrt_backend
-
-
-def _wanted(tokens: Tokens, images: Sequence[PreparedImage]) -> list[int | None]:
-    """How many tokens are kept of each image; a share is of its own tokens."""
-    if tokens is None:
-        return [None] * len(images)
-    if not isinstance(tokens, str):
-        return [whole(tokens, "tokens", -sys.maxsize)] * len(images)  # the selection says which it takes
-    budget = Budget.parse(tokens)
-    if budget.k is not None:
-        return [budget.k] * len(images)
-    return [budget.of(image.num_tokens) for image in images]
 
 
 def _listed(image: Images) -> list[ImageSource]:

@@ -91,8 +91,9 @@ def traced_once(made_once: Make) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Callable[[str], Path], made_once: Make) -> Callable[..., Path]:
-    """Variant and the fields of `exporter.export.Options` → the bundle exported from it, once a session."""
-    from resprune.exporter.export import Options, export
+    """Variant and the fields of `exporter.options.Options` → the bundle exported from it, once a session."""
+    from resprune.exporter.export import export
+    from resprune.exporter.options import Options
 
     def bundle(variant: str, **options: Any) -> Path:
         asked = Options(**options)
@@ -105,6 +106,7 @@ def tiny_bundle(tiny_checkpoint: Callable[[str], Path], made_once: Make) -> Call
 @pytest.fixture(scope="session")
 def demo_bundle(made_once: Make, traced_once: None) -> Path:
     """The trained demo model, exported with a ninth of its visual tokens as the README exports it."""
-    from resprune.exporter.export import Options, export
+    from resprune.exporter.export import export
+    from resprune.exporter.options import Options
 
     return made_once("demo-k16", lambda out: export("demo", out, Options(k=16, split=True)))

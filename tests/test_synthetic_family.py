@@ -14,8 +14,9 @@ from PIL import Image
 
 from resprune.evaluation.checkpoint import open_checkpoint
 from resprune.evaluation.model import open_bundle
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
 from resprune.exporter.language import Rows
+from resprune.exporter.options import Options
 from resprune.exporter.tensorrt.engines import build
 from resprune.exporter.trace import ahead, tracer
 from resprune.exporter.verify.difference import ParityError

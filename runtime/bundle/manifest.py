@@ -8,19 +8,18 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from resprune.method import BODIES, FORMS, SCALES, Selection
-from resprune.runtime.bundle import precisions
-from resprune.runtime.bundle.strict_json import strict_json
+from resprune.runtime.bundle import fields, precisions
 from resprune.runtime.errors import ResPruneError, shown
 
 FORMAT_VERSION = 3
 """The newest that is read. A bundle has the oldest that says all of it, see COUNTS and EARLY."""
-MANIFEST_NAME = "resprune.json"
+MANIFEST_NAME = fields.FILE
 DECODER = "decoder_model_merged"
 """The language model's graph."""
 LANGUAGE_GGUF = "language_model.gguf"
@@ -28,8 +27,6 @@ LANGUAGE_GGUF = "language_model.gguf"
 ENGINES_FOLDER = "engines"
 """Where `resprune build` writes, and no export does."""
 MAX_RANK = 8
-MAX_DEPTH = 32
-"""Of objects and lists in each other."""
 MAX_NAME = 255
 """Bytes of a file's name in most file systems."""
 MAX_TOKENS = 1 << 20
@@ -46,8 +43,6 @@ EARLY = 3
 """The format version that came with a first selection inside the vision tower."""
 OPTIMIZE = ("ort",)
 FLAVOURS = ("tensorrt", "tensorrt-rtx")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -173,55 +168,59 @@ class Manifest:
     @staticmethod
     def from_json(text: str | bytes) -> "Manifest":
         """Parse and check the text of a `resprune.json`; every fault is a `ResPruneError` that names it."""
-        top = _parse(text)
-        version = _field(top, "format_version", int)
+        top = fields.parse(text)
+        version = fields.member(top, "format_version", int)
         if version > FORMAT_VERSION:
             raise ResPruneError(
                 f"the bundle has format version {shown(version)} and this resprune reads up to "
                 f"{FORMAT_VERSION}; upgrade resprune"
             )
         if version < 1:
-            raise _fault("format_version", "1 or more", version)
-        files = {name: _file_spec(name, spec) for name, spec in _table(top, "files")}
-        graphs = {name: _graph_spec(name, spec, files) for name, spec in _table(top, "graphs")}
+            raise fields.fault("format_version", "1 or more", version)
+        files = {name: _file_spec(name, spec) for name, spec in fields.member(top, "files", dict).items()}
+        graphs = {
+            name: _graph_spec(name, spec, files) for name, spec in fields.member(top, "graphs", dict).items()
+        }
         for name, graph in graphs.items():
             if graph.file not in files or not graph.file.endswith(".onnx"):
-                raise _fault(f"graphs.{name}.file", "one of the .onnx files in files", graph.file)
+                raise fields.fault(f"graphs.{name}.file", "one of the .onnx files in files", graph.file)
             if graph.weights is not None and graph.weights not in files:
-                raise _fault(f"graphs.{name}.weights", "one of the names in files", graph.weights)
-        engines = {name: _engine_set(name, value) for name, value in _optional_table(top, "engines")}
+                raise fields.fault(f"graphs.{name}.weights", "one of the names in files", graph.weights)
+        built = fields.member(top, "engines", dict) if "engines" in top else {}
+        engines = {name: _engine_set(name, value) for name, value in built.items()}
         for name, engine_set in engines.items():
             for graph_name, engine in engine_set.graphs.items():
                 where = f"engines.{name}.graphs.{graph_name}"
                 if graph_name not in graphs:
-                    raise _fault(where, "named after one of the graphs", graph_name)
+                    raise fields.fault(where, "named after one of the graphs", graph_name)
                 if engine.file not in files:
-                    raise _fault(f"{where}.file", "one of the names in files", engine.file)
+                    raise fields.fault(f"{where}.file", "one of the names in files", engine.file)
                 if any(profile.keys() != graphs[graph_name].axes() for profile in engine.profiles):
-                    raise _fault(
+                    raise fields.fault(
                         f"{where}.profiles", "sizes of the axes of its graph's inputs", engine.profiles
                     )
         revision = top.get("revision")
-        attention = _choice(top, "attention", ATTENTION) if "attention" in top else "plain"
+        attention = fields.choice(top, "attention", ATTENTION) if "attention" in top else "plain"
         return Manifest(
             format_version=version,
-            family=_field(top, "family", str),
-            model=_field(top, "model", str),
-            revision=None if revision is None else _field(top, "revision", str),
-            selection=_selection(_field(top, "selection", dict), attention),
-            positions=_choice(top, "positions", POSITIONS),
-            image_token_id=_whole(top, "image_token_id", least=0, most=MAX_ID),
-            context_length=_whole(top, "context_length", least=1),
+            family=fields.member(top, "family", str),
+            model=fields.member(top, "model", str),
+            revision=None if revision is None else fields.member(top, "revision", str),
+            selection=_selection(fields.member(top, "selection", dict), attention),
+            positions=fields.choice(top, "positions", POSITIONS),
+            image_token_id=fields.whole(top, "image_token_id", least=0, most=MAX_ID),
+            context_length=fields.whole(top, "context_length", least=1),
             graphs=graphs,
             files=files,
             versions={
-                name: _expect(f"versions.{name}", value, str) for name, value in _table(top, "versions")
+                name: fields.expect(f"versions.{name}", value, str)
+                for name, value in fields.member(top, "versions", dict).items()
             },
-            command=_field(top, "command", str),
-            parity=_field(top, "parity", dict),
-            created=_field(top, "created", str),
-            optimize=None if top.get("optimize") is None else _choice(top, "optimize", OPTIMIZE),
-            early=None if top.get("early") is None else _early(_field(top, "early", dict)),
+            command=fields.member(top, "command", str),
+            parity=fields.member(top, "parity", dict),
+            created=fields.member(top, "created", str),
+            optimize=None if top.get("optimize") is None else fields.choice(top, "optimize", OPTIMIZE),
+            early=None if top.get("early") is None else _early(fields.member(top, "early", dict)),
             engines=engines,
         )
 
@@ -248,43 +247,35 @@ def safe_name(name: str) -> str:
         or any(len(os.fsencode(part)) > MAX_NAME for part in parts)
     )
     if bad:
-        raise _fault("a name in files", "a relative path that stays inside the bundle", name)
+        raise fields.fault("a name in files", "a relative path that stays inside the bundle", name)
     return name
-
-
-def _parse(text: str | bytes) -> dict[str, Any]:
-    try:
-        value = strict_json(text, MAX_DEPTH, unique=True)
-    except ValueError as error:
-        raise ResPruneError(f"{MANIFEST_NAME} is not valid JSON ({error}); export the bundle again") from None
-    return _expect("its content", value, dict)
 
 
 def _selection(table: dict[str, Any], attention: str) -> Selection:
     where = "selection."
-    k = _whole(table, "k", where, least=1, most=MAX_TOKENS)
+    k = fields.whole(table, "k", where, least=1, most=MAX_TOKENS)
     num_tokens, max_tokens = (
-        None if table.get(key) is None else _whole(table, key, where, least=1, most=MAX_TOKENS)
+        None if table.get(key) is None else fields.whole(table, key, where, least=1, most=MAX_TOKENS)
         for key in ("num_tokens", "max_tokens")
     )
     for name, most in (("num_tokens", num_tokens), ("max_tokens", max_tokens)):
         if most is not None and k > most:
-            raise _fault("selection.k", f"at most {name} = {most}", k)
-    share = None if table.get("share") is None else _field(table, "share", float, where)
+            raise fields.fault("selection.k", f"at most {name} = {most}", k)
+    share = None if table.get("share") is None else fields.member(table, "share", float, where)
     if share is not None and not 0 < share <= 1:
-        raise _fault("selection.share", "above 0 and at most 1", share)
-    alpha = _field(table, "alpha", float, where)
+        raise fields.fault("selection.share", "above 0 and at most 1", share)
+    alpha = fields.member(table, "alpha", float, where)
     if alpha < 0:
-        raise _fault("selection.alpha", "0 or more", alpha)
+        raise fields.fault("selection.alpha", "0 or more", alpha)
     return Selection(
         k=k,
         num_tokens=num_tokens,
         alpha=alpha,
-        scale=_choice(table, "scale", SCALES, where),
-        body=_choice(table, "body", BODIES, where),
+        scale=fields.choice(table, "scale", SCALES, where),
+        body=fields.choice(table, "body", BODIES, where),
         max_tokens=max_tokens,
         share=share,
-        form=_choice(table, "form", FORMS, where)
+        form=fields.choice(table, "form", FORMS, where)
         if "form" in table
         else "quadratic",  # which old ones do not name
         counts=attention == "proportional",
@@ -292,20 +283,20 @@ def _selection(table: dict[str, Any], attention: str) -> Selection:
 
 
 def _early(table: dict[str, Any]) -> Early:
-    of = _whole(table, "of", "early.", least=2, most=MAX_TOKENS)
-    tokens = _whole(table, "tokens", "early.", least=1, most=of - 1)
-    return Early(_whole(table, "layer", "early.", least=1, most=MAX_TOKENS), tokens, of)
+    of = fields.whole(table, "of", "early.", least=2, most=MAX_TOKENS)
+    tokens = fields.whole(table, "tokens", "early.", least=1, most=of - 1)
+    return Early(fields.whole(table, "layer", "early.", least=1, most=MAX_TOKENS), tokens, of)
 
 
 def _graph_spec(name: str, value: object, files: Mapping[str, FileSpec]) -> GraphSpec:
-    table, where = _expect(f"graphs.{name}", value, dict), f"graphs.{name}."
-    file = _field(table, "file", str, where)
+    table, where = fields.expect(f"graphs.{name}", value, dict), f"graphs.{name}."
+    file = fields.member(table, "file", str, where)
     beside = f"{file}_data"  # where they always are in bundles that do not say
     weights = beside if "weights" not in table and beside in files else table.get("weights")
     return GraphSpec(
         file=file,
-        weights=None if weights is None else _expect(f"{where}weights", weights, str),
-        precision=_choice(table, "precision", precisions.TABLE, where),
+        weights=None if weights is None else fields.expect(f"{where}weights", weights, str),
+        precision=fields.choice(table, "precision", precisions.TABLE, where),
         inputs=tuple(_tensor_specs(table, "inputs", where)),
         outputs=tuple(_tensor_specs(table, "outputs", where)),
     )
@@ -313,122 +304,75 @@ def _graph_spec(name: str, value: object, files: Mapping[str, FileSpec]) -> Grap
 
 def _engine_set(name: str, value: object) -> EngineSet:
     where = f"engines.{name}."
-    table = _expect(where[:-1], value, dict)
-    target = _field(table, "target", str, where)
+    table = fields.expect(where[:-1], value, dict)
+    target = fields.member(table, "target", str, where)
     if not re.fullmatch(r"sm_[0-9]{2,3}", target):
-        raise _fault(f"{where}target", "like sm_86", target)
+        raise fields.fault(f"{where}target", "like sm_86", target)
     return EngineSet(
-        flavour=_choice(table, "flavour", FLAVOURS, where),
+        flavour=fields.choice(table, "flavour", FLAVOURS, where),
         target=target,
         graphs={
             graph: _engine_spec(f"{where}graphs.{graph}.", spec)
-            for graph, spec in _field(table, "graphs", dict, where).items()
+            for graph, spec in fields.member(table, "graphs", dict, where).items()
         },
     )
 
 
 def _engine_spec(where: str, value: object) -> EngineSpec:
-    table = _expect(where[:-1], value, dict)
-    sources, versions = (_field(table, key, dict, where) for key in ("sources", "versions"))
+    table = fields.expect(where[:-1], value, dict)
+    sources, versions = (fields.member(table, key, dict, where) for key in ("sources", "versions"))
     return EngineSpec(
-        file=_field(table, "file", str, where),
+        file=fields.member(table, "file", str, where),
         sources={name: _digest(f"{where}sources.{name}", digest) for name, digest in sources.items()},
-        versions={name: _expect(f"{where}versions.{name}", text, str) for name, text in versions.items()},
+        versions={
+            name: fields.expect(f"{where}versions.{name}", text, str) for name, text in versions.items()
+        },
         profiles=tuple(
             _profile(f"{where}profiles[{index}]", profile)
-            for index, profile in enumerate(_field(table, "profiles", list, where))
+            for index, profile in enumerate(fields.member(table, "profiles", list, where))
         ),
     )
 
 
 def _profile(where: str, value: object) -> Profile:
     profile: Profile = {}
-    for axis, sizes in _expect(where, value, dict).items():
+    for axis, sizes in fields.expect(where, value, dict).items():
         ordered = isinstance(sizes, list) and len(sizes) == 3 and all(type(size) is int for size in sizes)
         if not ordered or not 0 <= sizes[0] <= sizes[1] <= sizes[2] < 1 << 63:
-            raise _fault(f"{where}.{axis}", "three ascending sizes", sizes)
+            raise fields.fault(f"{where}.{axis}", "three ascending sizes", sizes)
         profile[axis] = (sizes[0], sizes[1], sizes[2])
     return profile
 
 
 def _tensor_specs(table: dict[str, Any], key: str, where: str) -> Iterator[TensorSpec]:
     seen = set()
-    for index, value in enumerate(_field(table, key, list, where)):
+    for index, value in enumerate(fields.member(table, key, list, where)):
         here = f"{where}{key}[{index}]"
-        tensor = _expect(here, value, dict)
-        name = _field(tensor, "name", str, f"{here}.")
+        tensor = fields.expect(here, value, dict)
+        name = fields.member(tensor, "name", str, f"{here}.")
         if name in seen:
-            raise _fault(f"{here}.name", "a name not yet used", name)
+            raise fields.fault(f"{here}.name", "a name not yet used", name)
         seen.add(name)
-        shape = _field(tensor, "shape", list, f"{here}.")
+        shape = fields.member(tensor, "shape", list, f"{here}.")
         if len(shape) > MAX_RANK:
-            raise _fault(f"{here}.shape", f"at most {MAX_RANK} axes", len(shape))
+            raise fields.fault(f"{here}.shape", f"at most {MAX_RANK} axes", len(shape))
         for axis in shape:
             named = isinstance(axis, str) and axis != ""
             fixed = isinstance(axis, int) and not isinstance(axis, bool) and 0 <= axis < 1 << 63
             if not (named or fixed):
-                raise _fault(f"{here}.shape", "a list of sizes and axis names", axis)
-        yield TensorSpec(name, _choice(tensor, "dtype", DTYPES, f"{here}."), tuple(shape))
+                raise fields.fault(f"{here}.shape", "a list of sizes and axis names", axis)
+        yield TensorSpec(name, fields.choice(tensor, "dtype", DTYPES, f"{here}."), tuple(shape))
 
 
 def _file_spec(name: str, value: object) -> FileSpec:
     safe_name(name)
-    table, where = _expect(f"files.{name}", value, dict), f"files.{name}."
-    digest = _digest(f"{where}sha256", _field(table, "sha256", str, where))
-    return FileSpec(_whole(table, "size", where, least=0), digest)
+    table, where = fields.expect(f"files.{name}", value, dict), f"files.{name}."
+    digest = _digest(f"{where}sha256", fields.member(table, "sha256", str, where))
+    return FileSpec(fields.whole(table, "size", where, least=0), digest)
 
 
 def _digest(where: str, value: object) -> str:
-    digest = _expect(where, value, str)
+    digest = fields.expect(where, value, str)
     if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-        raise _fault(where, "64 lower-case hexadecimal digits", digest)
+        raise fields.fault(where, "64 lower-case hexadecimal digits", digest)
     return digest
-
-
-def _table(top: dict[str, Any], key: str) -> list[tuple[str, Any]]:
-    return list(_field(top, key, dict).items())
-
-
-def _optional_table(top: dict[str, Any], key: str) -> list[tuple[str, Any]]:
-    return _table(top, key) if key in top else []
-
-
-def _choice(table: dict[str, Any], key: str, choices: Iterable[str], where: str = "") -> str:
-    value = _field(table, key, str, where)
-    if value not in choices:
-        raise _fault(f"{where}{key}", f"one of {', '.join(choices)}", value)
-    return value
-
-
-def _whole(table: dict[str, Any], key: str, where: str = "", *, least: int, most: int = (1 << 63) - 1) -> int:
-    value = _field(table, key, int, where)
-    if not least <= value <= most:
-        limit = "" if most >= 1 << 62 else f" to {most}"
-        raise _fault(f"{where}{key}", f"a whole number from {least}{limit}", value)
-    return value
-
-
-def _field(table: dict[str, Any], key: str, kind: type[T], where: str = "") -> T:
-    if key not in table:
-        raise ResPruneError(f"{MANIFEST_NAME} has no {where}{key}; export the bundle again")
-    return _expect(f"{where}{key}", table[key], kind)
-
-
-def _expect(what: str, value: object, kind: type[T]) -> T:
-    """`value` if it is of `kind`; a whole number serves as a float, a bool never serves as a number."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63:
-        return cast("T", float(value))
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        words = {dict: "an object", list: "a list", str: "a string", int: "a whole number", float: "a number"}
-        raise _fault(what, words[kind], value)
-    return value
-
-
-def _fault(what: str, wanted: str, got: object) -> ResPruneError:
-    return ResPruneError(
-        f"{MANIFEST_NAME}: {_clip(what)} should be {wanted}, not {shown(got)}; export the bundle again"
-    )
-
-
-def _clip(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -13,7 +13,8 @@ from huggingface_hub.utils import httpx
 
 from resprune.exporter.checkpoint import checkpoint, hub
 from resprune.exporter.checkpoint.checkpoint import family_of, require_model, resolve
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
+from resprune.exporter.options import Options
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.errors import ResPruneError
 

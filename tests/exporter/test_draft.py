@@ -14,8 +14,9 @@ from resprune.exporter.checkpoint.checkpoint import family_of, resolve
 from resprune.exporter.checkpoint.draft import write_draft
 from resprune.exporter.checkpoint.side_files import check_side_files, read_template
 from resprune.exporter.checkpoint.weightless import fake_mode
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
 from resprune.exporter.families import split_model
+from resprune.exporter.options import Options
 from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.prompt.prompter import Prompter

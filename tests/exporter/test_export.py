@@ -19,8 +19,9 @@ import pytest
 from resprune.exporter import export as export_module
 from resprune.exporter import language
 from resprune.exporter.estimate import needs
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
 from resprune.exporter.language import _Decoder as Decoder
+from resprune.exporter.options import Options
 from resprune.exporter.trace import writer as writer_module
 from resprune.exporter.verify.difference import Difference, ParityError
 from resprune.graphs import functions, selection

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 
 from resprune.exporter.checkpoint.gguf_file import TYPES, GgufModel, _rotary_factors, gguf_model
 from resprune.exporter.checkpoint.shards import StoredTensor
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
+from resprune.exporter.options import Options
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError

@@ -7,7 +7,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
+from resprune.exporter.options import Options
 from resprune.runtime.backends import onnxruntime as language_model
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.bundle.inspection import describe

@@ -15,9 +15,10 @@ from resprune.exporter.checkpoint.checkpoint import Checkpoint, resolve
 from resprune.exporter.checkpoint.language_checkpoint import LanguageCheckpoint, language_checkpoint
 from resprune.exporter.checkpoint.shards import open_weights
 from resprune.exporter.checkpoint.weightless import fake_mode
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
 from resprune.exporter.families import split_model
 from resprune.exporter.language_models import LANGUAGE_MODELS
+from resprune.exporter.options import Options
 from resprune.exporter.trace.weights import find_weights
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main

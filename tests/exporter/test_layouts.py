@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from resprune.exporter.checkpoint.checkpoint import resolve
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
+from resprune.exporter.options import Options
 from resprune.runtime.errors import ResPruneError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"

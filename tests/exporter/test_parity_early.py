@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
+from resprune.exporter.options import Options
 from resprune.runtime.bundle.manifest import Early
 from resprune.runtime.bundle.precisions import PRESETS
 from resprune.runtime.errors import ResPruneError

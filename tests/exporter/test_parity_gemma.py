@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, Gemma3Processor
 
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
 from resprune.exporter.families.gemma3 import _masks
 from resprune.exporter.language import additive_masks
+from resprune.exporter.options import Options
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor
 
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
+from resprune.exporter.options import Options
 from resprune.runtime.bundle.files import read_bundle, write_manifest
 from resprune.runtime.caption import pick_color
 from resprune.runtime.cli import main

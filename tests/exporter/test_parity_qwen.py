@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from resprune.exporter.checkpoint.weightless import fake_mode
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
 from resprune.exporter.families import qwen2_vl as qwen2_5_vl
+from resprune.exporter.options import Options
 from resprune.exporter.trace import precision
 from resprune.method import share_of
 from resprune.runtime.backends.onnxruntime import OrtSequence

@@ -18,7 +18,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
+from resprune.exporter.options import Options
 from resprune.runtime.answer import Answer
 from resprune.runtime.bundle.files import read_bundle, write_manifest
 from resprune.runtime.bundle.manifest import FileSpec

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from resprune.exporter.checkpoint.shards import open_weights, passed_over
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
+from resprune.exporter.options import Options
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError

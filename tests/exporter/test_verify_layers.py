@@ -10,7 +10,8 @@ from typing import Any
 import onnx
 import pytest
 
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
+from resprune.exporter.options import Options
 from resprune.exporter.trace import writer as writer_module
 from resprune.exporter.verify.layers import chosen_layers, unlike_layers
 from resprune.runtime.bundle.files import read_bundle

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
+from resprune.exporter.options import Options
 from resprune.exporter.trace import writer
 from resprune.exporter.trace.writer import ahead
 from resprune.exporter.verify.difference import ParityError

@@ -44,7 +44,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def places(made_once: Callable[..., Path]) -> dict[str, str]:
     """What RUNS name in braces."""
-    from resprune.exporter.export import Options, export
+    from resprune.exporter.export import export
+    from resprune.exporter.options import Options
 
     asked = {
         "bundle": Options(k=16, split=True),

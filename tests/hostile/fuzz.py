@@ -135,7 +135,8 @@ def _lines(worker: "subprocess.Popen[str]", said: "Queue[str]") -> Iterator[str]
 
 def make_world(folder: Path) -> World:
     """Bundles and checkpoints of tiny models with random weights, one for each way to prepare images."""
-    from resprune.exporter.export import Options, export
+    from resprune.exporter.export import export
+    from resprune.exporter.options import Options
     from tests import tiny, tiny_qwen, tiny_tiles
 
     options = {

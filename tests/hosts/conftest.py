@@ -18,8 +18,9 @@ Drive = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The fields of `exporter.export.Options` → a bundle of the demo model."""
-    from resprune.exporter.export import Options, export
+    """The fields of `exporter.options.Options` → a bundle of the demo model."""
+    from resprune.exporter.export import export
+    from resprune.exporter.options import Options
 
     made: dict[Options, Path] = {}
 

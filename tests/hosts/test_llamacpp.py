@@ -108,7 +108,8 @@ MADE: dict[str, Callable[[Path], Path]] = {
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     """A name in MADE → its bundle and its GGUF, written once."""
-    from resprune.exporter.export import Options, export
+    from resprune.exporter.export import export
+    from resprune.exporter.options import Options
 
     done: dict[str, Pair] = {}
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.pretrained import language_file, write_pretrained
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
+from resprune.exporter.options import Options
 from resprune.runtime.backends.llama_cpp import llamacpp
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.pipeline import Pipeline

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, processors
 
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
+from resprune.exporter.options import Options
 from resprune.runtime.backends.servers import server
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline

@@ -13,7 +13,7 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.llava_next import PINPOINTS, AnyResolution
-from tests.runtime.test_image import noise
+from tests.runtime.images import noise
 
 TILE, PATCH = 42, 7
 # The proportions of the real resolutions, and one that is a single tile.

@@ -26,7 +26,7 @@ from resprune.runtime.prompt.fixed import fixed_prompt
 from resprune.runtime.prompt.messages import Turn
 from resprune.runtime.sampling import Sampling
 from tests.runtime.bundles import one_sentence
-from tests.runtime.test_pipeline import with_manifest
+from tests.runtime.pipelines import with_manifest
 
 IMAGE = Image.new("RGB", (40, 40), (200, 30, 30))
 QUESTION = "what colour is the square?"

@@ -12,7 +12,7 @@ from resprune.runtime.backends.onnxruntime import onnxruntime_backend
 from resprune.runtime.backends.session import SessionOptions
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.sampling import Sampling
-from tests.runtime.test_pipeline import QUESTION, picture
+from tests.runtime.pipelines import QUESTION, picture
 
 
 class Recorder:

@@ -20,8 +20,8 @@ from transformers.models.llava_onevision.processing_llava_onevision import Llava
 
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.llava_onevision import PINPOINTS, LimitedResolution, bilinear, tile_limit
+from tests.runtime.images import noise
 from tests.runtime.test_anyres import ALL, name
-from tests.runtime.test_image import noise
 
 TILE, PATCH = 42, 7
 SMALL: dict[str, Any] = {

@@ -15,7 +15,7 @@ from resprune.runtime.backends.providers import PROVIDERS, cache_device, new_ses
 from resprune.runtime.backends.session import SessionOptions, open_session
 from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.cli import main
-from tests.runtime.test_pipeline import QUESTION, picture
+from tests.runtime.pipelines import QUESTION, picture
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.options import SERVER_FORMATS
 from resprune.runtime.prompt.splice import Floats
-from tests.runtime.test_pipeline import QUESTION, picture, with_manifest
+from tests.runtime.pipelines import QUESTION, picture, with_manifest
 from tests.runtime.wire import Fault, Model, Wire
 
 DEMO = Path(__file__).parents[2] / "demo"

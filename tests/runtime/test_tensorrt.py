@@ -27,7 +27,7 @@ from resprune.runtime.cli import main
 from resprune.runtime.prompt.splice import Spliced
 from tests.runtime import gpu_stand_in
 from tests.runtime.gpu_stand_in import FLAVOUR, VERSION, Cuda, TensorRT, with_engines
-from tests.runtime.test_pipeline import QUESTION, picture
+from tests.runtime.pipelines import QUESTION, picture
 
 OPTIONS = SessionOptions(threads=1)
 STEPS = 40

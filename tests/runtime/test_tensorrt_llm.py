@@ -18,7 +18,7 @@ from resprune.runtime.backends.tensorrt_llm import PyTorchBackend, Rotary, engin
 from resprune.runtime.bundle.files import Bundle, read_bundle
 from tests.runtime.bundles import bundle_of_files
 from tests.runtime.fake_tensorrt_llm import install
-from tests.runtime.test_pipeline import QUESTION, picture, with_manifest
+from tests.runtime.pipelines import QUESTION, picture, with_manifest
 from tests.runtime.wire import Model
 
 STEPS = 16

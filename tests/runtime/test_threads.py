@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from resprune import Pipeline, ResPruneError
-from resprune.exporter.export import Options, export
+from resprune.exporter.export import export
+from resprune.exporter.options import Options
 from resprune.runtime.answer import Answer
 
 ROOT = Path(__file__).parents[2]
