@@ -53,9 +53,9 @@ bench: $(VENV)/with-test
 gpu-check: $(VENV)/with-test
 	$(BIN)/python -m benchmarks.gpu_check
 
-# A file's tests share a process, and with it what its fixtures hold.
+# A file's tests share a process, and with it what its fixtures hold; the files go in the order of tests/conftest.py.
 test: $(VENV)/with-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Hostile images, bundles, checkpoints, options and servers; SEED=N repeats a run.
 fuzz: $(VENV)/with-test

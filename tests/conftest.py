@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Make = Callable[[str, Callable[[Path], Any]], Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of few tests first: they have the long ones, and none of those begins when all else is done."""
+    count = Counter(item.path for item in items)
+    items.sort(key=lambda item: count[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import bursts, decode, environments, llamacpp, peers
+from benchmarks import bursts, decode, environments, llamacpp, measure, peers, speed
 from benchmarks.measure import processes_take_turns
 from benchmarks.shapes import CLIP_L_336, LLAMA_1B, LLAVA, Shape
 from benchmarks.speed import Subject, figures, ours, prepare, worker
+from resprune.runtime.cli import main
 
 CLIP = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
 LLAMA = {
@@ -30,6 +31,23 @@ SMALL = replace(
     picture=(84, 84),
     num_tokens=36,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(traced_once: None) -> Iterator[None]:
+    """Exports share what they trace, all but one in this process; speed is not at stake, and nobody waits for it."""
+
+    def exported(model: Path, bundle: Path, *options: str) -> Path:
+        if "--optimize" in options:
+            return measure.exported(model, bundle, *options)
+        assert main(["export", str(model), str(bundle), *options]) == 0
+        return bundle
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (decode, speed):
+            patch.setattr(module, "exported", exported)
+        patch.setattr(bursts, "PAUSE_SECONDS", 0.0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +103,6 @@ def test_without_llama_cpp_its_fault_stands_beside_our_figures(
     tiny_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """tests/hosts has the real one."""
-    monkeypatch.setattr(bursts, "PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(llamacpp, "PROMPTS", 1)
     own = {"bundle": str(tiny_bundle("clip-llama", k=7, split=True))}
     file = tmp_path / "model.gguf"
