@@ -201,7 +201,7 @@ class Answer:
         """All of it as JSON values; what says nothing is left out.
 
         `text`, `finish_reason`, `token_ids` (not from a server that tells only text), `prompt_tokens`, `prompt_ids`,
-        `keywords` with their `keyword_ids`, which steered the selection; `images`, each with the `kept_indices` of its
+        `keywords` with their `keyword_ids`, which guided the selection; `images`, each with the `kept_indices` of its
         tokens, ascending, and `pick_order`, with proportional attention also `kept_counts`; `timings` in
         milliseconds, of which `first_token_ms` is the sum of those before `decode_ms`, and `tokens_per_second` after
         the first token, if there are two.

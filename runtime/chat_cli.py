@@ -32,7 +32,7 @@ HELP = """\
 /new           begin a new conversation about the same images
 /tokens K      keep K visual tokens of each image: 16, 11%, or all;
                alone: the bundle's K
-/about WORDS   words that steer the selection: square,table;
+/about WORDS   keywords that guide the selection: square,table;
                alone: the question's nouns
 /show FILE     draw the tokens that the last answer was given: kept.png
 /help          this list
@@ -61,7 +61,7 @@ def register_chat(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
         "--about",
         default="",
         metavar="WORDS",
-        help='words that steer the selection: "square" (default: the question\'s nouns)',
+        help='keywords that guide the selection: "square" (default: the question\'s nouns)',
     )
     parser.add_argument(
         "--plain-text", action="store_true", help="take special tokens such as </s> in a question as text"
@@ -160,7 +160,7 @@ class Conversation:
         self._tokens = text
 
     def set_about(self, text: str) -> None:
-        """Let these words steer the selection from now on; "" for the nouns of each question."""
+        """Let these words guide the selection from now on; "" for the nouns of each question."""
         self._about = listed(text)
 
     def _budgets(self) -> list[int]:
@@ -206,9 +206,7 @@ class Conversation:
 
     def _set_about(self, rest: str) -> None:
         self.set_about(rest)
-        self.note(
-            f"steered by {', '.join(self._about)}" if self._about else "steered by the question's nouns"
-        )
+        self.note(f"guided by {', '.join(self._about)}" if self._about else "guided by the question's nouns")
 
     def _show(self, rest: str) -> None:
         from resprune.runtime.show import draw_answer, drawing_paths

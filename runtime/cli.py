@@ -105,17 +105,21 @@ def _dispatch(words: Sequence[str]) -> int:
 
 def register_ask(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `resprune ask`."""
-    parser = subparsers.add_parser("ask", help="ask a question about an image")
+    parser = subparsers.add_parser(
+        "ask",
+        help="ask a question about an image",
+        description="Ask a question about an image, or about several.",
+    )
     add_bundle(parser)
     parser.add_argument(
         "images", type=ImagePath, metavar="IMAGE", nargs="+", help="image file; several stand in one prompt"
     )
-    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("question", metavar="QUESTION", help="what is asked, in one argument")
     add_tokens(parser)
     parser.add_argument(
         "--about",
         metavar="WORDS",
-        help='words that steer the selection: "square,table" (default: the question\'s nouns)',
+        help='keywords that guide the selection: "square,table" (default: the question\'s nouns)',
     )
     parser.add_argument(
         "--show",
@@ -134,7 +138,9 @@ def register_ask(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
 
 def register_inspect(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `resprune inspect`."""
-    parser = subparsers.add_parser("inspect", help="say what is in a bundle")
+    parser = subparsers.add_parser(
+        "inspect", help="say what is in a bundle", description="Say what is in a bundle, and check its files."
+    )
     add_bundle(parser)
     parser.add_argument(
         "--all", action="store_true", help="also inputs and outputs, every difference, every version"

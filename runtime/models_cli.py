@@ -15,7 +15,11 @@ VERIFIED = (
 
 def register_models(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `resprune models`."""
-    parser = subparsers.add_parser("models", help="list the model families, their aliases and their defaults")
+    parser = subparsers.add_parser(
+        "models",
+        help="list the model families, their aliases and their defaults",
+        description="List the model families, their aliases, their defaults, and what verifies each.",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
     parser.set_defaults(run=_models)
 

@@ -134,7 +134,7 @@ class Pipeline:
         """Ask about an image, or about a list of images that the prompt shows in that order.
 
         An image is a path, the bytes of a file, a Pillow image or a uint8 array [H, W, 3]. `about` names the keywords
-        that steer the selection in place of the question's nouns; `tokens` is how many visual tokens of each image to
+        that guide the selection in place of the question's nouns; `tokens` is how many visual tokens of each image to
         keep: a number, or a share of them such as "11%", at most the bundle's K, which is the default; or "all" where
         the bundle has the encoder apart. Special tokens that the question types are control tokens, as in Hugging Face;
         with `plain_text` they are text. The answer comes as it is read; with `stream=False` it is complete on return.

@@ -117,7 +117,7 @@ def _budget(tokens: object) -> str:
 
 
 class Extension(Strict):
-    """`tokens`: visual tokens to keep of each image (8, "11%", "all"); `about`: words that steer the selection.
+    """`tokens`: visual tokens to keep of each image (8, "11%", "all"); `about`: keywords that guide the selection.
 
     `boxes`: tell where in the image each kept token lies.
     """

@@ -30,7 +30,11 @@ MIB = 1 << 20
 
 def register_serve(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `resprune serve`."""
-    parser = subparsers.add_parser("serve", help="serve bundles: OpenAI's API, and a page to try them on")
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve bundles: OpenAI's API, and a page to try them on",
+        description="Serve bundles with OpenAI's API, and a page to try them on.",
+    )
     parser.add_argument(
         "bundles",
         type=BundlePath,

@@ -13,7 +13,9 @@ from docs.options import PAGE, commands, options, page
 def test_help_says_every_default_in_80_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     parser = commands()[name]
-    for form, _, default in options(parser):
+    assert parser.description
+    for form, about, default in options(parser):
+        assert about, f"{form} says nothing"
         assert default, f"{form} says no default"
     assert max(map(len, parser.format_help().splitlines())) <= 80
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [README, *DOCS, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *DOCS]
 # The pages whose `sh` and `python` blocks run, in an order in which each finds what an earlier one made.
 RUN = [
     README,

@@ -31,7 +31,7 @@ async function main() {
   }
   const model = { ort, manifest, sessions };
 
-  // 2. The prompt's ids become rows [S, D]; those of the keywords steer the selection.
+  // 2. The prompt's ids become rows [S, D]; those of the keywords guide the selection.
   const embedded = await embed(model, prompt.ids);
   const { rows, width } = embedded;
   const keywords = new Float32Array(prompt.keyword_places.length * width);

@@ -1,4 +1,4 @@
-// The words of a question that steer the selection, where nobody names them.
+// The words of a question that guide the selection, where nobody names them.
 
 const STOP_WORDS = new Set(
   ("a about above after all also am an and any are aren't as at be because been before being below between both but by " +
@@ -9,7 +9,7 @@ const STOP_WORDS = new Set(
     "up very was wasn't we were weren't what when where which while who whom whose why will with would you your").split(" "),
 );
 
-/** The content words of a question, which steer the selection unless others are named. */
+/** The content words of a question, which guide the selection unless others are named. */
 export function contentWords(question) {
   const words = question.match(/[\p{L}\p{N}_]+(?:['’-][\p{L}\p{N}_]+)*/gu) ?? [];
   const content = words.filter((word) => !STOP_WORDS.has(word.toLowerCase().replace("’", "'")));

@@ -34,7 +34,7 @@ export async function openPrompter(bundle) {
   const template = new Template(await findTemplate(bundle));
   const render = (question) => renderPrompt(template, variables, question);
 
-  /** Ids, text and keyword places of a question about one image; `about` names the words that steer. */
+  /** Ids, text and keyword places of a question about one image; `about` names the keywords that guide. */
   const prompt = (question, about) => {
     if (!question.trim()) throw new UserError("the question is empty; ask something about the image");
     const text = render(question);

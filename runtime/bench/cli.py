@@ -22,7 +22,11 @@ LOADS, LOAD_SECONDS = 3, 3.0
 
 def register_bench(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `resprune bench`."""
-    parser = subparsers.add_parser("bench", help="measure a bundle on this device")
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure a bundle on this device",
+        description="Time one question at several budgets on this device: stages, tokens/s, memory, load.",
+    )
     add_bundle(parser)
     parser.add_argument(
         "-k", metavar="K,…", help="budgets: 16,11%%,all (default: a quarter of K, K, and all where it can)"

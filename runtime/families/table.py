@@ -60,7 +60,7 @@ M_ROPE = Defaults(
     {
         "positions": "Under M-RoPE a kept token keeps its (t, h, w), and the text goes on where it stood unpruned.",
         "alpha": "Others found that guidance costs Qwen2.5-VL on documents (of an OCR-heavy score CDPruner, which is "
-        "guided, keeps 85 %, DivPrune 93 %); half is a choice, not measured here, with which --about still steers.",
+        "guided, keeps 85 %, DivPrune 93 %); half is a choice, not measured here, with which --about still guides.",
         "attention": TRAINED,
     },
 )

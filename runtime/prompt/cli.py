@@ -11,10 +11,12 @@ from resprune.runtime.options import add_bundle, listed
 def register_prompt(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `resprune prompt`."""
     parser = subparsers.add_parser(
-        "prompt", help="write a fixed question as JSON, for devices without tokenizer and Python"
+        "prompt",
+        help="write a fixed question as JSON, for devices without tokenizer and Python",
+        description="Write a fixed question as JSON, for devices without tokenizer and Python.",
     )
     add_bundle(parser)
-    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("question", metavar="QUESTION", help="what is asked, in one argument")
     parser.add_argument("--out", required=True, metavar="JSON", help="file to write")
     parser.add_argument(
         "--images", type=int, default=1, metavar="N", help="images in the prompt (default: %(default)s)"
@@ -22,7 +24,7 @@ def register_prompt(subparsers: "argparse._SubParsersAction[argparse.ArgumentPar
     parser.add_argument(
         "--about",
         metavar="WORDS",
-        help='words that steer the selection: "square,table" (default: the question\'s nouns)',
+        help='keywords that guide the selection: "square,table" (default: the question\'s nouns)',
     )
     parser.add_argument(
         "--plain-text", action="store_true", help="take special tokens such as </s> in the question as text"

@@ -1,4 +1,4 @@
-"""From a conversation to token ids, and to the ids that steer the selection: those of the question's nouns."""
+"""From a conversation to token ids, and to the ids that guide the selection: those of the question's nouns."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +58,7 @@ class Prompt:
 
     @property
     def text_token_ids(self) -> list[int]:
-        """The ids that steer the selection, as they stand in the prompt."""
+        """The ids that guide the selection, as they stand in the prompt."""
         return [self.ids[position] for position in self.text_positions] + self.further_ids
 
     def ids_to_embed(self, image_token_id: int) -> "Ints":

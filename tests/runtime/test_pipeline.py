@@ -197,7 +197,7 @@ def test_a_half_precision_bundle_keeps_its_cache_in_half_precision(tiny_bundle: 
 
 
 def test_a_conversation_of_any_form(vlm: Pipeline) -> None:
-    """Images in any turn, in their place among the texts, whose nouns steer the selection wherever they stand."""
+    """Images in any turn, in their place among the texts, whose nouns guide the selection wherever they stand."""
     view = vlm.look([picture(0), picture(1)])
     messages = [
         {"role": "system", "content": [{"type": "text", "text": "be short"}]},
