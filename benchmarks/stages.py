@@ -106,7 +106,7 @@ class Stages:
             token = int(self.sequence.logits[0].argmax())
 
     def first_token(self, picture: Path, question: str, tokens: int | None) -> int:
-        """Image and question to the first token; a pruned one by the fused graph, as `resprune ask` does."""
+        """Image and question to the first token, as `resprune ask` goes."""
         prompt = self.prompt(question)
         pixels = self.pixels(picture)
         if tokens is None:

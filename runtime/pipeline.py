@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -64,10 +65,18 @@ class Pipeline:
         self._prompter = Prompter(bundle)
         self._eos = eos_token_ids(bundle)
         self._graphs = graphs(bundle, options)
-        self._graphs.open("vision_select")
-        self._walk = Walk(bundle, self._graphs)
-        self._sampling = bundle_sampling(bundle)
-        self._backend = generator(bundle, self._walk.embed_tokens, options)
+        with ExitStack() as undo:
+            undo.callback(self._graphs.close)
+            self._walk = Walk(bundle, self._graphs)
+            self._sampling = bundle_sampling(bundle)
+            # ONNX Runtime packs a session's weights on one core; the tower and the language model open side by side.
+            with ThreadPoolExecutor(1) as thread:
+                vision = [thread.submit(self._graphs.open, graph) for graph in self._walk.vision_graphs]
+                self._backend = generator(bundle, self._walk.embed_tokens, options)
+                undo.callback(self._backend.close)
+                for opened in vision:
+                    opened.result()
+            undo.pop_all()
         self._closed = False
         self.load_ms = 0.0
 

@@ -26,6 +26,7 @@ PLANE_FEATURES = "plane_features.{}"
 """Output of the vision graphs and input of `token_select`: plane i of the tokens that `image_features` has."""
 KEPT_PLANES = "kept_planes.{}"
 """Output of `token_select`: plane i of `kept_features`."""
+SPLIT = ("vision_encoder", "token_select")
 CANDIDATES = "token_mask"
 """Input of `token_select`: the tokens that can be picked, [B, N]; output of a vision tower that selects itself."""
 
@@ -94,7 +95,12 @@ class Walk:
     @property
     def splits(self) -> bool:
         """Whether the bundle has the encoder and the selector apart (`resprune export --split`)."""
-        return {"vision_encoder", "token_select"} <= self.manifest.graphs.keys()
+        return self.manifest.graphs.keys() >= {*SPLIT}
+
+    @property
+    def vision_graphs(self) -> tuple[str, ...]:
+        """The graphs from pixels to kept tokens: a split bundle's fused one, a second tower in memory, is not run."""
+        return SPLIT if self.splits else ("vision_select",)
 
     def encode(self, images: Sequence[PreparedImage]) -> Encoded:
         """Encode images, if the bundle has the encoder apart; else only hold them, with `features` None."""
@@ -149,6 +155,8 @@ class Walk:
         """
         if not encoded.images:
             return []
+        if encoded.features is None:
+            encoded = self.encode(encoded.images)
         budgets = self.budgets(encoded.images, tokens)
         whole = [budget > self.manifest.selection.k for budget in budgets]
         if all(whole):
@@ -188,10 +196,9 @@ class Walk:
 
     def _keep_whole(self, encoded: Encoded) -> list[KeptTokens]:
         """Every token of each image: the unpruned prompt, of a bundle that has the encoder apart."""
-        features = encoded.features or self.encode(encoded.images).features or ()
         return [
             keep_all(image, one.rows, one.planes, one.left)
-            for image, one in zip(encoded.images, features, strict=True)
+            for image, one in zip(encoded.images, encoded.features or (), strict=True)
         ]
 
     def _select_batch(

@@ -182,7 +182,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Place:
         (
             Limits(batch=(1, 1, 1)),
             {"images": 2},
-            "vision_select takes batch_size from 1 to 1, not 2; .*--batch",
+            "vision_encoder takes batch_size from 1 to 1, not 2; .*--batch",
         ),
         (
             Limits(nouns=(1, 1, 2)),
@@ -222,12 +222,12 @@ def test_out_of_device_memory_is_one_sentence(stand_in: Place, bundles: Callable
             pipeline.ask(picture(1), QUESTION)
     stand_in.cuda.limit = 1 << 30
     stand_in.trt.fails = "[defaultAllocator.cpp::allocate] Out of memory\n(requested 5 bytes)"
-    with pytest.raises(ResPruneError, match=r"out of memory for vision_select .*--context") as raised:
+    with pytest.raises(ResPruneError, match=r"out of memory for embed_tokens .*--context") as raised:
         Pipeline.load(root, engines=FLAVOUR)
     assert "\n" not in str(raised.value)
     stand_in.trt.fails = "magic tag does not match"
     with pytest.raises(
-        ResPruneError, match=r"could not run vision_select .*magic tag.*build its engine again"
+        ResPruneError, match=r"could not run embed_tokens .*magic tag.*build its engine again"
     ):
         Pipeline.load(root, engines=FLAVOUR)
 
