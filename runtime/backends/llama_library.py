@@ -32,7 +32,7 @@ INSTALL = "pip install 'resprune[llamacpp]' (it compiles llama.cpp), and try aga
 
 
 class _Library:
-    """The functions of llama.h, and the last errors that they told: what llama.cpp says goes here, not to stderr."""
+    """The functions of llama.h, and the errors that they told: what llama.cpp says goes here, not to stderr."""
 
     def __init__(self) -> None:
         self.functions = _import()
@@ -77,8 +77,10 @@ class Model:
         self.vocabulary = self.lib.llama_model_get_vocab(self.pointer)
 
     def reason(self) -> str:
-        """The last error that llama.cpp told."""
-        return one_line(self._errors[-1]) if self._errors else "it says no reason"
+        """The first error that llama.cpp told since it was last asked, from which the others follow."""
+        told = [*self._errors, "it says no reason"]
+        self._errors.clear()
+        return one_line(told[0])
 
     def metadata(self, key: str) -> str | None:
         """A value of the file's header as text, None if there is no such key."""

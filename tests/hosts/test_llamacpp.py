@@ -330,9 +330,12 @@ def test_a_shorter_context_is_one_line(demo: Pair, tmp_path: Path) -> None:
     one_sentence(caught.value)
 
 
-def test_a_broken_file_is_one_line(demo: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "said"), [(20_000, "failed to read"), (-1_000, "not within the file bounds")]
+)
+def test_a_broken_file_is_one_line(size: int, said: str, demo: Pair, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
-    cut.write_bytes(demo.model.read_bytes()[:20_000])
-    with pytest.raises(ResPruneError, match=r"llama.cpp cannot open") as caught:
+    cut.write_bytes(demo.model.read_bytes()[:size])
+    with pytest.raises(ResPruneError, match=rf"llama.cpp cannot open .*cut\.gguf \(.*{said}") as caught:
         Pipeline.load(demo.bundle, generator=llamacpp(cut))
     one_sentence(caught.value)
