@@ -6,6 +6,7 @@ llama.cpp also in Q4_0, made from that by llama.cpp itself, and in Q8_0.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ from typing import Any
 from benchmarks.bursts import Engine, take_bursts
 from benchmarks.decode import figures, prompt_tokens
 from benchmarks.measure import exported
+from benchmarks.measure import run as execute
 from benchmarks.peers import versions_said
 from benchmarks.pretrained import language_file, write_pretrained
 from benchmarks.speed import command
@@ -33,6 +35,16 @@ PROMPTS = 4
 BURSTS = 4
 TOKENS = 16
 """In a burst."""
+QUANTIZE = """
+import sys
+sys.path.append(sys.argv[1])
+from llama_cpp import llama_cpp
+settings = llama_cpp.llama_model_quantize_default_params()
+settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+settings.allow_requantize = True
+sys.exit(llama_cpp.llama_model_quantize(*(path.encode() for path in sys.argv[2:]), settings))
+"""
+"""Where `llama_cpp` is, a GGUF file, and where it is to be written in Q4_0."""
 PREDICTED = {
     "llama.cpp, Q4_1": ("0.3 to 0.5", "0.65 to 0.85"),
     "llama.cpp, Q4_0": ("0.6 to 1.2", "0.75 to 1.1"),
@@ -56,33 +68,18 @@ def run(work: Path, processes: int = PROCESSES) -> dict[str, Any]:
 
 def prepare(checkpoint: Path | str, published: Path, folder: Path) -> dict[str, dict[str, str]]:
     """What `compare` takes: the checkpoint in every bundle, and its language model in GGUF files, `published` first."""
-    llamacpp_host.use()
+    packages = str(llamacpp_host.packages())
     specs = {}
     for name, options in BUNDLES.items():
         how = ("-k", str(K), "--verify", "layers", "--optimize", "ort", *options)
         specs[f"resprune, {name}"] = {"bundle": str(exported(checkpoint, folder / name, *how))}
-    files = {
-        "Q4_1": published,
-        "Q4_0": quantized(published, folder / "q4_0.gguf"),
-        "Q8_0": folder / "q8" / "language_model.gguf",
-    }
-    packages = str(llamacpp_host.packages())
+    smaller = folder / "q4_0.gguf"
+    execute([sys.executable, "-c", QUANTIZE, packages, str(published), str(smaller)])
+    files = {"Q4_1": published, "Q4_0": smaller, "Q8_0": folder / "q8" / "language_model.gguf"}
     return specs | {
         f"llama.cpp, {name}": specs[BASE] | {"gguf": str(file), "packages": packages}
         for name, file in files.items()
     }
-
-
-def quantized(model: Path, out: Path) -> Path:
-    """A GGUF file in Q4_0, by llama.cpp itself."""
-    from llama_cpp import llama_cpp
-
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
-    settings.allow_requantize = True
-    if llama_cpp.llama_model_quantize(str(model).encode(), str(out).encode(), settings):
-        raise RuntimeError(f"llama.cpp cannot write {model} in Q4_0")
-    return out
 
 
 def compare(specs: Mapping[str, Mapping[str, str]], processes: int = PROCESSES) -> dict[str, Any]:
