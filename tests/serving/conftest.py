@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from resprune import Pipeline
+from resprune.runtime.backends.backend import BackendFactory
 from resprune.serving.server import Server, bind, url_of
 from resprune.serving.service import Service
 
@@ -61,11 +62,11 @@ def bundle(tiny_bundle: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def serve(bundle: Path) -> Iterator[Callable[..., Serving]]:
-    """Start a server with these options of `Service`; it is stopped after the test."""
+    """Start a server with these options of `Service`; it is stopped after the test. `generator` is the pipeline's."""
     running: list[tuple[Server, threading.Thread, Service]] = []
 
-    def start(**options: Any) -> Serving:
-        pipeline = Pipeline.load(bundle)
+    def start(generator: BackendFactory | None = None, **options: Any) -> Serving:
+        pipeline = Pipeline.load(bundle, generator=generator)
         service = Service({MODEL: pipeline}, **options)
         server = Server(service.app, service.stop)
         bound = bind("127.0.0.1", 0)
