@@ -63,10 +63,10 @@ async function* events(response) {
 }
 
 function messages(turns) {
-  return turns.flatMap((turn) => {
+  return turns.flatMap((turn, number) => {
     const images = state.images.slice(turn.from, turn.to).map((one) => ({ type: "image_url", image_url: { url: one.url } }));
     const asked = { role: "user", content: [...images, { type: "text", text: turn.question }] };
-    return turn.answer ? [asked, { role: "assistant", content: turn.answer }] : [asked];
+    return number < turns.length - 1 ? [asked, { role: "assistant", content: turn.answer }] : [asked];
   });
 }
 

@@ -15,7 +15,7 @@ from resprune.exporter.trace.blocks import FITS, Blocks, fit_of
 from resprune.exporter.trace.quantize import int8_scales, packed_chunks, quantize
 from resprune.exporter.trace.tracer import Traced, Weight
 from resprune.exporter.trace.weights import write_graph, write_weights
-from resprune.runtime.bundle.files import Bundle, read_bundle
+from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.bundle.precisions import TABLE
 from resprune.runtime.pipeline import Pipeline
 from tests.exporter.portable import PORTABLE, domains
@@ -243,10 +243,26 @@ def test_a_bundle_in_int8(tiny_bundle: Callable[..., Path]) -> None:
     assert len(answer.token_ids) == STEPS
 
 
-def data_size(bundle: Bundle) -> int:
-    """Bytes of the decoder's weights."""
-    file = bundle.manifest.graphs["decoder_model_merged"].file
-    return bundle.manifest.files[f"{file}_data"].size
+@pytest.mark.parametrize("variant", ["qwen3", "internvl-qwen3", "gemma3"])
+def test_other_families_in_three_precisions_at_once(tiny_bundle: Callable[..., Path], variant: str) -> None:
+    """The export compares each graph with PyTorch, and each packed number with the checkpoint's."""
+    bundle = read_bundle(tiny_bundle(variant, k=9, dtype="vision=int8,decoder=q4,embed=q8"))
+    packed = {
+        "vision_select": ("int8", "MatMulInteger"),
+        "decoder_model_merged": ("q4", "MatMulNBits"),
+        "embed_tokens": ("q8", "GatherBlockQuantized"),
+    }
+    for graph, (precision, operator) in packed.items():
+        assert bundle.manifest.graphs[graph].precision == precision
+        model = onnx.load(bundle.graph_path(graph), load_external_data=False)
+        kinds = [node.op_type for part in (model.graph, *model.functions) for node in part.node]
+        assert operator in kinds
+    equal, count = bundle.manifest.parity["weights"].split("/")
+    assert equal == count
+    with Pipeline.load(bundle.root) as vlm:
+        answers = vlm.ask_batch([[picture(1)], [picture(2), picture(3)]], [QUESTION] * 2, max_new_tokens=5)
+    assert [len(picks.kept_indices) for answer in answers for picks in answer.images] == [9] * 3
+    assert answers[0].token_ids != answers[1].token_ids
 
 
 def run(model: ModelProto, x: torch.Tensor, other: torch.Tensor) -> list[torch.Tensor]:

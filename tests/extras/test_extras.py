@@ -10,8 +10,11 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
+
+from tests.hosts.serve import served
 
 ROOT = Path(__file__).parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -25,7 +28,7 @@ RUNS = {
     "tensorrt-rtx": ["build", "{bundle}", "--target", "sm_86"],
     "building": ["ask", "{bundle}", str(PICTURE), QUESTION],
     "demo": ["ask", "{bundle}", str(PICTURE), QUESTION],
-    "serve": ["ask", "{bundle}", str(PICTURE), QUESTION],
+    "serve": ["inspect", "{bundle}"],  # and it serves
     "lmms": ["inspect", "{bundle}"],
     "kernels": ["ask", "{bundle}", str(PICTURE), QUESTION],
 }
@@ -79,6 +82,11 @@ def test_an_extra_alone(extra: str, wheel: Path, places: dict[str, str], tmp_pat
     for command in COMMANDS:
         done = resprune(command, "--help")
         assert done.returncode == 0, done.stderr
+    if extra == "serve":
+        with served(places["bundle"], resprune=[str(environment / "bin" / "resprune")]) as url:
+            for path in ("/", "/metrics", "/v1/models"):
+                with urlopen(f"{url}{path}") as answer:
+                    assert answer.read()
     done = resprune(*(word.format(**places) for word in RUNS[extra]))
     # On a CPU that is not Intel's the plug-in is found, and has no device.
     no_device = extra == "openvino" and "openvino finds no device here" in done.stderr

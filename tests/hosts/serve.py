@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 
 @contextmanager
@@ -21,7 +22,9 @@ def served(
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
     try:
         assert server.stderr is not None
-        yield next(found[1] for line in server.stderr if (found := re.search(r" at (http://\S+)", line)))
+        url = next(found[1] for line in server.stderr if (found := re.search(r" at (http://\S+)", line)))
+        Thread(target=server.stderr.read, daemon=True).start()  # a pipe that is full would stop the server
+        yield url
     finally:
         server.terminate()
-        server.communicate(timeout=30)
+        server.wait(30)
