@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import signal
@@ -24,6 +25,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# What the tests' modules import stays. Garbage is looked for again after that, and not among those million objects.
+gc.disable()
+
 Make = Callable[[str, Callable[[Path], Any]], Path]
 
 
@@ -31,6 +35,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of few tests first: they have the long ones, and none of those begins when all else is done."""
     count = Counter(item.path for item in items)
     items.sort(key=lambda item: count[item.path])
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # C++ libraries complain at the end of what is left
 
 
 @pytest.fixture(scope="session")
