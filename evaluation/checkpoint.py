@@ -22,7 +22,7 @@ from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError, one_line, permission_faults, require_packages
 from resprune.runtime.families.preprocessor import FixedGrid, PreparedImage, Preprocessor
 from resprune.runtime.families.table import FAMILIES
-from resprune.runtime.prompt.splice import Floats, Ints, Spliced
+from resprune.runtime.prompt.splice import Bools, Floats, Ints, Spliced
 from resprune.runtime.walk import Features
 
 if TYPE_CHECKING:
@@ -173,9 +173,7 @@ class _TorchStages:
 
     def _with_planes(self, image: PreparedImage) -> Features:
         """Only the family knows how its model gives planes: its reference for the vision graph does it."""
-        vision = self._components.vision
-        first, *planes = (plane[0].float().cpu().numpy() for plane in self._reference(vision, image))
-        return Features(first, tuple(planes))
+        return _features(self._reference(self._components.vision, image))
 
     def _reference(self, vision: Component, image: PreparedImage) -> tuple[Any, ...]:
         import torch
@@ -198,9 +196,7 @@ class _TorchStages:
         selecting = replace(vision, reference=early_reference(vision, vision.tower, early))
         with _faults("encode an image", self._model.device), torch.inference_mode():
             found = [self._reference(selecting, image) for image in images]
-        return [
-            Features(rows[0].float().cpu().numpy(), left=left[0].cpu().numpy()) for rows, left, _ in found
-        ]
+        return [_features(planes, left[0].cpu().numpy()) for *planes, left, _ in found]
 
     def smaller(self, image: PreparedImage, k: int) -> tuple[PreparedImage, Features]:
         """The image of a tower of one size with about `k` tokens: its table of positions is interpolated."""
@@ -245,6 +241,12 @@ class _TorchStages:
             greedy = residual_select(visual, gain, k, candidates)
             picks: Ints = protected_first(protected, greedy)[0].cpu().numpy()
         return picks[picks >= 0]
+
+
+def _features(planes: Sequence[Any], left: Bools | None = None) -> Features:
+    """Of an image's planes [1, N, D], tensors."""
+    first, *further = (plane[0].float().cpu().numpy() for plane in planes)
+    return Features(first, tuple(further), left)
 
 
 _ANSWER = "go on with an answer"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,24 +18,50 @@ Reference = Callable[..., tuple[Tensor, ...]]
 """(model, inputs) → outputs; see `Component`."""
 
 
+def key_bias(shared: Any, kept: Tensor, bias: Tensor) -> tuple[Any, ...]:
+    """What the blocks of most towers take beside the hidden states: what is added to the scores of their keys."""
+    return (bias,)
+
+
+def attention_mask(kwargs: Mapping[str, Any], rows: Tensor, bias: Tensor) -> Mapping[str, Any]:
+    """The keywords of most attention modules of transformers, with `bias` as their mask."""
+    return {**kwargs, "attention_mask": bias}
+
+
 @dataclass(frozen=True)
 class Tower:
     """What a selection inside the vision tower must know of it (`early.py`); `Component.layers` are its blocks.
 
-    Each block takes the hidden states and what is added to the scores of its keys. `tower(model)` and
-    `projector(model)` find the modules in the whole Hugging Face model.
+    A block is called with the hidden states [T, S, H], or [S, H] of one image, and with what all blocks share. From
+    the first on the rows that become one visual token stand side by side in them, behind those in `leading`.
     """
 
-    tower: Callable[[Any], nn.Module]
-    projector: Callable[[Any], nn.Module]
     tokens: int
-    """P, the visual tokens of one image or tile, without those in `leading`."""
-    leading: int
-    """Rows before those of the patches: 1 for a class token."""
+    """N, the visual tokens of one image or tile, without those in `leading`; the most there are where that varies."""
     hidden_size: int
     """Numbers of a hidden state's row."""
     layers: tuple[int, ...]
     """The hidden states that the projector takes, from 0 for the embeddings to the number of blocks."""
+    tower: Callable[[Any], nn.Module]
+    """The tower in the whole Hugging Face model."""
+    projectors: Callable[[Any], Sequence[nn.Module]]
+    """The modules there that make visual tokens of its rows."""
+    places: Callable[[Any, tuple[Tensor, ...]], Tensor]
+    """The Hugging Face model and the component's inputs → where its tower has each token's rows, behind those in
+    `leading`: [N, G]."""
+    leading: int = 0
+    """Rows before those of the patches: 1 for a class token."""
+    group: int = 1
+    """G, rows that become one visual token."""
+    varies: bool = False
+    """Whether N is the image's own. The component is then of one image, and its number of tokens comes with it."""
+    planes: tuple[int, ...] = ()
+    """The hidden states that further outputs of the component are made of, as `layers` are of the first."""
+    shared: Callable[[Any, Tensor, Tensor], tuple[Any, ...]] = key_bias
+    """What blocks share, the tokens [T, C] that go on and what is added to the scores of their rows as keys,
+    [T, 1, 1, S'] → what the later blocks share."""
+    attended: Callable[[Mapping[str, Any], Tensor, Tensor], Mapping[str, Any]] = attention_mask
+    """For its attention what `shared` is for blocks: its keywords, rows [T, S'] after those in `leading`, and bias."""
 
 
 @dataclass(frozen=True)

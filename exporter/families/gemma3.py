@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,9 @@ from transformers.models.gemma3.modeling_gemma3 import (
 
 from resprune.exporter.checkpoint.checkpoint import Checkpoint
 from resprune.exporter.checkpoint.side_files import image_processor_config
-from resprune.exporter.components import Components
+from resprune.exporter.components import Components, Tower
 from resprune.exporter.families.llava import grid_component, pixel_size
+from resprune.exporter.families.merging import merge_order, of_tokens
 from resprune.exporter.language import Rows, decode
 from resprune.exporter.split import assemble, read_config, weightless_model
 from resprune.runtime.errors import ResPruneError
@@ -29,13 +31,17 @@ TOWER = "siglip_vision_model"
 class _Vision(nn.Module):
     """pixel_values [B, 3, H, W] → image_features [B, N, D], which are not scaled as the text's embeddings are."""
 
-    def __init__(self, tower: nn.Module, projector: nn.Module) -> None:
+    def __init__(self, tower: Any, projector: Any) -> None:
         super().__init__()
         self.tower = tower
         self.projector = projector
+        self.side: int = projector.kernel_size
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
-        return (self.projector(self.tower(pixel_values).last_hidden_state),)
+        patches = merge_order(self.tower.embeddings(pixel_values), self.side)
+        hidden = self.tower.post_layernorm(self.tower.encoder(inputs_embeds=patches).last_hidden_state)
+        pooled = of_tokens(hidden, self.side).mean(2)
+        return (self.projector.mm_soft_emb_norm(pooled) @ self.projector.mm_input_projection_weight,)
 
 
 class _HalfScaledEmbedding(Gemma3TextScaledWordEmbedding):
@@ -52,9 +58,19 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
     check_processor(image_processor_config(checkpoint))
     halved = {Gemma3TextScaledWordEmbedding: _HalfScaledEmbedding}
     model = weightless_model(checkpoint, Gemma3ForConditionalGeneration, config, dtype, mode, halved)
-    tower = model.model.vision_tower
-    module = _Vision(tower, model.model.multi_modal_projector)
-    vision = grid_component(module, tower.encoder.layers, pixel_size(checkpoint), mode)
+    module = _Vision(model.model.vision_tower, model.model.multi_modal_projector)
+    blocks = module.tower.encoder.layers
+    vision = grid_component(module, blocks, pixel_size(checkpoint), mode)
+    tower = Tower(
+        tokens=int(vision.outputs[0].shape[1]),
+        hidden_size=config.vision_config.hidden_size,
+        layers=(len(blocks),),
+        tower=lambda model: model.model.vision_tower,
+        projectors=lambda model: [model.model.multi_modal_projector],
+        group=module.side**2,
+        places=_places,
+    )
+    vision = replace(vision, tower=tower)
     return assemble(
         checkpoint,
         model,
@@ -89,3 +105,11 @@ def _masks(
     past = torch.zeros_like(attention_mask)[:, : attention_mask.shape[1] - numbers.shape[1]]
     blocks = torch.cat([past, numbers], dim=1) - 1
     return create_masks_for_vision_model(config, embeds, attention_mask, cache, position_ids, blocks)
+
+
+def _places(model: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Where the tower has the patches that are averaged to a token: [N, G]."""
+    projector = model.model.multi_modal_projector
+    side, pooled = projector.patches_per_image, projector.kernel_size
+    patches = torch.arange(side**2).reshape(side, side)
+    return patches.unfold(0, pooled, pooled).unfold(1, pooled, pooled).flatten(2).flatten(0, 1)

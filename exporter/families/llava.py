@@ -120,13 +120,15 @@ def grid_component(
 def tower_facts(module: Vision, config: Any, num_rows: int) -> Tower:
     """What a selection inside the tower of a LLaVA or its kin must know; `num_rows` go to the projector."""
     blocks, leading = len(module.blocks), TOWERS[config.model_type]
+    tokens = num_rows if module.crop else num_rows - leading
     return Tower(
-        tower=lambda model: model.model.vision_tower,
-        projector=lambda model: model.model.multi_modal_projector,
-        tokens=num_rows if module.crop else num_rows - leading,
-        leading=leading,
+        tokens=tokens,
         hidden_size=config.hidden_size,
         layers=tuple(layer % (blocks + 1) for layer in module.layers),
+        tower=lambda model: model.model.vision_tower,
+        projectors=lambda model: [model.model.multi_modal_projector],
+        places=lambda model, inputs: torch.arange(tokens)[:, None],
+        leading=leading,
     )
 
 

@@ -7,6 +7,9 @@ windows and back, full attention does not mind the order, and the merger finds i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,10 +23,11 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+from transformers.vision_utils import get_vision_window_index
 
 from resprune.exporter.checkpoint.checkpoint import Checkpoint, config_faults
 from resprune.exporter.checkpoint.side_files import image_processor_config
-from resprune.exporter.components import Component, Components, Sizes
+from resprune.exporter.components import Component, Components, Sizes, Tower
 from resprune.exporter.split import assemble, read_config, weightless_model
 from resprune.exporter.trace.attention import grouped_attention
 from resprune.runtime.bundle.manifest import TensorSpec
@@ -40,6 +44,9 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
 }
+
+Window = tuple[Tensor | None, Tensor | None]
+"""`window_patches` and `window_slots` as `_Vision` takes them; None of a tower without windows."""
 
 MAX_SIDE = 16
 """Merged tokens a side of a window, of which Qwen2.5-VL's have 4: the comparison's images hold two and more."""
@@ -91,9 +98,10 @@ class Block(nn.Module):
         self.dtype = dtype
 
     def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], window: tuple[Tensor | None, Tensor | None]
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], window: Window, bias: Tensor | None = None
     ) -> Tensor:
-        hidden = hidden + self._attention(self.block.attn, self.block.norm1(hidden), rotary, window)
+        """`bias` [P] is added to the scores of each patch as a key."""
+        hidden = hidden + self._attention(self.block.attn, self.block.norm1(hidden), rotary, window, bias)
         mixed: Tensor = hidden + self.block.mlp(self.block.norm2(hidden))
         return mixed
 
@@ -102,16 +110,24 @@ class Block(nn.Module):
         layer: Any,
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor],
-        window: tuple[Tensor | None, Tensor | None],
+        window: Window,
+        bias: Tensor | None,
     ) -> Tensor:
         attend: Any = self._windowed if self.windowed else self._full
         query, key, value = layer.qkv(hidden).unflatten(1, (3, layer.num_heads, -1)).unbind(1)  # [P, H, d]
         query, key = apply_rotary_pos_emb_vision(query, key, *rotary)
-        mixed: Tensor = layer.proj(attend(query, key, value, layer.scaling, *window))
+        mixed: Tensor = layer.proj(attend(query, key, value, layer.scaling, bias, *window))
         return mixed
 
     def _windowed(
-        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, patches: Tensor, slots: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        bias: Tensor | None,
+        patches: Tensor,
+        slots: Tensor,
     ) -> Tensor:
         places = patches.clamp(min=0)
         query, key, value = (
@@ -120,18 +136,26 @@ class Block(nn.Module):
             .transpose(1, 2)
             for rows in (query, key, value)
         )  # [W, H, L, d]
-        mask = torch.where(patches < 0, torch.finfo(torch.float32).min, 0.0)[:, None, None, :]
+        seen = 0.0 if bias is None else bias[places]
+        mask = torch.where(patches < 0, torch.finfo(torch.float32).min, seen)[:, None, None, :]
         mixed = grouped_attention(query, key, value, mask, scaling, self.dtype)  # [W, L, H, d]
         return nn.functional.embedding(slots, mixed.flatten(2).flatten(0, 1))  # [P, C]
 
     def _full(
-        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, *window: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        bias: Tensor | None,
+        *window: Tensor | None,
     ) -> Tensor:
         rows = (query * scaling).to(self.dtype).transpose(0, 1)  # [H, P, d]
         columns, mixed = key.to(self.dtype).permute(1, 2, 0), value.to(self.dtype).transpose(0, 1)
         heads = []
         for head in range(query.shape[1]):
-            weights = torch.softmax(torch.matmul(rows[head], columns[head]).float(), dim=-1)  # [P, P]
+            scores = torch.matmul(rows[head], columns[head]).float()  # [P, P]
+            weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
             heads.append(torch.matmul(weights.to(self.dtype), mixed[head]))
         return torch.cat(heads, dim=-1).float()  # [P, C]
 
@@ -145,6 +169,7 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
     model = weightless_model(checkpoint, model_class, config, dtype, mode)
     with config_faults(checkpoint):
         vision = _vision_component(model, config, dtype)
+    vision = replace(vision, tower=tower_facts(config.vision_config, processor.max_tokens))
     return assemble(
         checkpoint,
         model,
@@ -207,6 +232,62 @@ def _vision_component(model: Any, config: Any, dtype: torch.dtype) -> Component:
 
     module = _Vision(model.model.visual, windowed, dtype)
     return Component("vision_encoder", module, tuple(inputs), (features,), samples, _reference, module.blocks)
+
+
+def tower_facts(config: Any, max_tokens: int) -> Tower:
+    """What a selection inside such a tower must know of it: rows of a token are side by side, in windows or not."""
+    group = config.spatial_merge_size**2
+    size = config.embed_dim if config.model_type == "qwen2_vl_vision" else config.hidden_size
+    return Tower(
+        tokens=max_tokens,
+        hidden_size=size,
+        layers=(config.depth,),
+        tower=lambda model: model.model.visual,
+        projectors=lambda model: [model.model.visual.merger],
+        places=_places,
+        group=group,
+        varies=True,
+        shared=partial(_left, group),
+        attended=_attended,
+    )
+
+
+def _left(
+    group: int, shared: tuple[tuple[Tensor, Tensor], Window], kept: Tensor, bias: Tensor
+) -> tuple[tuple[Tensor, ...], Window, Tensor]:
+    """Rotary angles and windows of the patches that go on; windows keep their places, and lack those that do not."""
+    rotary, (patches, slots) = shared
+    rows = (kept[0][:, None] * group + torch.arange(group, device=kept.device)).flatten()
+    if patches is not None and slots is not None:
+        numbers = torch.full_like(slots, -1).scatter(0, rows, torch.arange(rows.shape[0], device=kept.device))
+        patches = torch.where(patches < 0, -1, numbers[patches.clamp(min=0)])
+        slots = slots[rows]
+    return tuple(nn.functional.embedding(rows, angles) for angles in rotary), (patches, slots), bias.flatten()
+
+
+def _attended(kwargs: Mapping[str, Any], rows: Tensor, bias: Tensor) -> Mapping[str, Any]:
+    """The same for the attention of transformers: its windows, which are of consecutive rows, as a mask."""
+    (rows,) = rows
+    window = torch.searchsorted(kwargs["cu_seqlens"].long(), rows, right=True)
+    return {
+        **kwargs,
+        "cu_seqlens": torch.tensor([0, len(rows)], device=rows.device),
+        "position_embeddings": tuple(angles[rows] for angles in kwargs["position_embeddings"]),
+        "position_bias": bias.masked_fill(window[:, None] != window, -torch.inf),
+    }
+
+
+def _places(model: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Where the model's tower has the patches of each token, which one with windows goes through by them: [N, G]."""
+    config = model.config.vision_config
+    grid = grid_of(inputs, config.spatial_merge_size)
+    tokens: Tensor = torch.arange(grid.num_tokens)
+    if hasattr(config, "window_size"):
+        sizes = config.spatial_merge_size, config.window_size, config.patch_size
+        order, _ = get_vision_window_index(torch.tensor([grid.thw]), *sizes)
+        tokens = order.argsort()
+    group = int(config.spatial_merge_size) ** 2
+    return tokens[:, None] * group + torch.arange(group)
 
 
 def _reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ layers of the language model, at the image's rows. They are the planes of the vi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from resprune.exporter.checkpoint.checkpoint import Checkpoint, config_faults
 from resprune.exporter.checkpoint.side_files import image_processor_config
 from resprune.exporter.components import Component, Components, Sizes
-from resprune.exporter.families.qwen2_vl import Block, check_processor, grid_of, places_of
+from resprune.exporter.families.qwen2_vl import Block, check_processor, grid_of, places_of, tower_facts
 from resprune.exporter.language import called, read_past
 from resprune.exporter.split import assemble, read_config, weightless_model
 from resprune.runtime.bundle.manifest import TensorSpec
@@ -79,6 +80,13 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
     model = weightless_model(checkpoint, Qwen3VLForConditionalGeneration, config, dtype, mode)
     with config_faults(checkpoint):
         component = _vision_component(model, config, table_side(checkpoint.config), dtype)
+    planes = tuple(layer + 1 for layer in taken_after)
+    tower = replace(
+        tower_facts(vision, processor.max_tokens),
+        planes=planes,
+        projectors=lambda model: [model.model.visual.merger, *model.model.visual.deepstack_merger_list],
+    )
+    component = replace(component, tower=tower)
     return assemble(
         checkpoint,
         model,

@@ -17,7 +17,8 @@ from transformers import (
 
 from resprune.exporter.checkpoint.checkpoint import Checkpoint
 from resprune.exporter.checkpoint.side_files import image_processor_config
-from resprune.exporter.components import Components
+from resprune.exporter.components import Components, Tower
+from resprune.exporter.families.merging import merge_order, of_tokens
 from resprune.exporter.families.tiles import tiles_component
 from resprune.exporter.split import assemble, read_config, weightless_model
 from resprune.runtime.families.smolvlm import SplitImage, tower_side
@@ -42,13 +43,15 @@ class _Rows(nn.Module):
         self.positions = vision.embeddings.position_embedding
         self.encoder = vision.encoder
         self.norm = vision.post_layernorm
-        self.connector = model.model.connector
+        self.projection = model.model.connector.modality_projection
+        self.side = model.config.scale_factor
         self.places = _places(vision.embeddings.num_patches_per_side)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
         patches = self.patches(pixel_values).flatten(2).transpose(1, 2)  # [tiles, patches, hidden]
-        hidden = self.encoder(inputs_embeds=patches + self.positions(self.places)).last_hidden_state
-        return (self.connector(self.norm(hidden)),)
+        patches = merge_order(patches + self.positions(self.places), self.side)
+        hidden = self.encoder(inputs_embeds=patches).last_hidden_state
+        return (self.projection(of_tokens(self.norm(hidden), self.side).flatten(2)),)
 
 
 def _places(side: int) -> Tensor:
@@ -68,10 +71,27 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
     model = weightless_model(checkpoint, model_class, config, dtype, mode)
     blocks = model.model.vision_model.encoder.layers
     prepare = partial(processor.prepared, grid=Grid(0, 0))
-    vision = tiles_component(_Rows(model), blocks, processor.tiles, prepare, _features, mode)
+    tower = Tower(
+        tokens=processor.tiles.tokens,
+        hidden_size=config.vision_config.hidden_size,
+        layers=(len(blocks),),
+        tower=lambda model: model.model.vision_model,
+        projectors=lambda model: [model.model.connector],
+        group=config.scale_factor**2,
+        places=_token_places,
+    )
+    vision = tiles_component(_Rows(model), blocks, processor.tiles, prepare, _features, tower, mode)
     return assemble(checkpoint, model, vision, dtype, max_tokens=processor.max_tokens, padding="pack_indices")
 
 
 def _features(model: Any, pixel_values: Tensor) -> Tensor:
     features: Tensor = model.get_image_features(pixel_values[None]).pooler_output[0]
     return features.reshape(len(pixel_values), -1, features.shape[-1])
+
+
+def _token_places(model: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Where the tower has the patches of each token, by its own pixel shuffle: [N, G]."""
+    connector = model.model.connector
+    patches = torch.arange(model.model.vision_model.embeddings.num_patches, dtype=torch.float32)
+    shuffled: Tensor = connector.pixel_shuffle(patches[None, :, None], connector.scale_factor)
+    return shuffled[0].long()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from resprune.exporter.components import Component, Reference, Sizes
+from resprune.exporter.components import Component, Reference, Sizes, Tower
 from resprune.exporter.families.llava import tower_output
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
@@ -55,13 +55,14 @@ def tiles_component(
     processor: TileProcessor,
     prepare: Callable[[Any], PreparedImage],
     features: Callable[[Any, Tensor], Tensor],
+    tower: Tower,
     mode: FakeTensorMode,
 ) -> Component:
     """The vision component of images that are nothing but their tiles in order.
 
     `rows` makes a tile's rows; `blocks` are its repeated layers; `prepare` makes a `PreparedImage` of processed tiles
-    [tiles, 3, H, W]; `features` is what Hugging Face's whole model makes of tiles: [tiles, P, D]. `ResPruneError` where
-    the tower's rows are not as many as the runtime counts.
+    [tiles, 3, H, W]; `features` is what Hugging Face's whole model makes of tiles: [tiles, P, D]; `tower` is for a
+    selection inside it. `ResPruneError` where the tower's rows are not as many as the runtime counts.
     """
     tile = processor.tile
     tokens, hidden_size = tower_output(rows, (tile, tile), mode)
@@ -90,8 +91,9 @@ def tiles_component(
         TensorSpec("pack_indices", "int64", ("batch_size", "num_tokens")),
     )
     outputs = (TensorSpec("image_features", "float32", ("batch_size", "num_tokens", hidden_size)),)
+    module = PackedTiles(rows)
     judge: Reference = reference
-    return Component("vision_encoder", PackedTiles(rows), inputs, outputs, samples, judge, tuple(blocks))
+    return Component("vision_encoder", module, inputs, outputs, samples, judge, tuple(blocks), tower=tower)
 
 
 def _tile_counts(images: int) -> list[int]:

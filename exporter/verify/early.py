@@ -6,7 +6,7 @@ code; what the projector makes of a zero row is set to zero. Only what is left i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,6 +17,9 @@ from resprune.exporter.components import Component, Reference, Tower
 from resprune.exporter.verify.reference import kept_counts, residual_select
 from resprune.runtime.bundle.manifest import Early
 
+ATTENTION = ("self_attn", "attention", "attn")
+"""What transformers calls the attention of a block."""
+
 
 def early_picks(patches: Tensor, count: int) -> Tensor:
     """The `count` tokens of [T, P, H] that go on, ascending: [T, C]."""
@@ -26,45 +29,22 @@ def early_picks(patches: Tensor, count: int) -> Tensor:
 
 def early_reference(component: Component, tower: Tower, early: Early) -> Reference:
     """Inputs → the outputs of `with_early(component)`; with `kept` [T, C], of those tokens and not of its own picks."""
+    names = [spec.name for spec in component.inputs]
 
-    def reference(
-        model: Any, inputs: tuple[Tensor, ...], kept: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with selected_early(tower.tower(model), tower.projector(model), tower.leading, early, kept) as picks:
-            (features,) = component.reference(model, inputs)
+    def reference(model: Any, inputs: tuple[Tensor, ...], kept: Tensor | None = None) -> tuple[Tensor, ...]:
+        own, ranks = inputs[: len(names)], inputs[len(names) :]
+        places = tower.places(model, own)
+        count = len(ranks[0]) if ranks else early.left(len(places))
+        with selected_early(model, tower, early.layer, count, own, kept) as picks:
+            features = component.reference(model, own)
         (indices,) = picks
-        left = _left(indices, early.of)
-        if len(inputs) == 1:
-            mask = nn.functional.pad(left, (features.shape[1] - early.of, 0), value=True)
-            return features * mask[:, :, None], mask, indices
-        return (*_packed(features, left, *inputs[1:]), indices)
+        left = _left(indices, len(places))
+        if "pack_indices" in names:
+            return (*_packed(features[0], left, *own[1:]), indices)
+        mask = nn.functional.pad(left, (features[0].shape[1] - len(places), 0), value=True)
+        return (*(plane * mask[:, :, None] for plane in features), mask, indices)
 
     return reference
-
-
-@contextmanager
-def selecting(
-    blocks: Sequence[nn.Module], layer: int, select: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> Iterator[None]:
-    """While it lasts, block `layer` is given what `select` makes of its hidden states [T, S, H].
-
-    That is the rows that go on and a bias, which every later block is given too, beside its own hidden states.
-    """
-    biases: list[Tensor] = []
-
-    def first(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, bias = select(args[0])
-        biases.append(bias)
-        return hidden, bias
-
-    def later(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args[0], biases[0]
-
-    with ExitStack() as stack:
-        for index, block in enumerate(blocks[layer:]):
-            handle = block.register_forward_pre_hook(later if index else first)
-            stack.callback(handle.remove)
-        yield
 
 
 def _left(indices: Tensor, count: int) -> Tensor:
@@ -89,52 +69,86 @@ def _packed(
 
 @contextmanager
 def selected_early(
-    tower: Any,
-    projector: nn.Module,
-    leading: int,
-    early: Early,
+    model: Any,
+    tower: Tower,
+    layer: int,
+    count: int,
+    inputs: tuple[Tensor, ...] = (),
     kept: Tensor | None = None,
 ) -> Iterator[list[Tensor]]:
-    """While it lasts, a tower of transformers selects after `early.layer` blocks: yields a list that gets the picks.
+    """While it lasts, a model of transformers selects `count` tokens after `layer` blocks of its tower.
 
-    Its attention has to add a mask to the scores, as sdpa does. `kept` [T, C] takes the place of the picks. The tower's
-    outputs have all of their rows, zeros where a token was dropped, and so have the projector's.
+    Yields a list that gets the picks [T, C] of each call. `inputs` are the component's, which images of one size need
+    not; `kept` [T, C] takes the place of the picks. The tower's outputs have all of their rows, zeros where a token was
+    dropped, and so has what its projector makes of images or tiles of one size.
     """
-    encoder = tower.encoder
-    blocks: Any = encoder.layer if hasattr(encoder, "layer") else encoder.layers
+    module, projectors = tower.tower(model), tower.projectors(model)
+    places = tower.places(model, inputs).to(next(module.parameters()).device)
+    leading, total = tower.leading, places.numel()
     picks: list[Tensor] = []
+    found: list[Tensor] = []  # of the last call: rows and bias
 
-    def select(hidden: Tensor) -> tuple[Tensor, Tensor]:
-        patches = hidden[:, leading:]
-        indices = early_picks(patches, early.tokens) if kept is None else kept
-        counts = kept_counts(patches, indices)
+    def select(block: object, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        states = hidden.reshape(-1, *hidden.shape[-2:])
+        patches = states[:, leading:]
+        means = patches[:, places].mean(dim=2)  # [T, N, H]
+        indices = early_picks(means, count) if kept is None else kept
+        logs = kept_counts(means, indices).float().log().repeat_interleave(tower.group, dim=1)
+        rows = places[indices].flatten(1)  # [T, C · G]
         picks.append(indices)
-        bias = nn.functional.pad(counts.float().log(), (leading, 0))[:, None, None]
-        rows = torch.take_along_dim(patches, indices[:, :, None], dim=1)
-        return torch.cat([hidden[:, :leading], rows], dim=1), bias
+        found[:] = rows, nn.functional.pad(logs, (leading, 0))[:, None, None]
+        left = torch.take_along_dim(patches, rows[:, :, None], dim=1)
+        states = torch.cat([states[:, :leading], left], dim=1)
+        return states.reshape(*hidden.shape[:-2], *states.shape[1:]), *args[1:]
+
+    def weigh(attention: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return args, dict(tower.attended(kwargs, *found))
 
     def spread(hidden: Tensor | None) -> Tensor | None:
-        if hidden is None or hidden.shape[1] != leading + early.tokens:
+        if hidden is None or not found or hidden.shape[-2] != leading + found[0].shape[1]:
             return hidden
-        whole = hidden.new_zeros(len(hidden), leading + early.of, hidden.shape[2])
-        whole[:, :leading] = hidden[:, :leading]
-        return whole.scatter(
-            1, (leading + picks[0])[:, :, None].expand(-1, -1, hidden.shape[2]), hidden[:, leading:]
-        )
+        states = hidden.reshape(-1, *hidden.shape[-2:])
+        whole = states.new_zeros(len(states), leading + total, states.shape[2])
+        whole[:, :leading] = states[:, :leading]
+        rows = (leading + found[0])[:, :, None].expand(-1, -1, states.shape[2])
+        whole = whole.scatter(1, rows, states[:, leading:])
+        return whole.reshape(*hidden.shape[:-2], *whole.shape[1:])
 
-    def whole(module: object, args: object, output: Any) -> Any:
+    def whole(tower: object, args: object, output: Any) -> Any:
         output.last_hidden_state = spread(output.last_hidden_state)
         if output.hidden_states is not None:
             output.hidden_states = tuple(map(spread, output.hidden_states))
         return output
 
-    def clear(module: object, args: object, output: Tensor) -> Tensor:
-        left = _left(picks[0], early.of)
-        left = nn.functional.pad(left, (output.shape[1] - early.of, 0), value=True)
+    def projected(projector: object, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return spread(args[0]), *args[1:]
+
+    def clear(projector: object, args: object, output: Tensor) -> Tensor:
+        left = _left(picks[-1], len(places))
+        left = nn.functional.pad(left, (output.shape[1] - len(places), 0), value=True)
         return output * left[:, :, None]
 
+    blocks = _blocks(module)
     with ExitStack() as stack:
-        stack.enter_context(selecting(blocks, early.layer, select))
-        for handle in (tower.register_forward_hook(whole), projector.register_forward_hook(clear)):
+        handles = [blocks[layer].register_forward_pre_hook(select), module.register_forward_hook(whole)]
+        handles += [
+            _attention(block).register_forward_pre_hook(weigh, with_kwargs=True) for block in blocks[layer:]
+        ]
+        for projector in projectors:
+            handles.append(projector.register_forward_pre_hook(projected))
+            if not tower.varies:
+                handles.append(projector.register_forward_hook(clear))
+        for handle in handles:
             stack.callback(handle.remove)
         yield picks
+
+
+def _blocks(tower: Any) -> Any:
+    """The blocks of a tower of transformers, which calls them by several names."""
+    encoder = getattr(tower, "encoder", tower)
+    return next(getattr(encoder, name) for name in ("layer", "layers", "blocks") if hasattr(encoder, name))
+
+
+def _attention(block: nn.Module) -> nn.Module:
+    return next(module for name, module in block.named_children() if name in ATTENTION)

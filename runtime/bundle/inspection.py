@@ -53,7 +53,11 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "attention", manifest.attention
     if manifest.early is not None:
         early = manifest.early
-        yield "early", f"{early.tokens} of {early.of} patches go on after {early.layer} blocks of the tower"
+        share = "" if early.share is None else f", {100 * early.share:g} % of an image's,"
+        yield (
+            "early",
+            f"{early.tokens} of {early.of} tokens{share} go on after {early.layer} blocks of the tower",
+        )
     yield "context", f"{manifest.context_length} tokens; image token {manifest.image_token_id}"
     if not manifest.has_decoder:
         yield "decoder", "none: a GGUF file (--gguf), a server (--server) or an engine answers"

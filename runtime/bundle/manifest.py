@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from resprune.method import BODIES, FORMS, SCALES, Selection
+from resprune.method import BODIES, FORMS, SCALES, Selection, share_of
 from resprune.runtime.bundle import fields, precisions
 from resprune.runtime.errors import ResPruneError, shown
 
@@ -86,11 +86,19 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class Early:
-    """A first selection inside the vision tower: after `layer` blocks `tokens` of `of` go on, of an image or tile."""
+    """A first selection inside the vision tower: after `layer` blocks `tokens` of `of` go on, of an image or tile.
+
+    Where images differ in size both are of the largest; `share` is the part that was asked for in place of a number.
+    """
 
     layer: int
     tokens: int
     of: int
+    share: float | None = None
+
+    def left(self, num_tokens: int) -> int:
+        """How many of the `num_tokens` of an image or tile go on."""
+        return min(num_tokens, self.tokens if self.share is None else share_of(self.share, num_tokens))
 
 
 Range = tuple[int, int, int]
@@ -261,9 +269,7 @@ def _selection(table: dict[str, Any], attention: str) -> Selection:
     for name, most in (("num_tokens", num_tokens), ("max_tokens", max_tokens)):
         if most is not None and k > most:
             raise fields.fault("selection.k", f"at most {name} = {most}", k)
-    share = None if table.get("share") is None else fields.member(table, "share", float, where)
-    if share is not None and not 0 < share <= 1:
-        raise fields.fault("selection.share", "above 0 and at most 1", share)
+    share = _share(table, where)
     alpha = fields.member(table, "alpha", float, where)
     if alpha < 0:
         raise fields.fault("selection.alpha", "0 or more", alpha)
@@ -285,7 +291,16 @@ def _selection(table: dict[str, Any], attention: str) -> Selection:
 def _early(table: dict[str, Any]) -> Early:
     of = fields.whole(table, "of", "early.", least=2, most=MAX_TOKENS)
     tokens = fields.whole(table, "tokens", "early.", least=1, most=of - 1)
-    return Early(fields.whole(table, "layer", "early.", least=1, most=MAX_TOKENS), tokens, of)
+    layer = fields.whole(table, "layer", "early.", least=1, most=MAX_TOKENS)
+    return Early(layer, tokens, of, _share(table, "early."))
+
+
+def _share(table: dict[str, Any], where: str) -> float | None:
+    """`share`, above 0 and at most 1; None where there is none."""
+    share = None if table.get("share") is None else fields.member(table, "share", float, where)
+    if share is not None and not 0 < share <= 1:
+        raise fields.fault(f"{where}share", "above 0 and at most 1", share)
+    return share
 
 
 def _graph_spec(name: str, value: object, files: Mapping[str, FileSpec]) -> GraphSpec:

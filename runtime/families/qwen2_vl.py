@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from resprune.runtime.bundle.files import Bundle
-from resprune.runtime.bundle.manifest import Range
+from resprune.runtime.bundle.manifest import Early, Range
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import OPENAI_CLIP, Box, ImageProcessor, setting_fault
 from resprune.runtime.families.preprocessor import Arrays, PreparedImage, image_processor_config
@@ -57,6 +57,7 @@ class DynamicResolution:
     """Resize to whole merged tokens within the limits, rescale, normalise, and cut into patches.
 
     `window_patches` is how many patches a window of the tower's windowed attention has; None: it has no windows.
+    `early` is the selection inside the tower; None: there is none.
     """
 
     values: ImageProcessor
@@ -67,6 +68,7 @@ class DynamicResolution:
     temporal_patch_size: int
     merge_size: int
     window_patches: int | None = None
+    early: Early | None = None
     max_batch: int | None = 1
 
     @staticmethod
@@ -81,10 +83,14 @@ class DynamicResolution:
                     f"the vision graph in {bundle.root} has windows of no fixed size; export it again"
                 )
             window_patches = shape[1]
-        return DynamicResolution.from_config(image_processor_config(bundle), window_patches=window_patches)
+        return DynamicResolution.from_config(
+            image_processor_config(bundle), window_patches=window_patches, early=bundle.manifest.early
+        )
 
     @staticmethod
-    def from_config(config: Mapping[str, Any], *, window_patches: int | None = None) -> "DynamicResolution":
+    def from_config(
+        config: Mapping[str, Any], *, window_patches: int | None = None, early: Early | None = None
+    ) -> "DynamicResolution":
         """From the content of a preprocessor_config.json, with `size` or the older `min_pixels` and `max_pixels`.
 
         Raises `ResPruneError` for a value that makes no sense.
@@ -118,7 +124,7 @@ class DynamicResolution:
             "do_pad": False,
         }
         values = ImageProcessor.from_config(OPENAI_CLIP | dict(config) | fixed)
-        return DynamicResolution(values, **numbers, window_patches=window_patches)
+        return DynamicResolution(values, **numbers, window_patches=window_patches, early=early)
 
     @property
     def max_tokens(self) -> int:
@@ -158,11 +164,18 @@ class DynamicResolution:
     def __call__(self, image: Image.Image) -> PreparedImage:
         """Patches, and what the graph reads of their grid; `offsets` [3, N] are (t, h, w) from the image's first."""
         patches, grid = self.patches(image)
-        arrays: Arrays = {"pixel_values": patches, "patch_positions": patch_positions(grid)}
+        arrays = self.arrays(patches, grid)
         if self.window_patches is not None:
             arrays["window_patches"], arrays["window_slots"] = windows(grid, self.window_patches)
         # The text after an image goes on from its longer side (M-RoPE).
         return PreparedImage.one_span(arrays, token_positions(grid), max(grid.merged))
+
+    def arrays(self, patches: Floats, grid: Grid) -> Arrays:
+        """What every such tower takes of an image: patches, where they are, and how many tokens it selects."""
+        arrays: Arrays = {"pixel_values": patches, "patch_positions": patch_positions(grid)}
+        if self.early is not None:
+            arrays["early_ranks"] = np.arange(self.early.left(grid.num_tokens))
+        return arrays
 
     def batch(self, images: Sequence[PreparedImage]) -> Arrays:
         """The arrays of the one image that a run takes."""
@@ -190,7 +203,10 @@ class DynamicResolution:
         side = 1 if self.window_patches is None else math.isqrt(self.window_patches) // self.merge_size
         square = math.ceil(math.sqrt(usual) / side) ** 2
         fewest, thin = -(-least // side**2), -(-most // side)
-        return {
+        left = {}
+        if self.early is not None:
+            left = {"num_early": (self.early.left(least), self.early.left(usual), self.early.left(most))}
+        return left | {
             "batch_size": (1, 1, 1),
             "num_tokens": tokens,
             "num_patches": (patches * least, patches * usual, patches * most),

@@ -11,7 +11,7 @@ from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import Box
-from resprune.runtime.families.preprocessor import Arrays, PreparedImage, image_processor_config
+from resprune.runtime.families.preprocessor import Arrays, PreparedImage
 from resprune.runtime.families.qwen2_vl import (
     DynamicResolution,
     Floats,
@@ -36,13 +36,13 @@ class InterpolatedResolution:
     @staticmethod
     def from_bundle(bundle: Bundle) -> "InterpolatedResolution":
         """From the bundle's image processor and config."""
-        resolution = DynamicResolution.from_config(image_processor_config(bundle))
+        resolution = DynamicResolution.from_bundle(bundle)
         return InterpolatedResolution(resolution, table_side(bundle.json("config.json")))
 
     def __call__(self, image: Image.Image) -> PreparedImage:
         """Patches, and what the graph reads of their grid; `offsets` [3, N] are (t, h, w) from the image's first."""
         patches, grid = self.resolution.patches(image)
-        arrays: Arrays = {"pixel_values": patches, "patch_positions": patch_positions(grid)}
+        arrays = self.resolution.arrays(patches, grid)
         arrays["position_taps"], arrays["position_weights"] = position_taps(grid, self.side)
         return PreparedImage.one_span(arrays, token_positions(grid), max(grid.merged))
 

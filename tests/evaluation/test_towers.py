@@ -23,20 +23,33 @@ def image(size: tuple[int, int] = (60, 50)) -> Image.Image:
     return Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC)
 
 
-def test_a_checkpoint_selects_inside_its_tower_as_a_bundle_does(tiny_checkpoint, tiny_bundle):
-    # The same as in the exporter's parity tests, so that a session exports it once.
-    bundle = open_bundle(tiny_bundle("clip-llama", k=7, early=ASKED, split=True))
-    checkpoint = open_checkpoint(str(tiny_checkpoint("clip-llama")))
+@pytest.mark.parametrize(
+    # The same as in the exporter's parity tests, so that a session exports them once.
+    ("variant", "early", "k", "left"),
+    [("clip-llama", ASKED, 7, 9), ("qwen3", "2:60%", 3, 10)],
+)
+def test_a_checkpoint_selects_inside_its_tower_as_a_bundle_does(
+    variant, early, k, left, tiny_checkpoint, tiny_bundle
+):
+    bundle = open_bundle(tiny_bundle(variant, k=k, early=early, split=True))
+    checkpoint = open_checkpoint(str(tiny_checkpoint(variant)))
     (exported,) = bundle.look([image()])
-    (selected,) = checkpoint.look([image()], *early_names([ASKED]))
+    (selected,) = checkpoint.look([image()], *early_names([early]))
     assert exported.candidates.tolist() == selected.candidates.tolist()
-    assert len(selected.candidates) == 9
+    assert len(selected.candidates) == left
     np.testing.assert_allclose(exported.features, selected.features, atol=1e-4)
+    for one, other in zip(exported.planes, selected.planes, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
     picks = [
-        model.select(one, model.read(QUESTION), 7)
+        model.select(one, model.read(QUESTION), k)
         for model, one in ((bundle, exported), (checkpoint, selected))
     ]
     assert picks[0].tolist() == picks[1].tolist()
+
+
+def test_what_a_tower_cannot_do_is_refused(tiny_checkpoint, tiny_bundle):
+    bundle = open_bundle(tiny_bundle("clip-llama", k=7, early=ASKED, split=True))
+    checkpoint = open_checkpoint(str(tiny_checkpoint("clip-llama")))
     with pytest.raises(ResPruneError, match="needs the vision tower itself"):
         bundle.look([image()], *early_names(["1:8"]))
     with pytest.raises(ResPruneError, match="needs the vision tower itself"):

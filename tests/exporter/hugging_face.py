@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from resprune.exporter.checkpoint.checkpoint import resolve
+from resprune.exporter.checkpoint.weightless import fake_mode
+from resprune.exporter.components import Tower
+from resprune.exporter.families import split_model
 from resprune.exporter.verify.early import selected_early
 from resprune.exporter.verify.reference import kept_counts, residual_select, text_gain
 from resprune.runtime.bundle.files import read_bundle, write_manifest
@@ -46,6 +51,12 @@ class HuggingFace:
     def __init__(self, root: Path) -> None:
         self.model: Any = AutoModelForImageTextToText.from_pretrained(root, dtype=torch.float32).eval()
         self.processor = AutoImageProcessor.from_pretrained(root, backend="pil")
+        self.root = root
+
+    @cached_property
+    def tower(self) -> Tower:
+        """What the exporter knows of the vision tower."""
+        return tower_of(self.root)
 
     @torch.no_grad()
     def pruned(
@@ -72,7 +83,7 @@ class HuggingFace:
         if early is None:
             features = self._features(pictures)  # each [N, D]
         else:
-            with selected_early(*tower_of(self.model), early):
+            with selected_early(self.model, self.tower, early.layer, early.tokens):
                 features = self._features(pictures)
             # Where a picture is packed, newlines stand between the tokens that are left.
             left = [of_one.abs().sum(dim=1)[None] > 0 for of_one in features]
@@ -164,12 +175,6 @@ class HuggingFace:
         return list(self.model.get_image_features(**self._inputs(pictures)).pooler_output)
 
 
-def tower_of(model: Any) -> tuple[Any, Any, int]:
-    """The vision tower of a LLaVA or its kin, its projector, and how many rows stand before those of the patches."""
-    tower = model.model.vision_tower
-    return tower, model.model.multi_modal_projector, int(tower.config.model_type != "siglip_vision_model")
-
-
 class HuggingFaceTiles(HuggingFace):
     """InternVL, whose rows of a picture stand side by side, and SmolVLM and Idefics3, whose tiles have text between."""
 
@@ -215,6 +220,13 @@ class HuggingFaceTwoWay(HuggingFace):
 
     def _inputs(self, pictures: list[ImageArray]) -> dict[str, Tensor]:
         return {"pixel_values": super()._inputs(pictures)["pixel_values"]}
+
+
+def tower_of(root: Path) -> Tower:
+    """What the exporter knows of a checkpoint's vision tower."""
+    tower = split_model(resolve(str(root)), torch.float32, fake_mode()).vision.tower
+    assert tower is not None
+    return tower
 
 
 def counted(features: Tensor, kept: list[int], proportional: bool, left: Tensor | None = None) -> list[int]:

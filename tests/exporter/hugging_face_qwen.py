@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from resprune.exporter.components import Tower
+from resprune.exporter.verify.early import selected_early
 from resprune.exporter.verify.reference import residual_select, text_gain
+from resprune.runtime.bundle.manifest import Early
 from resprune.runtime.families.table import FAMILIES
-from tests.exporter.hugging_face import Expected, ImageArray, counted, weighed
+from tests.exporter.hugging_face import Expected, ImageArray, counted, tower_of, weighed
 
 MODELS = {
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
@@ -34,6 +38,12 @@ class HuggingFaceQwen:
         kind = json.loads((root / "config.json").read_text())["model_type"]
         self.model: Any = MODELS[kind].from_pretrained(root, dtype=torch.float32).eval()
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(root)
+        self.root = root
+
+    @cached_property
+    def tower(self) -> Tower:
+        """What the exporter knows of the vision tower."""
+        return tower_of(self.root)
 
     @torch.no_grad()
     def pruned(
@@ -46,12 +56,15 @@ class HuggingFaceQwen:
         steps: int,
         proportional: bool = False,
         with_planes: bool = True,
+        early: Early | None = None,
     ) -> Expected:
         """Greedy generation from a prompt with one image token a picture, of which `budgets` tokens each are kept.
 
         The whole prompt is built first, with the positions that the model itself gives it; then rows are left out.
+        `early` is a first selection inside the vision tower.
         """
-        features, (_, grids) = self.features(pictures), self._pixels(pictures)
+        encoded = [self._encoded(picture, early) for picture in pictures]
+        features, (_, grids) = [planes[0] for planes, _ in encoded], self._pixels(pictures)
         ids, kinds = self._whole(prompt_ids, [len(rows) for rows in features])
         positions, _ = self.model.model.get_rope_index(ids, kinds, image_grid_thw=grids)  # [3, 1, S]
         table = self.model.get_input_embeddings()
@@ -62,14 +75,16 @@ class HuggingFaceQwen:
         places = torch.nonzero(kinds[0] == 1)[:, 0].split([len(rows) for rows in features])
         picks, counts = [], []
         weights = torch.ones_like(ids[0])
-        for rows, budget, place in zip(features, budgets, places, strict=True):
-            gain = text_gain(rows[None], text, alpha=FAMILIES[self.model.config.model_type].defaults.alpha)
-            order = residual_select(rows[None], gain, min(budget, len(rows)))[0]
+        for rows, budget, place, (_, left) in zip(features, budgets, places, encoded, strict=True):
+            alpha = FAMILIES[self.model.config.model_type].defaults.alpha
+            gain = text_gain(rows[None], text, None, left, alpha=alpha)
+            order = residual_select(rows[None], gain, min(budget, int(left.sum())), left)[0]
             stays[place[order]] = True
             picks.append(order.tolist())
-            counts.append(counted(rows, sorted(picks[-1]), proportional))
+            counts.append(counted(rows, sorted(picks[-1]), proportional, left))
             weights[place[order.sort().values]] = torch.tensor(counts[-1])
-        planes = [torch.cat(list(plane)) for plane in self._planes(pictures)] if with_planes else []
+        further = zip(*(planes[1:] for planes, _ in encoded), strict=True)
+        planes = [torch.cat(plane) for plane in further] if with_planes else []
         with weighed(weights[stays].tolist()):
             if planes:
                 rows = stays[kinds[0] == 1]
@@ -79,7 +94,8 @@ class HuggingFaceQwen:
                 )
             else:
                 token_ids = self._generate(embeds[:, stays], positions[:, :, stays], steps)
-        return Expected(token_ids, picks, counts)
+        candidates = [left[0].nonzero()[:, 0].tolist() for _, left in encoded]
+        return Expected(token_ids, picks, counts, [] if early is None else candidates)
 
     @torch.no_grad()
     def unpruned(self, pictures: list[ImageArray], prompt_ids: list[int], *, steps: int) -> list[int]:
@@ -117,10 +133,21 @@ class HuggingFaceQwen:
         whole = torch.tensor([ids])
         return whole, (whole == image).long()
 
-    def _planes(self, pictures: list[ImageArray]) -> list[Any]:
-        """DeepStack's features, each in a list of the pictures'; none of the older models."""
-        output = self.model.get_image_features(*self._pixels(pictures))
-        return list(getattr(output, "deepstack_features", None) or [])
+    def _encoded(self, picture: ImageArray, early: Early | None) -> tuple[list[Tensor], Tensor]:
+        """All planes [N, D] of a picture, the main one first, and which tokens its tower left, [1, N]."""
+        pixels, grid = self._pixels([picture])
+        left = torch.ones(1, int(grid.prod()) // 4, dtype=torch.bool)
+        if early is None:
+            output = self.model.get_image_features(pixels, grid)
+        else:
+            last = grid[:, 1:] - 1  # the row and column of the last patch
+            count = early.left(left.shape[1])
+            with selected_early(self.model, self.tower, early.layer, count, (pixels, last)) as kept:
+                output = self.model.get_image_features(pixels, grid)
+            left = torch.zeros_like(left).scatter(1, kept[0], True)
+        # Only Qwen3-VL has DeepStack's, each in a list of the pictures'.
+        further = getattr(output, "deepstack_features", None) or []
+        return [*output.pooler_output, *(torch.cat(list(plane)) for plane in further)], left
 
     def _generate_deep(
         self, embeds: Tensor, positions: Tensor, visual: Tensor, planes: list[Tensor], steps: int

@@ -134,12 +134,19 @@ def test_proportional_attention(tiny_bundle: Callable[..., Path], tmp_path: Path
         assert bundle.manifest.graphs[graph].outputs[-1].name == "kept_counts"
 
 
-@pytest.mark.parametrize(("variant", "early", "k"), [("clip-llama", "1:9", 7), ("next-llama", "33%:7", 12)])
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("next-llama", {"k": 12, "early": "33%:7"}),
+        ("qwen25", {"k": 3, "early": "50%:50%", "attention": "proportional"}),
+    ],
+    ids=["next-llama", "qwen25"],
+)
 def test_a_selection_inside_the_tower(
-    tiny_bundle: Callable[..., Path], tmp_path: Path, variant: str, early: str, k: int
+    tiny_bundle: Callable[..., Path], tmp_path: Path, variant: str, options: dict[str, Any]
 ) -> None:
-    """Of images, and of tiles that are packed; as the parity tests export it."""
-    bundle = check(copied(tiny_bundle(variant, k=k, early=early, split=True), tmp_path))
+    """Of packed tiles, and of squares of patches in windows; as the parity tests export it."""
+    bundle = check(copied(tiny_bundle(variant, split=True, **options), tmp_path))
     for graph in ("vision_select", "vision_encoder"):
         assert "early_indices" in {tensor.name for tensor in bundle.manifest.graphs[graph].outputs}
 

@@ -19,7 +19,7 @@ from resprune.runtime.errors import ResPruneError
 from tests.runtime import bundles
 from tests.runtime.bundles import one_sentence
 
-MANIFEST = dataclasses.replace(bundles.MANIFEST, early=Early(3, 72, 144))
+MANIFEST = dataclasses.replace(bundles.MANIFEST, early=Early(3, 72, 144, 0.5))
 GRAPH = MANIFEST.graphs["vision_select"]
 ENGINES = ("engines", "tensorrt-rtx-sm_86")
 ENGINE = (*ENGINES, "graphs", "vision_select")
@@ -137,6 +137,7 @@ def test_a_missing_key_is_named(key: str) -> None:
         (("attention",), "flash", "attention should be one of plain, proportional"),
         (("early", "tokens"), 144, "early.tokens"),
         (("early", "layer"), 0, "early.layer"),
+        (("early", "share"), 1.01, "early.share"),
         (("optimize",), "trt", "optimize should be one of ort"),
         (("selection", "scale"), "softmax", "minmax, clamp, shifted"),
         (("selection", "body"), "scan", "loop, unrolled"),
