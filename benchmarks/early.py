@@ -26,6 +26,7 @@ from transformers import Dinov2Config, Dinov2Model
 from benchmarks.checkpoints import write_llava15_vision
 from benchmarks.measure import exported, timing
 from benchmarks.measure import run as run_command
+from resprune.exporter.families.merging import merge_order, of_tokens
 from resprune.exporter.verify.early import early_picks
 from resprune.exporter.verify.reference import kept_counts, residual_select
 from resprune.runtime.backends.session import session_settings
@@ -37,6 +38,9 @@ SIDES = {224: 64, 448: 128}
 """Pixels a side, and the K that is selected in the end."""
 SETTINGS = ((2, 1 / 2), (4, 1 / 2), (4, 3 / 8), (6, 3 / 8))
 """After how many of 12 blocks which share goes on."""
+SQUARES_AFTER = (2, 4)
+SQUARES_BY = ("means", "side by side", "stride", "random")
+"""What stands for a square of patches, picked by residual energy; means also for the other two."""
 SMALLER = (0.47, 0.39)
 """Shares of the tokens that a smaller image has, about as much work as the settings leave."""
 PREDICTED = {"8:288": 0.67, "6:192": 0.50, "4:192": 0.45}
@@ -61,8 +65,8 @@ IMAGES = (
 
 
 def run(work: Path) -> dict[str, Any]:
-    """Both, with what is downloaded and exported under `work`."""
-    return {"loss": loss(work), "time": time(work)}
+    """All, with what is downloaded and exported under `work`."""
+    return {"loss": loss(work), "squares": squares(work), "time": time(work)}
 
 
 def loss(work: Path) -> dict[str, Any]:
@@ -110,6 +114,39 @@ def loss(work: Path) -> dict[str, Any]:
                     ),
                 }
             result[str(side)] = figures
+    return result
+
+
+def squares(work: Path) -> dict[str, Any]:
+    """The same where 2 × 2 patches go on together as one token, their rows side by side in the end, by what is picked.
+
+    At the larger size, half of the tokens left, and counted.
+    """
+    model, side = tower(work), max(SIDES)
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        images = [pixels(image, side) for image in photographs()]
+        whole = [_merged(merge_order(_rows(model, image)[None], 2)) for image in images]
+        count = len(whole[0])
+        k = count // 4
+        result: dict[str, Any] = {
+            "tokens": count,
+            "K": k,
+            "whole": _mean(_spanned(rows, rows, k) for rows in whole),
+        }
+        for layer in SQUARES_AFTER:
+            for way in SQUARES_BY:
+                pairs = [_squares_early(model, image, layer, count // 2, way, generator) for image in images]
+                result[f"{layer}:{count // 2} {way}"] = {
+                    "work": work_left(layer, count // 2, count),
+                    "cosine": _mean(
+                        torch.cosine_similarity(rows, every[at], dim=1).mean()
+                        for (rows, at), every in zip(pairs, whole, strict=True)
+                    ),
+                    "energy": _mean(
+                        _spanned(every, rows, k) for (rows, _), every in zip(pairs, whole, strict=True)
+                    ),
+                }
     return result
 
 
@@ -185,6 +222,7 @@ def table(result: dict[str, Any]) -> str:
             if name.startswith("resize")
         ]
         parts.append("\n".join(rows))
+    parts.append(_squares_table(result["squares"]))
     rows = [
         "| CLIP-L/336, images | `--early` | ms of one core | share | predicted | of the predicted gain |",
         "|---|---|---|---|---|---|",
@@ -198,6 +236,21 @@ def table(result: dict[str, Any]) -> str:
             for name, share in figures["share"].items()
         ]
     return "\n\n".join([*parts, "\n".join(rows)])
+
+
+def _squares_table(figures: dict[str, Any]) -> str:
+    rows = [
+        f"Squares of 2 x 2 patches that go on together, {max(SIDES)} pixels, {figures['tokens']} tokens, K "
+        f"{figures['K']} in the end, counted; the whole tower's K rows span {figures['whole']:.3f}.\n",
+        f"| block of 12: tokens | work | {' | '.join(SQUARES_BY)} |",
+        "|---|---|" + "---|" * len(SQUARES_BY),
+    ]
+    for layer in SQUARES_AFTER:
+        setting = f"{layer}:{figures['tokens'] // 2}"
+        cells = [figures[f"{setting} {way}"] for way in SQUARES_BY]
+        shown = " | ".join(f"{cell['cosine']:.3f} / {cell['energy']:.3f}" for cell in cells)
+        rows.append(f"| {setting} | {cells[0]['work']:.2f} | {shown} |")
+    return "\n".join(rows)
 
 
 def tower(work: Path) -> Any:
@@ -271,18 +324,44 @@ def _rows_early(
     for index, block in enumerate(model.encoder.layer):
         if index == layer:
             patches = hidden[:, 1:]
-            count = patches.shape[1]
-            if way == "residual":
-                at = early_picks(patches, kept)[0]
-            elif way == "stride":
-                at = torch.linspace(0, count - 1, kept).round().long()
-            else:
-                at = torch.randperm(count, generator=generator)[:kept].sort().values
+            at = _picked(patches, kept, way, generator)
             counts = kept_counts(patches, at[None]).float().log() if counted else torch.zeros(1, kept)
             bias = torch.nn.functional.pad(counts, (1, 0))[:, None, None]
             hidden = torch.cat([hidden[:, :1], patches[:, at]], dim=1)
         hidden = block(hidden, bias)
     return model.layernorm(hidden)[0, 1:], at
+
+
+def _squares_early(
+    model: Any, image: Tensor, layer: int, kept: int, way: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The last rows [C, 4 D] of the squares that went on, and which they are [C]."""
+    hidden, bias, at = model.embeddings(image), None, torch.empty(0)
+    for index, block in enumerate(model.encoder.layer):
+        if index == layer:
+            tokens = of_tokens(merge_order(hidden[:, 1:], 2), 2)  # [1, N, 4, D]
+            rows = tokens.flatten(2) if way == "side by side" else tokens.mean(2)
+            at = _picked(rows, kept, way, generator)
+            counts = kept_counts(rows, at[None]).float().log().repeat_interleave(4, dim=1)
+            bias = torch.nn.functional.pad(counts, (1, 0))[:, None, None]
+            hidden = torch.cat([hidden[:, :1], tokens[:, at].flatten(1, 2)], dim=1)
+        hidden = block(hidden, bias)
+    return _merged(model.layernorm(hidden)[:, 1:]), at
+
+
+def _merged(rows: Tensor) -> Tensor:
+    """[1, P, D] in merge order → tokens [N, 4 D]."""
+    return of_tokens(rows, 2)[0].flatten(1)
+
+
+def _picked(rows: Tensor, kept: int, way: str, generator: torch.Generator) -> Tensor:
+    """Which `kept` of rows [1, N, D] a way to pick takes: [C]."""
+    count = rows.shape[1]
+    if way == "stride":
+        return torch.linspace(0, count - 1, kept).round().long()
+    if way == "random":
+        return torch.randperm(count, generator=generator)[:kept].sort().values
+    return early_picks(rows, kept)[0]
 
 
 def _spanned(every: Tensor, rows: Tensor, k: int) -> float:
