@@ -4,6 +4,7 @@ import argparse
 import ipaddress
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from resprune.runtime.console import bytes_text
-from resprune.runtime.errors import ResPruneError, require_packages
+from resprune.runtime.errors import ResPruneError, one_line, require_packages
 from resprune.runtime.options import (
     BUNDLE_HELP,
     BundlePath,
@@ -111,6 +112,11 @@ def _serve(arguments: argparse.Namespace) -> int:
             raise ResPruneError(f"--{name} should be {least} or more, not {getattr(arguments, option)}")
     if not 0 <= arguments.port <= LAST_PORT:
         raise ResPruneError(f"--port should be 0 to {LAST_PORT}, not {arguments.port}")
+    for host in arguments.allow_url_host:
+        if not re.fullmatch(r"[\w.:-]+", host, re.ASCII):
+            raise ResPruneError(
+                f"--allow-url-host should be a host such as example.org or example.org:8443, not {one_line(host)}"
+            )
     key = serve_key()
     local = require_safe(arguments.host, key, insecure=arguments.insecure)
     names = model_names(arguments.bundles)
