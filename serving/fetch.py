@@ -12,6 +12,7 @@ from collections.abc import Collection
 from time import monotonic
 from urllib.parse import SplitResult, urlsplit
 
+from resprune.runtime.backends.bounded_http import Limits, bounded_response
 from resprune.serving.errors import ApiError
 
 CHUNK_BYTES = 1 << 16
@@ -33,11 +34,10 @@ def fetch(url: str, hosts: Collection[str], *, max_bytes: int, seconds: float) -
         try:
             target = (split.path or "/") + (f"?{split.query}" if split.query else "")
             connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "resprune"})
-            arriving = connection.sock  # the connection forgets it where the answer ends with the connection
             response = connection.getresponse()
             if response.status != http.client.OK:
                 raise refused(f"{host} answers with status {response.status}; give the image's own address")
-            return _read(response, arriving, host, max_bytes, deadline)
+            return _read(response, host, max_bytes)
         finally:
             connection.close()
     except TimeoutError:
@@ -95,6 +95,7 @@ def _connect(scheme: str, host: str, port: int, deadline: float) -> http.client.
         raise refused(f"{host} has a private address, and this server asks only public ones")
     family, kind, protocol, _, address = found[0]
     connection = http.client.HTTPConnection(host, port)
+    connection.response_class = bounded_response(Limits(_left(deadline), deadline, TimeoutError))
     plain = socket.socket(family, kind, protocol)
     try:
         plain.settimeout(_left(deadline))
@@ -110,16 +111,9 @@ def _connect(scheme: str, host: str, port: int, deadline: float) -> http.client.
     return connection
 
 
-def _read(
-    response: http.client.HTTPResponse,
-    arriving: socket.socket,
-    host: str,
-    max_bytes: int,
-    deadline: float,
-) -> bytes:
+def _read(response: http.client.HTTPResponse, host: str, max_bytes: int) -> bytes:
     content = bytearray()
     while True:
-        arriving.settimeout(_left(deadline))
         chunk = response.read1(CHUNK_BYTES)
         if not chunk:
             if response.length:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
-from resprune.runtime.errors import ResPruneError
-
 MAX_ANSWER_BYTES = 256 << 20
 
 
@@ -23,7 +21,7 @@ class Limits:
 
     silence: float
     end: float
-    late: Callable[[], ResPruneError]
+    late: Callable[[], Exception]
     """What is raised at the end."""
 
 

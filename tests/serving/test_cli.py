@@ -151,7 +151,10 @@ def test_keys_and_names_that_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path
         (["--port", "99999"], "--port should be 0 to 65535, not 99999"),
         (["--host", "no.such.host.invalid", "--insecure"], "not an address of this machine"),
         (["--host", "0.0.0.0"], "RESPRUNE_SERVE_KEY"),
-        (["--allow-url-host", "https://example.org"], "--allow-url-host should be a host such as example.org"),
+        (
+            ["--allow-url-host", "https://example.org"],
+            "--allow-url-host should be a host such as example.org",
+        ),
         (["--server-model", "x"], "--server-model is for --server"),
     ],
 )

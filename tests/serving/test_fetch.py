@@ -3,6 +3,7 @@
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from time import monotonic, sleep
 
@@ -117,13 +118,21 @@ def website(monkeypatch: pytest.MonkeyPatch, resolves: Callable[..., list[str]])
                 return
             body = b"x" * (5000 if self.path == "/large" else 50)
             self.send_response(200 if self.path != "/missing" else 404)
+            if self.path == "/headers":
+                self.flush_headers()
+                with suppress(OSError):  # of a client that has hung up
+                    for number in range(50):
+                        self.wfile.write(f"X-{number}: x\r\n".encode())
+                        sleep(0.1)
+                return
             if self.path != "/endless":
                 self.send_header("Content-Length", str(len(body) + (self.path == "/cut")))
             self.end_headers()
             if self.path == "/slow":
-                for _ in range(50):
-                    self.wfile.write(b"x")
-                    sleep(0.1)
+                with suppress(OSError):
+                    for _ in range(50):
+                        self.wfile.write(b"x")
+                        sleep(0.1)
             elif self.path == "/silent":
                 sleep(3)
             else:
@@ -163,6 +172,7 @@ def test_an_answer_that_ends_with_the_connection(website: list[str]) -> None:
         ("large", "more than 1000 bytes"),
         ("cut", "cut the image off"),
         ("slow", "takes longer than 0.5 seconds"),
+        ("headers", "takes longer than 0.5 seconds"),
         ("silent", "takes longer than 0.5 seconds"),
     ],
 )
