@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from resprune.method import BODIES, FORMS, SCALES
+from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.manifest import ATTENTION, OPTIMIZE, POSITIONS
 from resprune.runtime.bundle.precisions import PRESETS, parse_dtype, words
 from resprune.runtime.errors import ResPruneError, printable, require_packages, require_python
@@ -55,7 +56,7 @@ def register_export(subparsers: Any) -> None:
         type=_budget,
         required=True,
         metavar="K",
-        help="visual tokens to keep for each image, or their share, as in 11%%",
+        help="visual tokens to keep for each image, their share, as in 11%%, or all",
     )
     parser.add_argument(
         "--dtype",
@@ -217,13 +218,12 @@ def _print_line(line: str) -> None:
 
 
 def _budget(text: str) -> dict[str, Any]:
-    """The field of `Options` that -k fills: `k`, or `share` if there is a percent sign."""
+    """The field of `Options` that -k fills: `k`, or `share`, which is 1 for all."""
     try:
-        return {"share": float(text[:-1]) / 100} if text.endswith("%") else {"k": int(text)}
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text} is neither a number of tokens nor a share like 11%"
-        ) from None
+        budget = Budget.parse(text)
+    except ResPruneError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return {"k": budget.k} if budget.k is not None else {"share": budget.share or 1.0}
 
 
 def _precision(

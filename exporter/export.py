@@ -32,7 +32,7 @@ from resprune.exporter.options import Options
 from resprune.exporter.trace.ahead import traced_ahead
 from resprune.exporter.trace.grouped_query import optimize_decoder
 from resprune.exporter.trace.packed import pack
-from resprune.exporter.trace.precision import ELEMENTS
+from resprune.exporter.trace.precision import TORCH
 from resprune.exporter.trace.quantize import quantize
 from resprune.exporter.trace.tracer import Traced
 from resprune.exporter.trace.weights import bytes_needed, find_weights
@@ -107,7 +107,7 @@ class _Export:
         check_side_files(checkpoint)
         mode = fake_mode()
         choice = parse_dtype(self.options.dtype)
-        dtype = ELEMENTS[choice.element]
+        dtype = TORCH[choice.element]
         components = split_model(checkpoint, dtype, mode)
         if self.options.early is not None:
             self.early = Request.parse(self.options.early).of(components.vision, family.title)

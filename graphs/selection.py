@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnxscript
 
+from resprune.elements import ELEMENTS, FLOATS
 from resprune.graphs.functions import (
     DOMAIN,
     VERSION,
@@ -31,12 +32,6 @@ IR_VERSION = 10
 
 MISSING = 2**24
 """Sorts after every index."""
-
-DTYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-}
 
 
 def token_select_model(
@@ -65,11 +60,12 @@ def token_select_model(
         ValueError: an unknown dtype.
 
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    features = ir.val("image_features", DTYPES[dtype], ["batch_size", "num_tokens", "hidden_size"])
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype!r}")
+    element = ir.DataType(ELEMENTS[dtype].onnx)
+    features = ir.val("image_features", element, ["batch_size", "num_tokens", "hidden_size"])
     further = [
-        ir.val(f"plane_features.{index}", DTYPES[dtype], ["batch_size", "num_tokens", "hidden_size"])
+        ir.val(f"plane_features.{index}", element, ["batch_size", "num_tokens", "hidden_size"])
         for index in range(planes)
     ]
     token_mask = ir.val("token_mask", ir.DataType.BOOL, ["batch_size", "num_tokens"])

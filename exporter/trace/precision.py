@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from resprune.elements import FLOATS
 from resprune.exporter.checkpoint.weightless import fake_parameter
 
-ELEMENTS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TORCH: dict[str, torch.dtype] = {name: getattr(torch, name) for name in FLOATS}
 """The element types of the table of precisions."""
 
 

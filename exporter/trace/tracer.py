@@ -23,6 +23,7 @@ from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from resprune.elements import BY_ONNX
 from resprune.exporter.checkpoint.weightless import is_fake
 from resprune.exporter.components import Component
 from resprune.exporter.trace.blocks import Blocks
@@ -32,7 +33,6 @@ from resprune.runtime.bundle.manifest import TensorSpec
 OPSET = 20
 """LayerNormalization (17), Gelu (20); ONNX Runtime since 1.17 and TensorRT since 10 take all of it."""
 
-ELEMENT_TYPES = {1: "float32", 7: "int64", 9: "bool", 10: "float16", 16: "bfloat16"}
 PACKED = "+"
 """Between the names of parameters that are one initializer; none has it in its own."""
 
@@ -154,7 +154,7 @@ def tensor_specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...
     def spec(value: onnx.ValueInfoProto) -> TensorSpec:
         tensor = value.type.tensor_type
         shape = tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim)
-        return TensorSpec(value.name, ELEMENT_TYPES[tensor.elem_type], shape)
+        return TensorSpec(value.name, BY_ONNX[tensor.elem_type].name, shape)
 
     return tuple(spec(value) for value in values)
 
@@ -196,7 +196,7 @@ def _inputs_to_weights(graph: ir.Graph, pending: dict[str, str]) -> Iterator[tup
             for node in users:
                 ir.convenience.replace_all_uses_with(node.outputs[0], value)
                 graph.remove(node, safe=True)
-        dtype = _torch_dtype(value.dtype)
+        dtype = tensor_adapters.to_torch_dtype(value.dtype)
         weight = Weight((parameter,), dtype, transposed, largest=torch.finfo(dtype).max)
         value.name = weight.name
         shape = value.shape.numpy()
@@ -248,12 +248,6 @@ def _before_reshapes(node: ir.Node) -> ir.Value:
 
 def _is_matrix_transpose(node: ir.Node) -> bool:
     return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0]
-
-
-def _torch_dtype(dtype: ir.DataType) -> torch.dtype:
-    found = getattr(torch, {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}[dtype.name])
-    assert isinstance(found, torch.dtype)
-    return found
 
 
 def _declare(graph: ir.Graph, component: Component) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resprune.elements import FLOATS
 from resprune.graphs.kernels import residual_select as kernel
 
 MAX_TOKENS = 32_768
@@ -18,11 +19,9 @@ MAX_PROGRAMS = int(kernel.MAX_PROGRAMS.value)
 OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 """For the compiler."""
 
-DTYPES = ("float32", "float16", "bfloat16")
-
 
 def constants(hidden_size: int, k: int, dtype: str) -> dict[str, int | str]:
-    """The kernel's compile-time arguments for visual tokens of this size and dtype, one of DTYPES."""
+    """The kernel's compile-time arguments for visual tokens of this size and dtype, one of FLOATS."""
     full = dtype == "float32"
     return {
         "D": hidden_size,
@@ -70,8 +69,8 @@ def residual_select(
     if N > MAX_TOKENS:
         raise ValueError(f"at most {MAX_TOKENS} tokens an image, got {N}")
     dtype = str(visual.dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise ValueError(f"visual must be one of {', '.join(DTYPES)}, got {dtype}")
+    if dtype not in FLOATS:
+        raise ValueError(f"visual must be one of {', '.join(FLOATS)}, got {dtype}")
     if token_mask is None:
         token_mask = torch.ones((B, N), dtype=torch.bool, device=visual.device)
     if programs is None:

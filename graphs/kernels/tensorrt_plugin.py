@@ -15,6 +15,7 @@ Kernel and launch were never run by TensorRT: docs/kernel.md says what was teste
 
 import onnx
 
+from resprune.elements import FLOATS
 from resprune.graphs.functions import DOMAIN, RESIDUAL_SELECT
 from resprune.graphs.kernels.compiled import compile_residual_select
 from resprune.graphs.kernels.selection import MAX_PROGRAMS, scratch_words
@@ -41,7 +42,7 @@ def register(*, capability: int, processors: int) -> None:
         raise ImportError(
             "the plugin needs TensorRT with tensorrt.plugin, 10.7 or later: install it from NVIDIA's package index"
         ) from error
-    dtypes = {trt.float32: "float32", trt.float16: "float16", trt.bfloat16: "bfloat16"}
+    dtypes = {getattr(trt, name): name for name in FLOATS}
 
     @trtp.register(PLUGIN)
     def describe(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from resprune.elements import BY_ORT, FLOATS
 from resprune.runtime.backends.backend import (
     Backend,
     Embedding,
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
 GRAPH = DECODER
 CACHE_ROOM = 256
 """Tokens by which the cache of a decoder that writes in place is too long; when they are used up it is copied once."""
-ELEMENT_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 """ONNX's numbers of the types a cache may have; NumPy has no bfloat16."""
-_DTYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _STANDARD = ("inputs_embeds", "attention_mask", "position_ids")
 
@@ -62,7 +61,8 @@ class OrtDecoder:
                 self.past_names.append(value.name)
                 self._empty.append(_empty_cache(value))
             elif value.name not in _STANDARD:
-                self._row_inputs[value.name] = (_DTYPES[value.type], [int(size) for size in value.shape[2:]])
+                dtype = np.dtype(BY_ORT[value.type].name)
+                self._row_inputs[value.name] = (dtype, [int(size) for size in value.shape[2:]])
         self.present_names = [name.replace("past_key_values", "present", 1) for name in self.past_names]
 
     def start(self, spliced: Spliced) -> "OrtSequence":
@@ -182,9 +182,15 @@ def onnxruntime_backend(bundle: Bundle, embedding: Embedding, options: SessionOp
 def _empty_cache(value: Any) -> tuple[tuple[int, int, int], int]:
     """Shape without batch, and ONNX type, of a past input when it is empty."""
     _, heads, _, width = value.shape if len(value.shape) == 4 else (None,) * 4
-    if not isinstance(heads, int) or not isinstance(width, int) or value.type not in ELEMENT_TYPES:
+    element = BY_ORT.get(value.type)
+    if (
+        not isinstance(heads, int)
+        or not isinstance(width, int)
+        or element is None
+        or element.name not in FLOATS
+    ):
         raise ResPruneError(
             f"{GRAPH}: {value.name} should have the shape [batch_size, heads, past_sequence_length, width] with fixed "
             f"heads and width, not {value.shape} of {value.type}; export the bundle again"
         )
-    return (heads, 0, width), ELEMENT_TYPES[value.type]
+    return (heads, 0, width), element.onnx

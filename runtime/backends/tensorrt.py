@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from resprune.elements import ELEMENTS
 from resprune.runtime.backends.backend import (
     Backend,
     Embedding,
@@ -34,7 +35,6 @@ Shape = tuple[int, ...]
 # How much more than it needs the cache is given when it grows: it then grows a few times an answer, not every step.
 CACHE_SPARE = 1.5
 _STANDARD = ("inputs_embeds", "attention_mask", "position_ids")
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ def tensorrt_backend(bundle: Bundle, embedding: Embedding, options: SessionOptio
 
 def num_bytes(tensor: TensorSpec, shape: Shape) -> int:
     """Bytes of a tensor of the dtype of `tensor` and this shape."""
-    return math.prod(shape) * ITEM_BYTES[tensor.dtype]
+    return math.prod(shape) * ELEMENTS[tensor.dtype].nbytes
 
 
 def _cache_shape(tensor: TensorSpec, batch: int, length: int) -> Shape:

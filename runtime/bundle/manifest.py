@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+from resprune.elements import ELEMENTS
 from resprune.method import BODIES, FORMS, SCALES, Selection, share_of
 from resprune.runtime.bundle import fields, precisions
 from resprune.runtime.errors import ResPruneError, shown
@@ -33,7 +34,6 @@ MAX_TOKENS = 1 << 20
 """Of one image: N of the largest family is some thousands, and places are made for all of them."""
 MAX_ID = (1 << 31) - 1
 
-DTYPES = ("float32", "float16", "bfloat16", "int64", "bool")
 POSITIONS = ("contiguous", "original")
 ATTENTION = ("plain", "proportional")
 """How the language model attends to kept tokens."""
@@ -376,7 +376,7 @@ def _tensor_specs(table: dict[str, Any], key: str, where: str) -> Iterator[Tenso
             fixed = isinstance(axis, int) and not isinstance(axis, bool) and 0 <= axis < 1 << 63
             if not (named or fixed):
                 raise fields.fault(f"{here}.shape", "a list of sizes and axis names", axis)
-        yield TensorSpec(name, fields.choice(tensor, "dtype", DTYPES, f"{here}."), tuple(shape))
+        yield TensorSpec(name, fields.choice(tensor, "dtype", ELEMENTS, f"{here}."), tuple(shape))
 
 
 def _file_spec(name: str, value: object) -> FileSpec:

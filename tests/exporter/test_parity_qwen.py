@@ -267,11 +267,11 @@ def test_contiguous_positions_are_refused(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("k", "words"),
     [
-        ("0%", "-k 0% is no share"),
-        ("-5%", "-k -5% is no share"),
-        ("101%", "-k 101% is no share"),
+        ("0%", "'0%' is no number of tokens to keep"),
+        ("-5%", "'-5%' is no number of tokens to keep"),
+        ("101%", "'101%' is no number of tokens to keep"),
         ("110", "-k 110 is more than the at most 109 visual tokens"),
-        ("0", "-k 0 keeps no visual token"),
+        ("0", "'0' is no number of tokens to keep"),
     ],
 )
 def test_a_budget_that_keeps_nothing_or_too_much_is_refused(k, words, checkpoint, tmp_path, capsys):

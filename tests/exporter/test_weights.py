@@ -18,7 +18,7 @@ from resprune.exporter.checkpoint.weightless import fake_mode, fake_parameter
 from resprune.exporter.components import Component
 from resprune.exporter.families import split_model
 from resprune.exporter.trace import weights as weights_module
-from resprune.exporter.trace.precision import ELEMENTS
+from resprune.exporter.trace.precision import TORCH
 from resprune.exporter.trace.tracer import Traced, trace
 from resprune.exporter.trace.weights import (
     OVERHEAD_BYTES,
@@ -193,7 +193,7 @@ def test_the_bytes_needed_are_at_least_those_written_and_not_many_more(
 ):
     checkpoint, dtype = resolve(str(tiny_checkpoint(variant))), options.get("dtype", "fp32")
     choice = parse_dtype(dtype)
-    components = split_model(checkpoint, ELEMENTS[choice.element], fake_mode())
+    components = split_model(checkpoint, TORCH[choice.element], fake_mode())
     needed = bytes_needed(components, choice, 32)
     bundle = read_bundle(tiny_bundle(variant, **options))
     owners = {graph.weights: name for name, graph in bundle.manifest.graphs.items() if graph.weights}
