@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmarks.checkpoints import write_llava_next_vision
 from benchmarks.measure import Timing, exported, take_turns
-from benchmarks.selection import cpu_session, selector
+from benchmarks.selection import beside_encoder, cpu_session, selector, selector_inputs
 from resprune.graphs import choose_form
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.families.llava_next import AnyResolution
@@ -34,12 +34,7 @@ def run(work: Path) -> dict[str, Any]:
     feeds = anyres.batch([anyres(image)])
     encoder = cpu_session(str(opened.graph_path("vision_encoder")))
     (features,) = encoder.run(["image_features"], feeds)
-    select = {
-        "image_features": features,
-        "text_embeds": rng.standard_normal((1, 4, features.shape[2])).astype(np.float32),
-        "text_mask": np.ones((1, 4), dtype=bool),
-        "token_mask": np.ones(features.shape[:2], dtype=bool),
-    }
+    select = selector_inputs(features, rng)
     calls: dict[str, Any] = {
         "pixels": lambda: anyres.batch([anyres(image)]),
         "vision encoder": lambda: encoder.run(["image_features"], feeds),
@@ -50,10 +45,7 @@ def run(work: Path) -> dict[str, Any]:
     timings = take_turns(calls, repeats=5)
     return {
         "shapes": {name: list(array.shape) for name, array in (*feeds.items(), ("image_features", features))},
-        "milliseconds": timings,
-        "share of the encoder": {
-            name: timing.median / timings["vision encoder"].median for name, timing in timings.items()
-        },
+        **beside_encoder(timings, timings["vision encoder"].median),
         "parity of the vision graphs": opened.manifest.parity,
     }
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.checkpoints import QWEN25VL_PERIOD, write_qwen25vl_vision
 from benchmarks.measure import Timing, exported, take_turns
 from benchmarks.measure import run as run_command
-from benchmarks.selection import cpu_session, selector
+from benchmarks.selection import beside_encoder, cpu_session, selector, selector_inputs
 from resprune.graphs import choose_form
 from resprune.method import share_of
 from resprune.runtime.bundle.files import read_bundle
@@ -45,13 +44,7 @@ def run(work: Path) -> dict[str, Any]:
     feeds = _feeds(DynamicResolution.from_bundle(opened), TIMED)
     encoder = cpu_session(str(opened.graph_path("vision_encoder")))
     (features,) = encoder.run(["image_features"], feeds)
-    rng = np.random.default_rng(0)
-    select: dict[str, npt.NDArray[Any]] = {
-        "image_features": features,
-        "text_embeds": rng.standard_normal((1, 4, features.shape[2])).astype(np.float32),
-        "text_mask": np.ones((1, 4), dtype=bool),
-        "token_mask": np.ones(features.shape[:2], dtype=bool),
-    }
+    select = selector_inputs(features, np.random.default_rng(0))
     calls: dict[str, Any] = {"one period": lambda: encoder.run(["image_features"], feeds)}
     for share in SHARES:
         k = share_of(share, TIMED)
@@ -63,10 +56,7 @@ def run(work: Path) -> dict[str, Any]:
     return {
         "shapes": {name: list(array.shape) for name, array in (*feeds.items(), ("image_features", features))},
         "memory": {str(count): figures for count, figures in memory.items()},
-        "milliseconds": timings,
-        "share of the encoder": {
-            name: timing.median / (PERIODS * timings["one period"].median) for name, timing in timings.items()
-        },
+        **beside_encoder(timings, PERIODS * timings["one period"].median),
         "bundle": {"K": opened.manifest.selection.k, "form": opened.manifest.selection.form},
         "parity of the vision graphs": opened.manifest.parity,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,7 @@ def run(work: Path) -> dict[str, Any]:
     pixels = rng.standard_normal((1, 3, 336, 336)).astype(np.float32)
     encoder = cpu_session(str(opened.graph_path("vision_encoder")))
     (features,) = encoder.run(["image_features"], {"pixel_values": pixels})
-    text = rng.standard_normal((1, 4, features.shape[2])).astype(np.float32)
-    feed = {
-        "image_features": features,
-        "text_embeds": text,
-        "text_mask": np.ones((1, 4), dtype=bool),
-        "token_mask": np.ones(features.shape[:2], dtype=bool),
-    }
+    feed = selector_inputs(features, rng)
     calls: dict[str, Any] = {
         "vision encoder": lambda: encoder.run(["image_features"], {"pixel_values": pixels})
     }
@@ -67,10 +62,7 @@ def run(work: Path) -> dict[str, Any]:
     timings = take_turns(calls, repeats=11) | take_turns(plain, repeats=5)
     return {
         "shapes": {"pixels": [1, 3, 336, 336], "image_features": list(features.shape)},
-        "milliseconds": timings,
-        "share of the encoder": {
-            name: timing.median / timings["vision encoder"].median for name, timing in timings.items()
-        },
+        **beside_encoder(timings, timings["vision encoder"].median),
         "parity of the vision graphs": opened.manifest.parity,
     }
 
@@ -106,6 +98,25 @@ def selector(
     form = choose_form(k, *shape[1:])
     model = token_select_model(Selection(k=k, body=body, form=form, counts=counts))
     return cpu_session(model.SerializeToString())
+
+
+def selector_inputs(features: Floats, rng: np.random.Generator) -> dict[str, npt.NDArray[Any]]:
+    """The inputs of a selector of `features` [B, N, D], with four keywords drawn at random."""
+    batch, _, width = features.shape
+    return {
+        "image_features": features,
+        "text_embeds": rng.standard_normal((batch, 4, width)).astype(np.float32),
+        "text_mask": np.ones((batch, 4), dtype=bool),
+        "token_mask": np.ones(features.shape[:2], dtype=bool),
+    }
+
+
+def beside_encoder(timings: Mapping[str, Timing], encoder: float) -> dict[str, Any]:
+    """Timings, and the share that the median of each is of the `encoder`'s milliseconds."""
+    return {
+        "milliseconds": timings,
+        "share of the encoder": {name: timing.median / encoder for name, timing in timings.items()},
+    }
 
 
 def cpu_session(model: str | bytes) -> ort.InferenceSession:

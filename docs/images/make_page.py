@@ -15,6 +15,7 @@ from PIL import Image
 
 from tests.hosts.npm import install_copy
 from tests.hosts.serve import served
+from tests.hosts.serve_page import Step, asked, slid
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -26,7 +27,6 @@ DESK, PHONE, SHORT = (
     {"width": 1000, "height": 640},
 )
 FRAME_MS, LAST_MS = 260, 2200
-Step = dict[str, str]
 
 
 def drive(steps: list[Step], viewport: dict[str, int]) -> None:
@@ -45,23 +45,6 @@ def opened(url: str) -> list[Step]:
         {"do": "see", "at": "#tokens:not(:disabled)"},
         {"do": "file", "at": "#file", "path": str(HERE / "scene.jpg")},
         {"do": "see", "at": "#thumbs li"},
-    ]
-
-
-def slid(tokens: int) -> list[Step]:
-    """The slider at `tokens`."""
-    move = f"(() => {{ const at = document.getElementById('tokens'); at.value = {tokens};"
-    return [{"do": "read", "of": move + " at.dispatchEvent(new Event('input')); })()"}]
-
-
-def asked(question: str, turn: int) -> list[Step]:
-    """The question, and its answer."""
-    return [
-        {"do": "fill", "at": "#question", "value": question},
-        {"do": "see", "at": "#send:not(:disabled)"},
-        {"do": "focus", "at": "#question"},
-        {"do": "press", "key": "Enter"},
-        {"do": "see", "at": f"#log li:nth-child({2 * turn}) .facts span"},
     ]
 
 

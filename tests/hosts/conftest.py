@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.hosts.npm import install_copy
+from tests.hosts.serve_page import Step
 
-Step = dict[str, str]
 Drive = Callable[..., dict[str, Any]]
 
 

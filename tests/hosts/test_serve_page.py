@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from resprune import Pipeline
-from tests.hosts.conftest import Drive, Step
+from tests.hosts import serve_page
+from tests.hosts.conftest import Drive
 from tests.hosts.serve import served
+from tests.hosts.serve_page import Step, slid
 
 PICTURES = Path(__file__).parents[2] / "demo" / "pictures"
 SQUARE, CIRCLE = "What color is the large square?", "Is there a circle?"
@@ -48,21 +50,8 @@ def shown(*images: str) -> list[Step]:
     return [{"do": "file", "at": "#file", "path": str(PICTURES / image)} for image in images]
 
 
-def slid(tokens: int) -> list[Step]:
-    move = f"(() => {{ const at = document.getElementById('tokens'); at.value = {tokens};"
-    return [{"do": "read", "of": move + " at.dispatchEvent(new Event('input')); })()"}]
-
-
 def asked(question: str, turn: int) -> list[Step]:
-    """By keyboard alone, as soon as the page takes it."""
-    return [
-        {"do": "fill", "at": "#question", "value": question},
-        {"do": "see", "at": "#send:not(:disabled)"},
-        {"do": "focus", "at": "#question"},
-        {"do": "press", "key": "Enter"},
-        {"do": "see", "at": f"#log li:nth-child({2 * turn}) .facts span"},
-        {"do": "read", "of": FOUND},
-    ]
+    return [*serve_page.asked(question, turn), {"do": "read", "of": FOUND}]
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 
 from resprune import Pipeline
-from tests.hosts.conftest import Drive, Step
+from tests.hosts.conftest import Drive
 from tests.hosts.npm import EXAMPLES, install
+from tests.hosts.serve_page import Step
 from tests.hosts.test_node import PICTURES, QUESTIONS, copy_of
 
 READY = "/WASM|WebGPU/.test(document.querySelector('#status').textContent)"
