@@ -52,7 +52,7 @@ def run(work: Path, shape: Shape = LLAVA, processes: int = PROCESSES) -> dict[st
             for name, options in ours.items():
                 how = ("-k", str(shape.budgets[0]), "--verify", "layers", *options)
                 bundle = exported(checkpoint, bundles / f"bundle-{len(group)}", *how)
-                own = {"bundle": str(bundle), "tokens": BURSTS * TOKENS}
+                own = {"bundle": str(bundle), "question": QUESTION, "tokens": BURSTS * TOKENS}
                 group[f"resprune, {name}"] = Engine(command("decoder", own))
             lengths = prompt_tokens(bundle, shape.budgets[0])
             take_bursts(

@@ -13,7 +13,6 @@ import numpy as np
 
 from benchmarks.bursts import serve
 from benchmarks.measure import THREADS
-from benchmarks.shapes import QUESTION
 from resprune.runtime.backends.backend import Embedding, Request
 from resprune.runtime.backends.llama_cpp import llamacpp
 from resprune.runtime.backends.onnxruntime import onnxruntime_backend
@@ -25,10 +24,10 @@ from resprune.runtime.sampling import Sampling
 
 
 def main(spec: dict[str, Any]) -> None:
-    """`spec`: `bundle`, and `tokens` that there is to be room for after a prompt.
+    """`spec`: `bundle`, `question`, and `tokens` that there is to be room for after a prompt.
 
     With `gguf`, llama.cpp answers from that file in place of the bundle's decoder, and `packages` is the folder that
-    has its Python part. A prompt is a question about an image, of random rows.
+    has its Python part. A prompt is the question about an image, of random rows.
     """
     bundle = read_bundle(Path(spec["bundle"]), check_hashes=False)
     options = SessionOptions(threads=THREADS)
@@ -36,7 +35,7 @@ def main(spec: dict[str, Any]) -> None:
     factory = llamacpp(spec["gguf"]) if "gguf" in spec else onnxruntime_backend
     backend = factory(bundle, Embedding(OrtGraphs(bundle, options)), options)
     engine = "llama-cpp-python" if "gguf" in spec else "onnxruntime"
-    prompt = Prompter(bundle).prompt(QUESTION, 1)
+    prompt = Prompter(bundle).prompt(spec["question"], 1)
     width = bundle.graph("embed_tokens").outputs[0].shape[-1]
     sampling = Sampling(max_new_tokens=spec["tokens"] + 1, min_new_tokens=spec["tokens"] + 1)
     rng = np.random.default_rng(0)

@@ -18,6 +18,7 @@ from benchmarks.measure import exported
 from benchmarks.measure import run as execute
 from benchmarks.peers import versions_said
 from benchmarks.pretrained import language_file, write_pretrained
+from benchmarks.shapes import QUESTION
 from benchmarks.speed import command
 from tests.hosts import llamacpp_host
 
@@ -84,8 +85,8 @@ def prepare(checkpoint: Path | str, published: Path, folder: Path) -> dict[str, 
 
 def compare(specs: Mapping[str, Mapping[str, str]], processes: int = PROCESSES) -> dict[str, Any]:
     """Tokens/s of each after a prompt with K visual tokens and with all; ratios to BASE in the same turn."""
-    room = {"tokens": BURSTS * TOKENS}
-    engines = {name: Engine(command("decoder", spec | room)) for name, spec in specs.items()}
+    asked = {"question": QUESTION, "tokens": BURSTS * TOKENS}
+    engines = {name: Engine(command("decoder", spec | asked)) for name, spec in specs.items()}
     lengths = prompt_tokens(Path(specs[BASE]["bundle"]), K)
     take_bursts(
         [*engines.values()], lengths, processes=processes, prompts=PROMPTS, bursts=BURSTS, tokens=TOKENS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -97,6 +98,11 @@ def test_decoding_without_a_peer_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     text = decode.table(result)
     assert f"| resprune, fp32 | {short} |" in text
     assert "| onnxruntime-genai, fp32 | ModuleNotFoundError" in text
+
+
+def test_a_decoders_memory_has_no_pytorch_in_it() -> None:
+    check = "import sys, benchmarks.decoder; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)
 
 
 def test_without_llama_cpp_its_fault_stands_beside_our_figures(
