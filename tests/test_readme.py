@@ -2,11 +2,14 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from docs.options import commands
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -113,6 +116,21 @@ def test_links_targets_and_files_exist(page):
     assert [name for name in named if not (ROOT / name).exists()] == []
     made = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"`make ([a-z-]+)", text)) <= made
+
+
+def test_every_command_of_a_page_has_words_that_resprune_takes():
+    """Also of those that need a checkpoint, a device or a server, which no test runs."""
+    parsers, read = commands(), []
+    for page in PAGES:
+        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if re.match(r"(\w+=\S+ )*(\S+/)?resprune \w+ ", line):
+                    words = [
+                        one for one in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", one)
+                    ]
+                    parsers[words[1]].parse_args(words[2:])
+                    read.append(words[1])
+    assert {"ask", "bench", "build", "chat", "eval", "export", "inspect", "prompt", "serve"} <= set(read)
 
 
 def test_every_page_is_in_the_table_of_contents():
