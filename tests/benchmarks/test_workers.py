@@ -93,7 +93,7 @@ def test_decoding_without_a_peer_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         for case in ("4", "all"):
             found = result["engines"][f"resprune, {name}"][case]
             assert len(found["of each prompt"]) == found["tokens per second"].repeats == 2 * decode.PROMPTS
-            assert found["resident megabytes"] > 10
+            assert 10 < found["resident megabytes"] < 300, "PyTorch would be there too"
             assert "of theirs" not in found
     text = decode.table(result)
     assert f"| resprune, fp32 | {short} |" in text
