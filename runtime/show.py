@@ -39,7 +39,9 @@ def drawing_paths(path: str, sources: Sequence[object]) -> list[Path]:
         _format(first)
         for target in paths:
             if not target.parent.is_dir():
-                raise ResPruneError(f"there is no directory {target.parent}; make it, or draw to another")
+                raise ResPruneError(
+                    f"there is no directory {one_line(target.parent)}; make it, or draw to another"
+                )
             if (target.exists() or target.is_symlink()) and not target.is_file():
                 raise ResPruneError(f"{target} is not a plain file; draw to another path")
             if not os.access(target if target.exists() else target.parent, os.W_OK):
@@ -96,7 +98,8 @@ def _format(path: Path) -> str:
     known = suffixes.get(path.suffix.lower())
     if known not in FORMATS or known not in Image.SAVE:
         raise ResPruneError(
-            f"a drawing is {', '.join(FORMATS)}, and {path} ends as none of them; give a path such as kept.png"
+            f"a drawing is {', '.join(FORMATS)}, and {one_line(path)} ends as none of them; "
+            "give a path such as kept.png"
         )
     return known
 

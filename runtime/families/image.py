@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from resprune.runtime.arguments import whole
-from resprune.runtime.errors import ResPruneError, one_line, printable, shown
+from resprune.runtime.errors import ResPruneError, one_line, shown
 
 MAX_PIXELS = 64_000_000
 MAX_INTERMEDIATE_PIXELS = 4 * MAX_PIXELS  # a panorama of the largest size, padded to a square, still passes
@@ -42,7 +42,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     `max_pixels`, which is read from the header before anything is decoded (Pillow's own limit, twice
     `PIL.Image.MAX_IMAGE_PIXELS`, stands above it). A path has to lead to a plain file: a pipe may never end.
     """
-    name = printable(str(source)) if isinstance(source, str | Path) else "the image"
+    name = one_line(source) if isinstance(source, str | Path) else "the image"
     max_pixels = whole(max_pixels, "max_pixels", 1)
     try:
         with warnings.catch_warnings():  # Pillow warns of broken EXIF and of sizes that are checked below

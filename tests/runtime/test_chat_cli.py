@@ -19,6 +19,8 @@ from PIL import Image
 
 from resprune import Pipeline
 from resprune.runtime.cli import main
+from resprune.runtime.errors import printable
+from tests.hostile.options import QUESTIONS, VALUES
 
 QUESTION, SECOND = "what colour is the square?", "is there a cat?"
 SHORT = ("--max-new-tokens", "6")
@@ -117,6 +119,21 @@ def test_what_is_wrong_is_one_line_and_the_conversation_goes_on(
     with Image.open(kept) as drawn:
         assert drawn.width >= 60
     assert again.read_bytes() == kept.read_bytes(), "a refused question is not the last answer's"
+
+
+def test_whatever_a_line_says_the_conversation_goes_on(chat: Callable[..., tuple[str, list[str]]]) -> None:
+    questions = [question for question in QUESTIONS if "\n" not in question]
+    values = [value for value in VALUES if value not in ("1", "2", "1.5")]
+    said = [
+        f"{command} {value}" for command in ("/tokens", "/image", "/show", "/new", "/fly") for value in values
+    ]
+    lines = "\n".join([*questions, *said, "/tokens", "/new", QUESTION])
+    plain, _ = chat(QUESTION)
+    out, err = chat(raw=lines.encode("utf-8", "surrogatepass"))
+    assert out.endswith(plain)
+    assert len(err) >= len(said) - len(values)
+    assert [line for line in err if not line.startswith("resprune: ") or printable(line) != line] == []
+    assert max(map(len, err)) < 700
 
 
 def test_a_chat_may_begin_without_an_image(

@@ -8,15 +8,18 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from random import Random
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 from PIL import Image
 
+from resprune.runtime.errors import printable
 from resprune.serving import server
 from resprune.serving.completions import Limits
 from resprune.serving.images import ImageSources
+from tests.hostile.values import damaged, with_one_changed, written
 from tests.serving.conftest import MODEL, QUESTION, Serving, asked, data_url, png, text, user
 
 LONGEST_SECONDS = 20
@@ -222,6 +225,28 @@ def test_broken_bodies(post: Callable[..., httpx.Response], kind: str) -> None:
 )
 def test_wrong_fields(post: Callable[..., httpx.Response], changed: dict[str, Any], param: str) -> None:
     assert refused(post(json.dumps(asked() | changed).encode()))["param"] == param
+
+
+def test_any_body_is_answered_or_refused(post: Callable[..., httpx.Response]) -> None:
+    """A whole request with something in it changed, or with some of its bytes."""
+    random = Random(17)
+    whole = asked(temperature=0.5, top_p=0.9, seed=3, stop=["x"], stream=False)
+    whole["resprune"] = {"tokens": 4, "about": ["square"], "boxes": True}
+    whole["messages"] = [
+        {"role": "system", "content": "be short"},
+        *whole["messages"],
+        {"role": "assistant", "content": "yes"},
+        user(text("and now?")),
+    ]
+    seen = set()
+    for _ in range(250):
+        body = written(with_one_changed(random, whole)[0])
+        response = post(damaged(random, body) if random.random() < 0.1 else body)
+        seen.add(response.status_code)
+        if response.status_code != 200:
+            message = response.json()["error"]["message"]
+            assert printable(message) == message
+    assert seen == {200, 400, 404}
 
 
 def test_neither_answer_nor_log_steers_a_terminal(
