@@ -192,6 +192,6 @@ def table(result: dict[str, Any]) -> str:
         "bytes on the same disk, once before the export and once after it; of copying is against the mean of the two, "
         "in brackets against each; all read the checkpoint from the disk, not from the system's cache. "
         "Peak memory is that of all processes of the export together, with mapped files. "
-        f"What is asked, for {TOKENS} tokens about a picture of {PICTURE[0]:,} × {PICTURE[1]} pixels, is exported once "
+        f"What is asked, for {TOKENS} tokens about an image of {PICTURE[0]:,} × {PICTURE[1]} pixels, is exported once "
         f"more, with `--dtype {ASKED} --optimize ort`.\n\n" + "\n".join(rows) + "\n\n" + "\n\n".join(notes)
     )

@@ -26,7 +26,7 @@ RANDOM = (
     (200, 144, 16, 128),
     (1, 2880, 320, 4096),
 )
-"""Pictures, tokens, K, hidden size: full and odd, and more pictures than the GPU has multiprocessors."""
+"""Pictures, tokens, K, hidden size: full and odd, and more images than the GPU has multiprocessors."""
 CALLS = 20
 """In a row for each timing, so that the GPU and not Python is what is timed."""
 

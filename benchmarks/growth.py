@@ -67,7 +67,7 @@ def table(result: dict[str, Any]) -> str:
             f"| {memory['quadratic']:,.0f} MB | {memory['linear']:,.0f} MB |"
         )
     return (
-        "K is 11 % of N, fp32, one picture. Linear is faster up to the K at which a straight line through the forms' "
+        "K is 11 % of N, fp32, one image. Linear is faster up to the K at which a straight line through the forms' "
         f"difference at {len(SHARES)} shares, {min(SHARES):.0%} to {max(SHARES):.0%}, is zero; memory is the peak of a "
         "first run above the opened session.\n\n" + "\n".join(rows)
     )

@@ -1,4 +1,4 @@
-"""What a precision costs the demo model, whose pictures mean something: right answers, picks, greedy tokens."""
+"""What a precision costs the demo model, whose images mean something: right answers, picks, greedy tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's vision tower at its real widths: memory as the picture grows, and the selection beside the encoder."""
+"""Qwen2.5-VL's vision tower at its real widths: memory as the image grows, and the selection beside the encoder."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     sections = [
         "![](reconstruction.png)",
-        "Share of the energy outside the kept span, in percent, mean over pictures.",
+        "Share of the energy outside the kept span, in percent, mean over images.",
     ]
     for name, curves in result["outside"].items():
         lines = [f"| {name}, {result['pictures'][name]} | " + " | ".join(f"K {k}" for k in SHOWN) + " |"]
