@@ -18,13 +18,14 @@ from resprune.exporter.export import export
 from resprune.exporter.language import Rows
 from resprune.exporter.options import Options
 from resprune.exporter.tensorrt.engines import build
-from resprune.exporter.trace import ahead, tracer
 from resprune.exporter.verify.difference import ParityError
 from resprune.runtime.answer import Answer
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.pipeline import Pipeline
 from tests import synthetic_family as synthetic
+from tests import traces
 from tests.runtime.test_tensorrt import stand_in_for
+from tests.traces import Make
 
 K = 9
 STEPS = 20
@@ -89,12 +90,14 @@ def test_every_kind_of_export_is_verified(made: Callable[..., Path], options: di
 
 @pytest.mark.parametrize("verify", ["full", "layers"])
 def test_planes_in_each_other_s_place_are_found(
-    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, verify: str
+    made: Callable[..., Path], made_once: Make, monkeypatch: pytest.MonkeyPatch, verify: str
 ) -> None:
-    monkeypatch.setattr(ahead, "trace", tracer.trace)
     added = Rows.added
     monkeypatch.setattr(Rows, "added", lambda rows, model, planes: added(rows, model, planes[::-1]))
-    with pytest.raises(ParityError, match="decoder_model_merged"):
+    with (
+        traces.kept(lambda name, write: made_once(f"swapped-{name}", write)),
+        pytest.raises(ParityError, match="decoder_model_merged"),
+    ):
         made(verify=verify, alpha=0.5)
 
 

@@ -31,8 +31,8 @@ Make = Callable[[str, Callable[[Path], Any]], Path]
 def kept(made_once: Make) -> Iterator[None]:
     """While it lasts, exports take a graph that was traced of a component like theirs in place of tracing it again.
 
-    Each is compared with PyTorch all the same. A test that changes what the tracer calls, not what it is given, sets
-    `ahead.trace` back to `tracer.trace`.
+    Each is compared with PyTorch all the same. A test that changes what the tracer calls, not what it is given, keeps
+    its graphs under other names, or sets `ahead.trace` back to `tracer.trace`.
     """
 
     def trace(component: Component, whole: nn.Module, mode: FakeTensorMode) -> tracer.Traced:

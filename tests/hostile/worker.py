@@ -70,7 +70,8 @@ class Watch:
         self.folder: str | None = None
         self.words: Sequence[str] = ()
         self.seen: list[str] = []
-        sys.dont_write_bytecode = True  # Python's own files, wherever a module is imported late
+        # Python's own files, wherever a module is imported late: none is written, nor read from another place.
+        sys.dont_write_bytecode, sys.pycache_prefix = True, None
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
