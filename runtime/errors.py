@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class ResPruneError(Exception):
@@ -35,7 +35,10 @@ def shown(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without control characters other than line breaks and tabs: others' text must not steer a terminal."""
+    """`text` without control characters other than line breaks and tabs: others' text must not steer a terminal.
+
+    Nor turn the order of what is read: Unicode's embeddings, overrides and isolates of direction go as well.
+    """
     return _CONTROL.sub("", text)
 
 

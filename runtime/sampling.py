@@ -130,6 +130,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "force_words_ids": ([],),
     "stop_strings": ([], ""),
     "token_healing": (False,),
+    "num_return_sequences": (1,),
+    "max_time": (),
 }
 _UNSUPPORTED_DRAWN: dict[str, tuple[Any, ...]] = {
     "top_h": (),

@@ -41,6 +41,7 @@ def test_a_message_is_one_line_without_control_characters(capsys: pytest.Capture
     complain("a\x1b[31m\nb\r\x07\u2028c\x9b2J é")
     assert capsys.readouterr().err == "resprune: a[31m b c2J é\n"
     assert printable("line\n\ttab\x7f") == "line\n\ttab"
+    assert printable("red\u202egnp.\u202c \u2066x\u2069") == "redgnp. x"
 
 
 CTRL_C_AT = """

@@ -73,6 +73,8 @@ def test_where_it_is_said(tmp_path) -> None:
     "settings",
     [
         {"num_beams": 4},
+        {"num_return_sequences": 2},
+        {"max_time": 1.5},
         {"bad_words_ids": [[3]]},
         {"min_length": 9},
         {"guidance_scale": 1.5},
