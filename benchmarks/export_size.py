@@ -52,12 +52,12 @@ def measure(name: str, checkpoints: Mapping[str, tuple[Writer, str, float]], wor
         weights = sorted(checkpoint.glob("*.safetensors"))
         options = [str(checkpoint), str(bundle), "-k", k, "--verify", "layers", "--force"]
         before = _copy(weights, copy)
-        _forget(weights)
+        forget(weights)
         exporting = watch([*RESPRUNE, "export", *options, "--dtype", DTYPE])
         sizes = [_size(bundle)]
         shutil.rmtree(bundle, ignore_errors=True)
         copying = [before, _copy(weights, copy)]
-        _forget(weights)
+        forget(weights)
         quantizing = watch([*RESPRUNE, "export", *options, "--dtype", ASKED, "--optimize", "ort"])
         sizes.append(_size(bundle))
         ask = [
@@ -94,7 +94,7 @@ def _size(folder: Path) -> int:
 
 def _copy(files: Sequence[Path], target: Path) -> float:
     """Seconds for `cp` of the files from the disk, flushed to the disk as an export is; the copy is removed again."""
-    _forget(files)
+    forget(files)
     target.mkdir()
     started = perf_counter()
     subprocess.run(["cp", *map(str, files), str(target)], check=True)
@@ -106,7 +106,7 @@ def _copy(files: Sequence[Path], target: Path) -> float:
     return seconds
 
 
-def _forget(files: Sequence[Path]) -> None:
+def forget(files: Sequence[Path]) -> None:
     """Drop the files from the system's cache, so that whoever comes next reads them from the disk."""
     for path in files:
         with path.open("rb") as file:
