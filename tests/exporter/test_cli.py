@@ -18,7 +18,12 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    ("k", "sentence"), [(0, "-k 0 "), (-3, "-k -3 "), (17, "-k 17 is more than the 16 visual tokens")]
+    ("k", "sentence"),
+    [
+        (0, "argument -k: '0' is no number of tokens to keep"),
+        (-3, "argument -k: '-3' is no number of tokens to keep"),
+        (17, "-k 17 is more than the 16 visual tokens"),
+    ],
 )
 def test_k_out_of_range(k, sentence, tiny_checkpoint, tmp_path, capsys):
     status, told = run(capsys, tiny_checkpoint("clip-llama"), tmp_path / "out", "-k", k)
