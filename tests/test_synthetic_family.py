@@ -21,6 +21,7 @@ from resprune.exporter.tensorrt.engines import build
 from resprune.exporter.verify.difference import ParityError
 from resprune.runtime.answer import Answer
 from resprune.runtime.bundle.files import read_bundle
+from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
 from tests import synthetic_family as synthetic
 from tests import traces
@@ -218,6 +219,13 @@ def test_evaluation_of_the_bundle_and_of_the_checkpoint(made: Callable[..., Path
                     assert vlm.ask(image(index), QUESTIONS[index], max_new_tokens=STEPS).text == text
         else:
             assert len(set(texts[0])) == 2
+
+
+def test_a_selection_inside_a_tower_of_which_nothing_is_known_is_refused(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ResPruneError, match="--early is not built for the vision tower of"):
+        export(str(checkpoint), tmp_path / "out", Options(k=K, early="1:9"), lambda line: None)
 
 
 def test_engines(made: Callable[..., Path], tmp_path: Path) -> None:
