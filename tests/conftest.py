@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from PIL import ImageFile
 
 # Before torch is imported. The models are tiny: threads that wait for each other cost more than they bring, and on a
 # busy machine a hundred times more.
@@ -44,6 +45,12 @@ def pytest_collection_finish() -> None:
 
 def pytest_sessionfinish() -> None:
     gc.unfreeze()  # C++ libraries complain at the end of what is left
+
+
+@pytest.fixture(autouse=True)
+def _strict_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lmms-eval, which other tests import, tells Pillow to fill up images that are cut off."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture(scope="session")

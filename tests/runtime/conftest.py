@@ -1,20 +1,13 @@
-"""Pillow as the runtime finds it; and checkpoints in PyTorch beside the bundles made from them."""
+"""Checkpoints in PyTorch beside the bundles made from them."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import ImageFile
 
 from resprune import Pipeline
 from tests.runtime.pipelines import loaded
 from tests.runtime.wire import Model
-
-
-@pytest.fixture(autouse=True)
-def _strict_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lmms-eval, which other tests import, tells Pillow to fill up pictures that are cut off."""
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture(scope="session")

@@ -179,10 +179,10 @@ def test_a_graph_that_is_no_graph_is_one_sentence(
     bundle: str, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = shutil.copytree(bundle, tmp_path / "copy")
-    graph = copy / "onnx" / "vision_select.onnx"
+    graph = copy / "onnx" / "vision_encoder.onnx"
     graph.write_bytes(b"\xff" * graph.stat().st_size)
     sentence = fails(capsys, "ask", str(copy), photo, QUESTION, "--skip-hashes")
-    assert "vision_select.onnx is not an ONNX graph" in sentence
+    assert "vision_encoder.onnx is not an ONNX graph" in sentence
 
 
 @pytest.mark.parametrize(
