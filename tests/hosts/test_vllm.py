@@ -210,7 +210,8 @@ def test_a_server_killed_in_the_middle_of_an_answer_is_one_line(
 ) -> None:
     """The last test of this server."""
     _, far = next_pair
-    answer = far.ask(picture(SIZES[0]), QUESTION, max_new_tokens=400)
+    # It must not end by itself before the signal comes, also where this process has to wait for its turn.
+    answer = far.ask(picture(SIZES[0]), QUESTION, min_new_tokens=400, max_new_tokens=400)
     pieces = iter(answer)
     next(pieces)
     next_server.signal(signal.SIGKILL)
