@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 GRAPH = DECODER
 CACHE_ROOM = 256
 """Tokens by which the cache of a decoder that writes in place is too long; when they are used up it is copied once."""
-"""ONNX's numbers of the types a cache may have; NumPy has no bfloat16."""
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _STANDARD = ("inputs_embeds", "attention_mask", "position_ids")
 
