@@ -298,10 +298,10 @@ def open_bundle(
     check_policies(positions, attention)
     bundle = read_bundle(path)
     bundle.graph(DECODER)  # one that was exported without is told so first
-    if not {"vision_encoder", "token_select"} <= bundle.manifest.graphs.keys():
-        raise ResPruneError(f"{path} has no encoder apart from its selection; export it with --split")
     options = SessionOptions(threads=threads)
     walk = Walk(bundle, OrtGraphs(bundle, options))
+    if not walk.splits:
+        raise ResPruneError(f"{path} has no encoder apart from its selection; export it with --split")
 
     def encode(images: Sequence[Image.Image], prepared: Sequence[PreparedImage]) -> list[Features]:
         features = walk.encode(prepared).features

@@ -31,9 +31,8 @@ from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.prompter import load_tokenizer
 from resprune.runtime.prompt.splice import PLANE_EMBEDS, Floats, Ints
 from resprune.runtime.sampling import Sampling, eos_token_ids
+from resprune.runtime.walk import PLANE_FEATURES
 
-PLANE_FEATURES = "plane_features."
-"""What the names of the vision graph's further outputs begin with."""
 UNLIKE = 0.01
 """The share of the vocabulary in which the file's spelling may differ: converters rename tokens that are never used."""
 
@@ -90,7 +89,8 @@ def check(model: Model, bundle: Bundle) -> None:
             f"{path} has rows of {lib.llama_model_n_embd(model.pointer)} numbers and the bundle of {width}; "
             "give the file of the bundle's language model"
         )
-    planes = sum(output.name.startswith(PLANE_FEATURES) for output in bundle.graph("vision_select").outputs)
+    outputs = bundle.graph("vision_select").outputs
+    planes = sum(output.name.startswith(PLANE_FEATURES.format("")) for output in outputs)
     rows = lib.llama_model_n_embd_inp(model.pointer)
     if rows != width * (1 + planes):
         raise ResPruneError(
