@@ -16,22 +16,28 @@ from resprune.runtime.prompt.splice import Picks
 
 @dataclass
 class Row:
-    """One answer as it grows: `token_ids` so far and `pieces` of text; `eos` and `limit` (tokens) are what ends it."""
+    """One answer as it grows: `token_ids` so far and `pieces` of text; `eos` and `limit` (tokens) are what ends it.
+
+    `cut` says that a server cut it.
+    """
 
     stream: TextStream
     eos: frozenset[int] = frozenset()
     limit: int | None = None
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    cut: bool = False
 
     def push(self, piece: Piece) -> None:
-        """Take the next tokens, whose text is decoded here, or the next text."""
-        if isinstance(piece, str):
+        """Take the next tokens, whose text is decoded here, or the next text, or None: it was cut."""
+        if piece is None:
+            self.cut = True
+        elif isinstance(piece, str):
             self._add(piece if self.pieces else piece.lstrip())
-            return
-        self.token_ids += piece
-        for token in piece:
-            self._add(self.stream.push(token))
+        else:
+            self.token_ids += piece
+            for token in piece:
+                self._add(self.stream.push(token))
 
     def finish(self) -> None:
         """Take what text is left."""
@@ -183,8 +189,8 @@ class Answer:
         """Why the whole answer ended: `length` if it was cut at its limit, else `stop`."""
         self.finish()
         row = self._row
-        cut = row.limit is not None and len(row.token_ids) >= row.limit and row.token_ids[-1] not in row.eos
-        return "length" if cut else "stop"
+        cut = row.cut or (row.limit is not None and len(row.token_ids) >= row.limit)
+        return "length" if cut and row.eos.isdisjoint(row.token_ids[-1:]) else "stop"
 
     @property
     def timings_so_far(self) -> dict[str, float]:

@@ -20,8 +20,8 @@ from resprune.runtime.prompt.prompter import Prompt
 from resprune.runtime.prompt.splice import Floats, Ints, KeptTokens, Spliced
 from resprune.runtime.sampling import Sampling, eos_token_ids
 
-Piece = list[int] | str
-"""What an answer gained: token ids, [] for none; text where a server tells no ids."""
+Piece = list[int] | str | None
+"""What an answer gained: token ids, [] for none; text where a server tells no ids; None: it was cut at a limit."""
 EmbedTokens = Callable[[Ints], Floats]
 """`input_ids` [B, S] int64 → `inputs_embeds` [B, S, D] float32."""
 

@@ -192,10 +192,11 @@ def _held(pieces: Iterator[Piece], most: int) -> Iterator[Piece]:
         if isinstance(piece, str):
             yield piece[: most * LONGEST_TOKEN]
             most -= 1
-        else:
+        elif piece is not None:
             yield piece[:most]
             most -= len(piece)
-        if most <= 0:
+        if piece is None or most <= 0:
+            yield None
             return
 
 
@@ -341,6 +342,8 @@ def _read_chat(question: Question, events: Iterator[dict[str, Any]]) -> Iterator
                 yield [_token_id(token) for token in ids]
             elif text:
                 yield str(text)
+            if choice.get("finish_reason") == "length":
+                yield None
 
 
 def _sglang_body(question: Question) -> dict[str, Any]:
@@ -376,6 +379,8 @@ def _read_sglang(question: Question, events: Iterator[dict[str, Any]]) -> Iterat
             raise ValueError(f"completion_tokens {shown(total)} after {seen}")
         yield [_token_id(token) for token in ids[len(ids) - (total - seen) :]]
         seen = total
+        if isinstance(finish, dict) and finish.get("type") == "length":
+            yield None
 
 
 _BY_GRID = (

@@ -52,6 +52,7 @@ def test_the_demo_answers_over_the_wire_as_it_does_here(
         for question in QUESTIONS:
             here, there = near.ask(photo, question), far.ask(photo, question)
             assert there.text == here.text
+            assert there.finish_reason == here.finish_reason == "stop"
             assert there.token_ids == (here.token_ids if api == "vllm" else [])
             assert [p.pick_order.tolist() for p in there.images] == [
                 p.pick_order.tolist() for p in here.images
@@ -62,6 +63,18 @@ def test_the_demo_answers_over_the_wire_as_it_does_here(
             assert there.text == here.text
     assert {path for path, _, _ in wire.seen} == {"/v1/chat/completions"}
     assert {body["model"] for _, _, body in wire.seen} == {"the-model"}
+
+
+@pytest.mark.parametrize("api", ["vllm", "trtllm"])
+@pytest.mark.parametrize(("limit", "longest"), [(3, 9), (9, 3)])
+def test_an_answer_that_was_cut_says_so(
+    bundle: Path, tiny_model: Model, api: str, limit: int, longest: int
+) -> None:
+    """At the limit that was asked for, or at one of the server's own."""
+    with Wire(tiny_model, longest=longest) as wire, remote(bundle, wire, api=api) as vlm:
+        answer = vlm.ask(picture(1), QUESTION, max_new_tokens=limit)
+        assert answer.text
+        assert answer.finish_reason == "length"
 
 
 def test_the_local_decoder_is_not_opened(
@@ -135,6 +148,8 @@ def test_sglang_gets_the_true_positions(tiny_qwen: tuple[Path, Model], increment
             assert there.token_ids == here.token_ids
             assert there.text == here.text
             assert len(set(here.token_ids)) > 5, "shows nothing"
+        wire.longest = 3
+        assert far.ask(images[0], QUESTION, max_new_tokens=STEPS).finish_reason == "length"
     assert {path for path, _, _ in wire.seen} == {"/generate"}
     positions = np.array(wire.seen[0][2]["image_data"][0]["mrope_positions"])
     assert (positions[1] != positions[2]).any(), "shows nothing"

@@ -35,6 +35,10 @@ class Model:
         self.eos: list[int] = eos if isinstance(eos, list) else [eos]
         self.lock = threading.Lock()
 
+    def reason(self, ids: list[int]) -> str:
+        """Why an answer of these ids ended."""
+        return "stop" if ids[-1] in self.eos else "length"
+
     def prompt(
         self, messages: list[dict[str, Any]], rows: list[Tensor], add_special_tokens: bool
     ) -> list[int]:
@@ -89,13 +93,14 @@ class Fault:
 
 @dataclass
 class Wire:
-    """The server; `seen` has the path, headers and body of every POST."""
+    """The server; `seen` has the path, headers and body of every POST, `longest` is its own limit of an answer."""
 
     model: Model | None
     models: list[str] = field(default_factory=lambda: ["the-model"])
     version: str = "0.5.23"
     fault: Fault | None = None
     incremental: bool = False
+    longest: int = 1 << 20
     seen: list[tuple[str, dict[str, str], dict[str, Any]]] = field(default_factory=list)
     connections: int = 0
 
@@ -163,8 +168,11 @@ class _Handler(BaseHTTPRequestHandler):
             for message in body["messages"]
         ]
         ids = model.prompt(messages, rows, body.get("add_special_tokens", False))
-        tokens = model.generate(ids, torch.cat(rows), torch.arange(len(ids))[None], body)
+        tokens = model.generate(ids, torch.cat(rows), torch.arange(len(ids))[None], self._settings(body))
         return self._deltas(model, tokens, ids, with_ids=body.get("return_token_ids", False))
+
+    def _settings(self, asked: dict[str, Any], limit: str = "max_tokens") -> dict[str, Any]:
+        return asked | {"max_tokens": min(asked[limit], self.served.longest)}
 
     @staticmethod
     def _deltas(
@@ -181,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
             given += whole
             choice: dict[str, Any] = {"index": 0, "delta": {"content": whole}}
             yield {"choices": [choice | ({"token_ids": [token]} if with_ids else {})]}
-        yield {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+        yield {"choices": [{"index": 0, "delta": {}, "finish_reason": model.reason(ids)}]}
         yield {"choices": [], "usage": {"completion_tokens": len(ids)}}
 
     def _sglang(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -193,15 +201,14 @@ class _Handler(BaseHTTPRequestHandler):
         positions = torch.tensor(picture["mrope_positions"])
         assert positions.shape == (3, len(ids))
         assert picture["mrope_position_delta"] == int(positions.max()) + 1 - len(ids)
-        sampling = body["sampling_params"]
-        settings = sampling | {"max_tokens": sampling["max_new_tokens"]}
+        settings = self._settings(body["sampling_params"], "max_new_tokens")
         out: list[int] = []
         for token in model.generate(ids, torch.tensor(picture["feature"]), positions[:, None], settings):
             out.append(token)
             shown = [token] if self.served.incremental else list(out)
             yield {"text": None, "output_ids": shown, "meta_info": _meta(len(out), None)}
         shown = [] if self.served.incremental else out
-        yield {"text": "", "output_ids": shown, "meta_info": _meta(len(out), {"type": "stop"})}
+        yield {"text": "", "output_ids": shown, "meta_info": _meta(len(out), {"type": model.reason(out)})}
 
     def _stream(self, events: Iterator[dict[str, Any]], fault: Fault | None) -> None:
         first = next(events)
