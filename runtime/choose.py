@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import FailedError, ResPruneError
 from resprune.runtime.prompt.splice import Floats, Ints
 from resprune.runtime.sampling import Sampling
 
@@ -51,7 +51,7 @@ class Chooser:
             return
         if np.isneginf(largest).any():
             raise ResPruneError("the settings leave no token to choose from; suppress fewer of them")
-        raise ResPruneError(
+        raise FailedError(
             f"the decoder gave NaN (not a number) or infinity as logits of answer token {self._count + 1}, so there is "
             "no answer; if the bundle is fp16, export it with --dtype bf16 or fp32"
         )

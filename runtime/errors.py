@@ -17,6 +17,10 @@ class UnavailableError(ResPruneError):
     """What another machine failed to do; asking again may help."""
 
 
+class FailedError(ResPruneError):
+    """What the model or this machine failed to do; the question is not at fault."""
+
+
 def one_line(error: object) -> str:
     """What an error says, for a sentence: one line, 300 characters at most; its type's name where it says nothing."""
     text = " ".join(printable(str(error)).split())

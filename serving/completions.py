@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from resprune.runtime.errors import ResPruneError, UnavailableError
+from resprune.runtime.errors import FailedError, ResPruneError, UnavailableError
 from resprune.serving.body import read_body
 from resprune.serving.chat import ChatRequest, read_request
 from resprune.serving.errors import ApiError
@@ -165,6 +165,8 @@ class Completions:
             raise
         except UnavailableError as error:
             raise ApiError(502, str(error), kind="server_error", code="backend_unavailable") from None
+        except FailedError as error:
+            raise ApiError(500, str(error), kind="server_error") from None
         except ResPruneError as error:
             raise ApiError(400, str(error), param="messages", code="invalid_value") from None
         except Abandoned:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy.typing as npt
 
 from resprune.runtime.console import bytes_text
-from resprune.runtime.errors import ResPruneError, one_line
+from resprune.runtime.errors import FailedError, ResPruneError, one_line
 
 ALIGNMENT = 512  # cudaMalloc's own, more than the 256 bytes that TensorRT asks for
 
@@ -114,4 +114,4 @@ def _checked(result: tuple[Any, ...], wanted: int | None = None) -> tuple[Any, .
             f"the GPU is out of memory: {bytes_text(wanted)} more are needed; close other programs on it, ask for less "
             "at once, or build engines with a smaller --batch, --prompt or --context"
         )
-    raise ResPruneError(f"CUDA failed ({status.name}); see whether nvidia-smi shows the GPU in order")
+    raise FailedError(f"CUDA failed ({status.name}); see whether nvidia-smi shows the GPU in order")

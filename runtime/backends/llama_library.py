@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from resprune.runtime.errors import ResPruneError, one_line
+from resprune.runtime.errors import FailedError, ResPruneError, one_line
 from resprune.runtime.prompt.splice import Floats, Ints
 
 MAGIC = b"GGUF"
@@ -169,7 +169,7 @@ class Context:
         batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
         status = lib.llama_decode(self._pointer, batch)
         if status:
-            raise ResPruneError(f"llama.cpp cannot take the prompt (status {status}: {self._model.reason()})")
+            raise FailedError(f"llama.cpp cannot take the prompt (status {status}: {self._model.reason()})")
 
     def logits(self, row: int) -> Floats:
         """[vocabulary] float32 after item `row` of the last decode; −1 is the last that has any."""

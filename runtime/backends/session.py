@@ -12,7 +12,7 @@ import numpy.typing as npt
 from resprune.runtime.arguments import whole, words
 from resprune.runtime.backends.providers import CPU, check_providers, new_session
 from resprune.runtime.bundle.files import Bundle
-from resprune.runtime.errors import ResPruneError, one_line
+from resprune.runtime.errors import FailedError, ResPruneError, one_line
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -146,8 +146,8 @@ class OrtGraphs:
 
 @contextmanager
 def graph_faults(graph: str) -> Iterator[None]:
-    """Turn what onnxruntime raises while a graph runs (out of memory, a shape it refuses) into a `ResPruneError`."""
+    """Turn what onnxruntime raises while a graph runs (out of memory, a shape it refuses) into a `FailedError`."""
     try:
         yield
     except Exception as error:
-        raise ResPruneError(f"onnxruntime could not run {graph} ({one_line(error)})") from None
+        raise FailedError(f"onnxruntime could not run {graph} ({one_line(error)})") from None

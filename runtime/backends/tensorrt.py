@@ -28,7 +28,7 @@ from resprune.runtime.backends.engines import choose_engines, choose_profile, te
 from resprune.runtime.backends.session import Array, SessionOptions
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import DECODER, EngineSpec, GraphSpec, TensorSpec, axis_names, axis_size
-from resprune.runtime.errors import ResPruneError, one_line
+from resprune.runtime.errors import FailedError, ResPruneError, one_line
 from resprune.runtime.prompt.splice import Floats, Ints, Spliced
 
 Shape = tuple[int, ...]
@@ -109,7 +109,7 @@ class Engine:
                 f"the GPU is out of memory for {self._graph} ({reason}); close other programs on it, or build engines "
                 "with a smaller --batch, --prompt or --context"
             )
-        raise ResPruneError(f"TensorRT could not run {self._graph} ({reason}); build its engine again")
+        raise FailedError(f"TensorRT could not run {self._graph} ({reason}); build its engine again")
 
 
 class Lane:

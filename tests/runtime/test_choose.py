@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from resprune.runtime.choose import Chooser, probabilities
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import FailedError, ResPruneError
 from resprune.runtime.sampling import Sampling, checkpoint_sampling
 
 VOCABULARY, EOS = 12, (2, 5)
@@ -127,7 +127,7 @@ def test_a_plain_greedy_answer_looks_at_nothing_but_the_logits() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_logits_that_are_no_numbers_say_so(value: float, temperature: float) -> None:
     logits = np.array([[0, value, 1]], np.float32)
-    with pytest.raises(ResPruneError, match=r"logits of answer token 1, so there is no answer"):
+    with pytest.raises(FailedError, match=r"logits of answer token 1, so there is no answer"):
         Chooser(Sampling(temperature=temperature), [[]], frozenset())(logits)
 
 

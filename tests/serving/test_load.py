@@ -13,7 +13,7 @@ import httpx2 as httpx
 import openai
 import pytest
 
-from resprune.runtime.errors import UnavailableError
+from resprune.runtime.errors import FailedError, UnavailableError
 from resprune.serving.completions import Limits
 from resprune.serving.errors import ApiError
 from resprune.serving.workers import Abandoned, Running, Workers
@@ -251,10 +251,15 @@ def test_metrics(serving: Serving) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(UnavailableError("http://host:8000 cannot be reached"), 502), (KeyError("x"), 500)]
+    ("error", "status", "says"),
+    [
+        (UnavailableError("http://host:8000 cannot be reached"), 502, "cannot be reached"),
+        (FailedError("the decoder gave NaN"), 500, "gave NaN"),
+        (KeyError("x"), 500, "its log says how"),
+    ],
 )
 def test_what_fails_behind_the_server(
-    serving: Serving, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int, says: str
 ) -> None:
     def start(*_: object) -> None:
         raise error
@@ -264,5 +269,5 @@ def test_what_fails_behind_the_server(
         with pytest.raises(openai.InternalServerError) as raised:
             serving.client().chat.completions.create(**asked())
         assert raised.value.status_code == status
-        assert ("cannot be reached" in str(raised.value)) == (status == 502)
+        assert says in str(raised.value)
     assert serving.client().chat.completions.create(**asked()).choices, "the server goes on"
