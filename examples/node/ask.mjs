@@ -15,13 +15,11 @@ import { cut, embed, encode, generate, graphNames, select, splice } from "../web
 const USAGE = "node ask.mjs BUNDLE PROMPT.json IMAGE.png … [--tokens K] [--max-new-tokens N] [--json]";
 
 async function main() {
-  const { root, promptFile, images, tokens, maxNewTokens, asJson } = readArguments();
+  const { root, promptFile, images, tokens, maxNewTokens, asJson } = await readArguments();
   const bundle = await readBundle((name) => read(path.join(root, name)));
   const { manifest } = bundle;
   const k = manifest.selection.k;
-  if (!(tokens === undefined || (tokens >= 1 && tokens <= k))) {
-    throw new UserError(`this bundle keeps ${k} tokens of an image, so --tokens should be 1 to ${k}`);
-  }
+  if (tokens > k) throw new UserError(`this bundle keeps ${k} tokens of an image, so --tokens should be 1 to ${k}`);
   const prompt = await readPrompt(promptFile, manifest, images.length);
 
   // 1. A session for each graph. ONNX Runtime maps the weights beside the graph by itself.
@@ -33,18 +31,14 @@ async function main() {
 
   // 2. The prompt's ids become rows [S, D]; those of the keywords guide the selection.
   const embedded = await embed(model, prompt.ids);
-  const { rows, width } = embedded;
-  const keywords = new Float32Array(prompt.keyword_places.length * width);
-  prompt.keyword_places.forEach((place, index) =>
-    keywords.set(rows.subarray(place * width, (place + 1) * width), index * width),
-  );
 
   // 3. Each image: pixels, all visual tokens, the K that are kept.
   const processor = imageProcessor(await imageProcessorConfig(bundle));
   const kept = [];
   for (const file of images) {
     const encoded = await encode(model, pixelValues(await readPng(file), processor));
-    kept.push(cut(await select(model, encoded, keywords, width, tokens), width, tokens ?? k));
+    const selection = await select(model, encoded, embedded, prompt.keyword_places, tokens);
+    kept.push(cut(selection, embedded.width, tokens ?? k));
   }
 
   // 4. Kept rows in place of image tokens, prefill, and one token a step.
@@ -64,20 +58,23 @@ async function main() {
   }
 }
 
-function readArguments() {
-  let parsed;
+/** What `attempt` gives; if it fails, `tell` makes one line of the error. */
+async function orTell(attempt, tell) {
   try {
-    parsed = parseArgs({
-      allowPositionals: true,
-      options: {
-        tokens: { type: "string" },
-        "max-new-tokens": { type: "string", default: "64" },
-        json: { type: "boolean", default: false },
-      },
-    });
+    return await attempt();
   } catch (error) {
-    throw new UserError(`${error.message}; usage: ${USAGE}`);
+    throw new UserError(tell(error));
   }
+}
+
+async function readArguments() {
+  const options = {
+    tokens: { type: "string" },
+    "max-new-tokens": { type: "string", default: "64" },
+    json: { type: "boolean", default: false },
+  };
+  const parse = () => parseArgs({ allowPositionals: true, options });
+  const parsed = await orTell(parse, ({ message }) => `${message}; usage: ${USAGE}`);
   const [root, promptFile, ...images] = parsed.positionals;
   if (!images.length) throw new UserError(`usage: ${USAGE}`);
   const { tokens, json, "max-new-tokens": most } = parsed.values;
@@ -92,30 +89,21 @@ function readArguments() {
   };
 }
 
-async function open(file) {
-  try {
-    return await ort.InferenceSession.create(file, { logSeverityLevel: 3 });
-  } catch (error) {
-    throw new UserError(`${file} cannot be opened (${error.message.split("\n")[0]}); export the bundle again`);
-  }
+function open(file) {
+  return orTell(
+    () => ort.InferenceSession.create(file, { logSeverityLevel: 3 }),
+    ({ message }) => `${file} cannot be opened (${message.split("\n")[0]}); export the bundle again`,
+  );
 }
 
-async function read(file) {
-  try {
-    return await readFile(file);
-  } catch (error) {
-    throw new UserError(`${file} cannot be read (${error.code}); check the path`);
-  }
+function read(file) {
+  return orTell(() => readFile(file), ({ code }) => `${file} cannot be read (${code}); check the path`);
 }
 
 async function readPrompt(file, manifest, images) {
   const text = await read(file);
-  let prompt;
-  try {
-    prompt = JSON.parse(text);
-  } catch (error) {
-    throw new UserError(`${file} is not valid JSON (${error.message}); write it again with resprune prompt`);
-  }
+  const invalid = ({ message }) => `${file} is not valid JSON (${message}); write it again with resprune prompt`;
+  const prompt = await orTell(() => JSON.parse(text), invalid);
   if (prompt?.format_version !== 1) throw new UserError(`${file} is not a prompt of format 1; write it again`);
   if (prompt.tokenizer_sha256 !== manifest.files["tokenizer.json"]?.sha256) {
     throw new UserError(`${file} was written for another bundle; write it again with resprune prompt`);
@@ -128,12 +116,8 @@ async function readPrompt(file, manifest, images) {
 
 async function readPng(file) {
   const content = await read(file);
-  let png;
-  try {
-    png = PNG.sync.read(content);
-  } catch (error) {
-    throw new UserError(`${file} cannot be read as PNG (${error.message}); give a PNG file`);
-  }
+  const invalid = ({ message }) => `${file} cannot be read as PNG (${message}); give a PNG file`;
+  const png = await orTell(() => PNG.sync.read(content), invalid);
   if (png.width * png.height > MAX_PIXELS) throw new UserError(`${file} has more than ${MAX_PIXELS} pixels`);
   return { data: onWhite(png.data), width: png.width, height: png.height };
 }

@@ -28,17 +28,17 @@ export async function encode(model, pixels) {
 }
 
 /**
- * Select an image's tokens for a question with the embeddings `keywords` [M, D], M may be 0.
+ * Select an image's tokens for a question whose keywords are at `places` of its `embedded` ids, which may be none.
  * The selection has the K rows that the graph keeps; `cut` takes the first `tokens` picks of it.
  */
-export async function select(model, encoded, keywords, width, tokens = model.manifest.selection.k) {
-  const count = keywords.length / width;
+export async function select(model, encoded, { rows, width }, places, tokens = model.manifest.selection.k) {
+  const count = Math.max(places.length, 1); // no keyword is one row that is masked
+  const text = new Float32Array(count * width);
+  places.forEach((place, row) => text.set(rows.subarray(place * width, (place + 1) * width), row * width));
   const feeds = {
     ...encoded,
-    text_embeds: new model.ort.Tensor(
-      "float32", count ? keywords : new Float32Array(width), [1, Math.max(count, 1), width],
-    ),
-    text_mask: mask(model, Math.max(count, 1), count > 0),
+    text_embeds: new model.ort.Tensor("float32", text, [1, count, width]),
+    text_mask: mask(model, count, places.length > 0),
   };
   if (model.manifest.attention === "proportional") {
     // The counts are of one budget, so another budget needs another run.

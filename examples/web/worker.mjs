@@ -122,16 +122,11 @@ async function ask({ question, about, tokens }, tell, superseded) {
   const start = performance.now();
   const prompt = prompter.prompt(question, about);
   const embedded = await embed(model, prompt.ids);
-  const { rows, width } = embedded;
   const key = JSON.stringify([question, about, model.manifest.attention === "proportional" ? tokens : 0]);
   if (selection?.key !== key) {
-    const keywords = new Float32Array(prompt.keywordPlaces.length * width);
-    prompt.keywordPlaces.forEach((place, index) =>
-      keywords.set(rows.subarray(place * width, (place + 1) * width), index * width),
-    );
-    selection = { key, ...(await select(model, image, keywords, width, tokens)) };
+    selection = { key, ...(await select(model, image, embedded, prompt.keywordPlaces, tokens)) };
   }
-  const kept = cut(selection, width, tokens);
+  const kept = cut(selection, embedded.width, tokens);
   tell("selected", { pickOrder: selection.pickOrder, keptIndices: kept.keptIndices, keywords: prompt.keywords });
   const spliced = splice(model, prompt.ids, embedded, [kept]);
   const stream = prompter.textStream();
