@@ -127,10 +127,10 @@ def write_llava15_vision(folder: Path) -> None:
     )
 
 
-TWO_LAYERS_OF_7B = {
+LLAMA_7B = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "num_key_value_heads": 32,
     "max_position_embeddings": 4096,
@@ -139,7 +139,7 @@ TWO_LAYERS_OF_7B = {
 
 def write_llava15_slice(folder: Path) -> None:
     """LLaVA-1.5-7B with its real tower and projector, and the first two of its language model's 32 layers."""
-    config = llava_config(CLIP_L_336, TWO_LAYERS_OF_7B)
+    config = llava_config(CLIP_L_336, LLAMA_7B | {"num_hidden_layers": 2})
     write_checkpoint(
         folder, LlavaForConditionalGeneration, config, dtype=torch.float16, image_side=336, seed=0
     )
@@ -209,31 +209,24 @@ def _write_qwen25vl(
 
 def write_llava15_7b(folder: Path) -> None:
     """All of LLaVA-1.5-7B's shapes in fp16, 14 GB: the vocabulary has more rows than the tokenizer has tokens."""
-    text = {
-        "vocab_size": 32064,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 4096,
-    }
-    config = llava_config(CLIP_L_336, text)
+    config = llava_config(CLIP_L_336, {"vocab_size": 32064} | LLAMA_7B)
     write_checkpoint(
         folder, LlavaForConditionalGeneration, config, dtype=torch.float16, image_side=336, seed=0
     )
 
 
+QWEN25VL_TOWER: dict[str, Any] = QWEN25VL_PERIOD | {"depth": 32, "fullatt_block_indexes": [7, 15, 23, 31]}
+QWEN25_3B = {
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128000,
+}
+
+
 def write_qwen25vl_3b(folder: Path) -> None:
     """All of Qwen2.5-VL-3B's shapes in bf16, 7.5 GB; embeddings and head are one, as in the real one."""
-    vision: dict[str, Any] = QWEN25VL_PERIOD | {"depth": 32, "fullatt_block_indexes": [7, 15, 23, 31]}
-    text = {
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128000,
-    }
-    _write_qwen25vl(folder, vision, text, torch.bfloat16, tied=True)
+    text = {"vocab_size": 151936} | QWEN25_3B
+    _write_qwen25vl(folder, QWEN25VL_TOWER, text, torch.bfloat16, tied=True)

@@ -10,41 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkpoints import QWEN25VL_PERIOD
+from benchmarks.checkpoints import LLAMA_7B, QWEN25_3B, QWEN25VL_TOWER
 from benchmarks.export_size import forget
 from benchmarks.measure import Timing, exported, timing
 from benchmarks.measure import run as run_command
-from benchmarks.shapes import LLAMA_1B, LLAVA, QUESTION, QWEN25VL, QWEN_1B, write_picture, write_shape
+from benchmarks.shapes import LLAVA, QUESTION, QWEN25VL, write_picture, write_shape
 from benchmarks.starting import PREFILL, TOKEN
 from resprune.runtime.bundle.files import read_bundle
 
-LLAVA_7B = replace(
-    LLAVA,
-    name="llava15-7b",
-    text=LLAMA_1B
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-    },
-    words="LLaVA-1.5-7B",
-)
-QWEN_3B = replace(
-    QWEN25VL,
-    name="qwen25vl-3b",
-    vision=QWEN25VL_PERIOD | {"depth": 32, "fullatt_block_indexes": [7, 15, 23, 31]},
-    text=QWEN_1B
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-    },
-    words="Qwen2.5-VL-3B",
-)
-
+LLAVA_7B = replace(LLAVA, name="llava15-7b", text=LLAMA_7B, words="LLaVA-1.5-7B")
+QWEN_3B = replace(QWEN25VL, name="qwen25vl-3b", vision=QWEN25VL_TOWER, text=QWEN25_3B, words="Qwen2.5-VL-3B")
 
 BARS = ((LLAVA_7B, 8.0, 4.0e9), (QWEN_3B, 6.0, 2.3e9))
 """The most that a start should take: seconds until the prefill, and bytes of all files of the bundle."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -93,16 +94,8 @@ def loss(work: Path) -> dict[str, Any]:
                             for image in images
                         ]
                         figures[f"{layer}:{kept} {way} {'counted' if counted else 'plain'}"] = {
-                            "work": work_left(layer, kept, count),
-                            "cosine": _mean(
-                                torch.cosine_similarity(rows, all_rows[at], dim=1).mean()
-                                for (rows, at), all_rows in zip(pairs, whole, strict=True)
-                            ),
-                            "energy": _mean(
-                                _spanned(all_rows, rows, k)
-                                for (rows, _), all_rows in zip(pairs, whole, strict=True)
-                            ),
-                        }
+                            "work": work_left(layer, kept, count)
+                        } | _kept(pairs, whole, k)
             for share in SMALLER:
                 smaller = 14 * round((share * count) ** 0.5)
                 small = [_rows(model, pixels(image, smaller)) for image in photographs()]
@@ -126,7 +119,7 @@ def squares(work: Path) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         images = [pixels(image, side) for image in photographs()]
-        whole = [_merged(merge_order(_rows(model, image)[None], 2)) for image in images]
+        whole = [of_tokens(merge_order(_rows(model, image)[None], 2), 2)[0].flatten(1) for image in images]
         count = len(whole[0])
         k = count // 4
         result: dict[str, Any] = {
@@ -136,18 +129,25 @@ def squares(work: Path) -> dict[str, Any]:
         }
         for layer in SQUARES_AFTER:
             for way in SQUARES_BY:
-                pairs = [_squares_early(model, image, layer, count // 2, way, generator) for image in images]
-                result[f"{layer}:{count // 2} {way}"] = {
-                    "work": work_left(layer, count // 2, count),
-                    "cosine": _mean(
-                        torch.cosine_similarity(rows, every[at], dim=1).mean()
-                        for (rows, at), every in zip(pairs, whole, strict=True)
-                    ),
-                    "energy": _mean(
-                        _spanned(every, rows, k) for (rows, _), every in zip(pairs, whole, strict=True)
-                    ),
-                }
+                pairs = [
+                    _rows_early(model, image, layer, count // 2, way, True, generator, side=2)
+                    for image in images
+                ]
+                result[f"{layer}:{count // 2} {way}"] = {"work": work_left(layer, count // 2, count)} | _kept(
+                    pairs, whole, k
+                )
     return result
+
+
+def _kept(pairs: Sequence[tuple[Tensor, Tensor]], whole: Sequence[Tensor], k: int) -> dict[str, float]:
+    """How near rows [C, D] of places [C] are to those of the whole tower [N, D], and the energy that K of them span."""
+    return {
+        "cosine": _mean(
+            torch.cosine_similarity(rows, every[at], dim=1).mean()
+            for (rows, at), every in zip(pairs, whole, strict=True)
+        ),
+        "energy": _mean(_spanned(every, rows, k) for (rows, _), every in zip(pairs, whole, strict=True)),
+    }
 
 
 def work_left(layer: int, kept: int, count: int, blocks: int = 12) -> float:
@@ -317,41 +317,27 @@ def _rows(model: Any, image: Tensor) -> Tensor:
 
 
 def _rows_early(
-    model: Any, image: Tensor, layer: int, kept: int, way: str, counted: bool, generator: torch.Generator
+    model: Any,
+    image: Tensor,
+    layer: int,
+    kept: int,
+    way: str,
+    counted: bool,
+    generator: torch.Generator,
+    side: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """The last rows [C, D] of the tokens that went on, and which they are [C]."""
+    """The last rows [C, side² D] of the tokens that went on, squares of `side` patches, and which they are [C]."""
     hidden, bias, at = model.embeddings(image), None, torch.empty(0)
     for index, block in enumerate(model.encoder.layer):
         if index == layer:
-            patches = hidden[:, 1:]
-            at = _picked(patches, kept, way, generator)
-            counts = kept_counts(patches, at[None]).float().log() if counted else torch.zeros(1, kept)
-            bias = torch.nn.functional.pad(counts, (1, 0))[:, None, None]
-            hidden = torch.cat([hidden[:, :1], patches[:, at]], dim=1)
-        hidden = block(hidden, bias)
-    return model.layernorm(hidden)[0, 1:], at
-
-
-def _squares_early(
-    model: Any, image: Tensor, layer: int, kept: int, way: str, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """The last rows [C, 4 D] of the squares that went on, and which they are [C]."""
-    hidden, bias, at = model.embeddings(image), None, torch.empty(0)
-    for index, block in enumerate(model.encoder.layer):
-        if index == layer:
-            tokens = of_tokens(merge_order(hidden[:, 1:], 2), 2)  # [1, N, 4, D]
+            tokens = of_tokens(merge_order(hidden[:, 1:], side), side)  # [1, N, side², D]
             rows = tokens.flatten(2) if way == "side by side" else tokens.mean(2)
             at = _picked(rows, kept, way, generator)
-            counts = kept_counts(rows, at[None]).float().log().repeat_interleave(4, dim=1)
-            bias = torch.nn.functional.pad(counts, (1, 0))[:, None, None]
+            counts = kept_counts(rows, at[None]).float().log() if counted else torch.zeros(1, kept)
+            bias = torch.nn.functional.pad(counts.repeat_interleave(side**2, dim=1), (1, 0))[:, None, None]
             hidden = torch.cat([hidden[:, :1], tokens[:, at].flatten(1, 2)], dim=1)
         hidden = block(hidden, bias)
-    return _merged(model.layernorm(hidden)[:, 1:]), at
-
-
-def _merged(rows: Tensor) -> Tensor:
-    """[1, P, D] in merge order → tokens [N, 4 D]."""
-    return of_tokens(rows, 2)[0].flatten(1)
+    return of_tokens(model.layernorm(hidden)[:, 1:], side)[0].flatten(1), at
 
 
 def _picked(rows: Tensor, kept: int, way: str, generator: torch.Generator) -> Tensor:
