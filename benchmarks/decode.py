@@ -114,6 +114,6 @@ def table(result: dict[str, Any]) -> str:
             found = cases[case]
             rows.append(
                 f"| {name} | {length} | {found['tokens per second']} | {found.get('of theirs', '–')} "
-                f"| {found['resident megabytes']:,.0f} MB |"
+                f"| {found['resident megabytes']:,.0f} MiB |"
             )
     return "\n".join([*rows, "", versions_said(result["versions"])])

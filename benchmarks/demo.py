@@ -88,7 +88,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     export, start = result["export"], result["start to answer in a fresh process"]
     return "\n".join(rows) + (
-        f"\n\nExport with its checks: {export['seconds']:.0f} s, {export['peak megabytes']:.0f} MB at most. "
+        f"\n\nExport with its checks: {export['seconds']:.0f} s, {export['peak megabytes']:.0f} MiB at most. "
         f"`resprune ask` in a fresh process: {start['seconds']:.2f} s from start to answer, "
-        f"{start['peak megabytes']:.0f} MB at most."
+        f"{start['peak megabytes']:.0f} MiB at most."
     )

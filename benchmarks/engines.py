@@ -66,7 +66,7 @@ def table(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
     rows = [
         f"Built for {result['target']} by {versions}, fp16, on the processor alone; at most "
-        f"{max(result['peak megabytes'].values()):,.0f} MB resident.",
+        f"{max(result['peak megabytes'].values()):,.0f} MiB resident.",
         "",
         "| | graph | built in | engine |",
         "|---|---|---|---|",

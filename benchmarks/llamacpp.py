@@ -120,6 +120,6 @@ def table(result: dict[str, Any]) -> str:
             rows.append(
                 f"| {name} | {length} | {found['prefill']} | {found.get('prefill, of theirs', '–')} | {prefill} "
                 f"| {found['tokens per second']} | {found.get('of theirs', '–')} | {decoding} "
-                f"| {found['resident megabytes']:,.0f} MB |"
+                f"| {found['resident megabytes']:,.0f} MiB |"
             )
     return "\n".join([*rows, "", versions_said(result["versions"])])

@@ -136,7 +136,7 @@ def table(result: dict[str, Any]) -> str:
                 f"| {name} | {case} | {found['prompt tokens']} | {pruner.median:,.3g} ms "
                 f"| {pruner.median / found['first token'].median:.1%} | {found['stages']['prefill'].median:,.0f} ms "
                 f"| {found['first token']} ms | {against} | {found['tokens per second'].median:.3g} "
-                f"| {found['resident megabytes']:,.0f} MB |"
+                f"| {found['resident megabytes']:,.0f} MiB |"
             )
     note = (
         "OpenVINO GenAI's pruner is what its preparation takes more than unpruned, turn by turn: where the machine's "

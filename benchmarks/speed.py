@@ -230,7 +230,7 @@ def _stage_table(shape: Mapping[str, Any], cases: Mapping[str, Any]) -> str:
             f"| {stages['encode'].median:,.0f} ms | {stages['select'].median:.3g} ms | {stages['prefill']} ms "
             f"| {found['first token']} ms | {gain.median:.2f} of {ideal:.2f} | {gain.median / ideal:.0%} "
             f"| {found['tokens per second'].median:.3g} | {found['cache bytes'] / 1e6:,.1f} MB "
-            f"| {found['resident megabytes']:,.0f} MB |"
+            f"| {found['resident megabytes']:,.0f} MiB |"
         )
     return "\n".join(rows)
 
@@ -251,6 +251,6 @@ def _peer_table(engines: Mapping[str, Any]) -> str:
             rows.append(
                 f"| {name} | {case} | {stages['encode'].median:,.0f} ms | {stages['select'].median:,.0f} ms "
                 f"| {stages['prefill'].median:,.0f} ms | {found['first token']} ms | {first} "
-                f"| {found['tokens per second'].median:.3g} | {rate} | {found['resident megabytes']:,.0f} MB |"
+                f"| {found['tokens per second'].median:.3g} | {rate} | {found['resident megabytes']:,.0f} MiB |"
             )
     return "\n".join(rows)
