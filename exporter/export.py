@@ -310,10 +310,6 @@ class _Export:
             raise ResPruneError(
                 f"{family.title} brings every image to sizes of its own; leave out --max-pixels"
             )
-        if self.options.max_pixels < 1:
-            raise ResPruneError(
-                f"--max-pixels {self.options.max_pixels} is no size of an image; give a number from 1"
-            )
         return replace(checkpoint, image_processor={"max_pixels": self.options.max_pixels})
 
     def _selection(self, family: Family, components: Components) -> Selection:

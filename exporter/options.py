@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from resprune.exporter.early import Request
 from resprune.exporter.trace.quantize import BLOCK, BLOCK_SIZES
 from resprune.runtime.bundle.precisions import parse_dtype
 from resprune.runtime.errors import ResPruneError
@@ -58,7 +59,13 @@ class Options:
             )
         if self.block not in BLOCK_SIZES:
             raise ResPruneError(f"--block {self.block}: the sizes are {', '.join(map(str, BLOCK_SIZES))}")
-        if self.optimize and parse_dtype(self.dtype).element == "bfloat16":
+        if self.max_pixels is not None and self.max_pixels < 1:
+            raise ResPruneError(
+                f"--max-pixels {self.max_pixels} is no size of an image; give a number from 1"
+            )
+        if self.early is not None:
+            Request.parse(self.early)
+        if parse_dtype(self.dtype).element == "bfloat16" and self.optimize:
             raise ResPruneError(
                 "--optimize ort makes a decoder of ONNX Runtime's operators, and its CPU kernels of them know no bf16; "
                 "give --dtype fp16 or fp32, or leave it out"
