@@ -145,7 +145,8 @@ def with_early(component: Component, early: Early, mode: FakeTensorMode) -> Comp
 class _Selecting(nn.Module):
     """Inputs of `module` → its outputs, each [T, C, D], of the tokens that went on, and which they are [T, C].
 
-    These ascend. Where the projector takes a class token too, its row stands before the others.
+    These ascend. Where the projector takes a class token too, its row stands before the others. A plane of an earlier
+    hidden state has the rows of all tokens.
     """
 
     def __init__(self, module: nn.Module, blocks: Sequence[nn.Module], tower: Tower, early: Early) -> None:

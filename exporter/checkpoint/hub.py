@@ -73,14 +73,14 @@ def unreachable(repository: str, revision: str | None) -> str | None:
     found: SimpleQueue[str | None] = SimpleQueue()
 
     def ask() -> None:
+        fault = None
         try:
             HfApi().model_info(repository, revision=revision, timeout=SECONDS)
-        except (HfHubHTTPError, ValueError):  # the hub's own words, which `download` gets as well
-            found.put(None)
+        except (HfHubHTTPError, ValueError):
+            pass  # the hub's own words, which `download` gets as well
         except (OSError, _http_error()) as error:
-            found.put(_reason(error))
-        else:
-            found.put(None)
+            fault = _reason(error)
+        found.put(fault)
 
     Thread(target=ask, daemon=True).start()
     try:

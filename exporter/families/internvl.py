@@ -28,7 +28,7 @@ class _Rows(nn.Module):
         # No ModuleList: the weights are the tower's, under its names.
         self.blocks = tuple(map(_Block, self.tower.encoder.layer))
         self.projector = model.model.multi_modal_projector
-        self.side = _side(config)
+        self.side = int(1 / config.downsample_ratio)  # patches a side of what becomes one token
         self.layer = config.vision_feature_layer
         self.crop = config.vision_feature_select_strategy == "default"
 
@@ -82,11 +82,6 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
 def _features(model: Any, pixel_values: Tensor) -> Tensor:
     features: Tensor = model.get_image_features(pixel_values).pooler_output
     return features
-
-
-def _side(config: Any) -> int:
-    """Patches a side of what becomes one token."""
-    return int(1 / config.downsample_ratio)
 
 
 def _places(model: Any, inputs: tuple[Tensor, ...]) -> Tensor:

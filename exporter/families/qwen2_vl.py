@@ -45,6 +45,8 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
 }
 
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values of the patches, [P, H, d] each."""
 Window = tuple[Tensor | None, Tensor | None]
 """`window_patches` and `window_slots` as `_Vision` takes them; None of a tower without windows."""
 
@@ -114,50 +116,37 @@ class Block(nn.Module):
         bias: Tensor | None,
     ) -> Tensor:
         attend: Any = self._windowed if self.windowed else self._full
-        query, key, value = layer.qkv(hidden).unflatten(1, (3, layer.num_heads, -1)).unbind(1)  # [P, H, d]
+        query, key, value = layer.qkv(hidden).unflatten(1, (3, layer.num_heads, -1)).unbind(1)
         query, key = apply_rotary_pos_emb_vision(query, key, *rotary)
-        mixed: Tensor = layer.proj(attend(query, key, value, layer.scaling, bias, *window))
+        mixed: Tensor = layer.proj(attend((query, key, value), layer.scaling, bias, window))
         return mixed
 
     def _windowed(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        bias: Tensor | None,
-        patches: Tensor,
-        slots: Tensor,
+        self, heads: Heads, scaling: float, bias: Tensor | None, window: tuple[Tensor, Tensor]
     ) -> Tensor:
+        patches, slots = window
         places = patches.clamp(min=0)
         query, key, value = (
             nn.functional.embedding(places, rows.flatten(1))
             .reshape(*places.shape, *rows.shape[1:])
             .transpose(1, 2)
-            for rows in (query, key, value)
+            for rows in heads
         )  # [W, H, L, d]
         seen = 0.0 if bias is None else bias[places]
         mask = torch.where(patches < 0, torch.finfo(torch.float32).min, seen)[:, None, None, :]
         mixed = grouped_attention(query, key, value, mask, scaling, self.dtype)  # [W, L, H, d]
         return nn.functional.embedding(slots, mixed.flatten(2).flatten(0, 1))  # [P, C]
 
-    def _full(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        bias: Tensor | None,
-        *window: Tensor | None,
-    ) -> Tensor:
+    def _full(self, heads: Heads, scaling: float, bias: Tensor | None, window: Window) -> Tensor:
+        query, key, value = heads
         rows = (query * scaling).to(self.dtype).transpose(0, 1)  # [H, P, d]
         columns, mixed = key.to(self.dtype).permute(1, 2, 0), value.to(self.dtype).transpose(0, 1)
-        heads = []
+        every = []
         for head in range(query.shape[1]):
             scores = torch.matmul(rows[head], columns[head]).float()  # [P, P]
             weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
-            heads.append(torch.matmul(weights.to(self.dtype), mixed[head]))
-        return torch.cat(heads, dim=-1).float()  # [P, C]
+            every.append(torch.matmul(weights.to(self.dtype), mixed[head]))
+        return torch.cat(every, dim=-1).float()  # [P, C]
 
 
 def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode) -> Components:

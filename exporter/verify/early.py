@@ -21,10 +21,10 @@ ATTENTION = ("self_attn", "attention", "attn")
 """What transformers calls the attention of a block."""
 
 
-def early_picks(patches: Tensor, count: int) -> Tensor:
-    """The `count` tokens of [T, P, H] that go on, ascending: [T, C]."""
-    gain = torch.ones(patches.shape[:2], device=patches.device)
-    return residual_select(patches, gain, count).sort(dim=1).values
+def early_picks(tokens: Tensor, count: int) -> Tensor:
+    """The `count` tokens of [T, N, H] that go on, ascending: [T, C]."""
+    gain = torch.ones(tokens.shape[:2], device=tokens.device)
+    return residual_select(tokens, gain, count).sort(dim=1).values
 
 
 def early_reference(component: Component, tower: Tower, early: Early) -> Reference:
@@ -38,19 +38,19 @@ def early_reference(component: Component, tower: Tower, early: Early) -> Referen
         with selected_early(model, tower, early.layer, count, own, kept) as picks:
             features = component.reference(model, own)
         (indices,) = picks
-        left = _left(indices, len(places))
         if "pack_indices" in names:
-            return (*_packed(features[0], left, *own[1:]), indices)
-        mask = nn.functional.pad(left, (features[0].shape[1] - len(places), 0), value=True)
+            return (*_packed(features[0], _left(indices, len(places), len(places)), *own[1:]), indices)
+        mask = _left(indices, len(places), features[0].shape[1])
         return (*(plane * mask[:, :, None] for plane in features), mask, indices)
 
     return reference
 
 
-def _left(indices: Tensor, count: int) -> Tensor:
-    """Which of a tile's `count` tokens are among `indices` [T, C]: [T, count] bool."""
-    dropped = torch.zeros(len(indices), count, dtype=torch.bool, device=indices.device)
-    return dropped.scatter(1, indices, True)
+def _left(indices: Tensor, count: int, length: int) -> Tensor:
+    """Which of a tile's `length` rows are left, [T, length] bool: of the last `count` those in `indices` [T, C]."""
+    leading = length - count
+    before = torch.arange(length, device=indices.device).expand(len(indices), -1) < leading
+    return before.scatter(1, leading + indices, True)
 
 
 def _packed(
@@ -125,9 +125,7 @@ def selected_early(
         return spread(args[0]), *args[1:]
 
     def clear(projector: object, args: object, output: Tensor) -> Tensor:
-        left = _left(picks[-1], len(places))
-        left = nn.functional.pad(left, (output.shape[1] - len(places), 0), value=True)
-        return output * left[:, :, None]
+        return output * _left(picks[-1], len(places), output.shape[1])[:, :, None]
 
     blocks = _blocks(module)
     with ExitStack() as stack:
