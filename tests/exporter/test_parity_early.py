@@ -13,10 +13,9 @@ from resprune.runtime.bundle.manifest import Early
 from resprune.runtime.bundle.precisions import PRESETS
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter.hugging_face import HuggingFace, HuggingFaceTiles, HuggingFaceTwoWay
+from tests.exporter.hugging_face import STEPS, HuggingFace, HuggingFaceTiles, HuggingFaceTwoWay
 from tests.exporter.hugging_face_qwen import HuggingFaceQwen
 
-STEPS = 40
 QUESTION = "what colour is the square on the table?"
 OTHER = "how many red circles are there?"
 # Of each variant: --early, what it comes to, K, and attention.
@@ -136,7 +135,6 @@ def test_other_precisions(variant, early, dtype, tiny_bundle):
 @pytest.mark.parametrize(
     ("variant", "early", "says"),
     [
-        ("clip-llama", "8", "LAYER:TOKENS"),
         ("clip-llama", "0:9", "give 1 to 1"),
         ("clip-llama", "2:9", "takes hidden states 2"),
         ("clip-llama", "1:16", "give 1 to 15"),

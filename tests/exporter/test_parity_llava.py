@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter.hugging_face import ImageArray, with_positions
+from tests.exporter.hugging_face import STEPS, ImageArray, with_positions
 
-STEPS = 40
 QUESTION = "what colour is the square on the table?"
 OTHER = "how many red circles are there?"
 # K of each variant: of 16, 36, 25 and 49 visual tokens.

@@ -18,10 +18,9 @@ from resprune.runtime.cli import main
 from resprune.runtime.drawing import GAP, MARGIN, panel_size
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter.hugging_face import HuggingFace, with_positions
+from tests.exporter.hugging_face import STEPS, HuggingFace, with_positions
 from tests.exporter.portable import PORTABLE, domains
 
-STEPS = 40
 QUESTION = "what colour is the square on the table?"
 OTHER = "how many red circles are there?"
 # K of each variant: of up to 88 visual tokens. The smallest picture has fewer than the largest of these.

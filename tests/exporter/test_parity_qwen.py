@@ -22,12 +22,11 @@ from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter.hugging_face import ImageArray
+from tests.exporter.hugging_face import STEPS, ImageArray
 from tests.exporter.hugging_face_qwen import HuggingFaceQwen
 from tests.exporter.portable import PORTABLE, domains
 from tests.tiny_qwen import SPECIAL, TinyQwen, make_model
 
-STEPS = 40
 QUESTION = "what colour is the square on the table?"
 OTHER = "how many red circles are there?"
 # Heights and widths in blocks of 10 pixels: more and fewer than a window, cut windows, long and thin, enlarged.
