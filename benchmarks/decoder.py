@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.bursts import serve
 from benchmarks.measure import THREADS
-from resprune.runtime.backends.backend import Embedding, Request
+from resprune.runtime.backends.backend import BackendFactory, Embedding, Request
 from resprune.runtime.backends.llama_cpp import llamacpp
 from resprune.runtime.backends.onnxruntime import onnxruntime_backend
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions
@@ -31,10 +31,12 @@ def main(spec: dict[str, Any]) -> None:
     """
     bundle = read_bundle(Path(spec["bundle"]), check_hashes=False)
     options = SessionOptions(threads=THREADS)
-    sys.path += [spec["packages"]] if "gguf" in spec else []
-    factory = llamacpp(spec["gguf"]) if "gguf" in spec else onnxruntime_backend
+    engine = "onnxruntime"
+    factory: BackendFactory = onnxruntime_backend
+    if "gguf" in spec:
+        sys.path.append(spec["packages"])
+        engine, factory = "llama-cpp-python", llamacpp(spec["gguf"])
     backend = factory(bundle, Embedding(OrtGraphs(bundle, options)), options)
-    engine = "llama-cpp-python" if "gguf" in spec else "onnxruntime"
     prompt = Prompter(bundle).prompt(spec["question"], 1)
     width = bundle.graph("embed_tokens").outputs[0].shape[-1]
     sampling = Sampling(max_new_tokens=spec["tokens"] + 1, min_new_tokens=spec["tokens"] + 1)
