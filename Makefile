@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-warn-conflicts --constraint constraints.txt
 # Where it is set, as in many images, none would be kept: every process would compile PyTorch's 2,000 modules anew.
 unexport PYTHONDONTWRITEBYTECODE
-# A plain `torch` can fetch gigabytes of CUDA; exporting traces on the CPU.
+# Exporting traces on the CPU; where the index has CUDA's build alone, TORCH=… can name a wheel without its gigabytes.
 TORCH ?= torch==2.13.0
 
 MODEL ?= demo
