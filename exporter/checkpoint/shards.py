@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import operator
 import os
 import struct
 import sys
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 from resprune.exporter.checkpoint.files import read_json, refuse_pointer
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, shown
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -199,7 +200,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise _damaged(path, f"its header does not parse: {error}") from None
     end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=8 + length)
     if end > size:
-        raise _damaged(path, f"it has {size} bytes of {end}")
+        raise _damaged(path, f"it has {size} bytes of {shown(end)}")
     return tensors
 
 
@@ -210,10 +211,10 @@ def _stored(path: Path, entry: Mapping[str, Any], data_start: int) -> StoredTens
         )
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"dtype {entry['dtype']} is not one of {', '.join(DTYPES)}")
-    dtype, shape = DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"])
-    begin, end = (int(value) for value in entry["data_offsets"])
+    dtype, shape = DTYPES[entry["dtype"]], tuple(map(operator.index, entry["shape"]))
+    begin, end = map(operator.index, entry["data_offsets"])
     if begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"shape {list(shape)} does not fill bytes {begin} to {end}")
+        raise ValueError(f"shape {shown([*shape])} does not fill bytes {shown([begin, end])}")
     return StoredTensor(path, dtype, shape, data_start + begin, end - begin)
 
 
