@@ -108,12 +108,14 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] = False
 
 
-def _budget(tokens: object) -> str:
-    """A number, or a string as `Budget` reads it."""
+def _budget(tokens: Any) -> Any:
+    """A number, or a string as it stands, if `Budget` takes it."""
+    text = str(tokens) if type(tokens) is int else tokens
     try:
-        return str(Budget.parse(str(tokens) if type(tokens) is int else tokens))  # type: ignore[arg-type]
+        Budget.parse(text)
     except ResPruneError as error:
         raise pydantic_core.PydanticCustomError("budget", "{reason}", {"reason": str(error)}) from None
+    return text
 
 
 class Extension(Strict):

@@ -13,7 +13,6 @@ from resprune.runtime.drawing import GAP, INK, MARGIN, NUMBERED, VEIL, draw_kept
 from resprune.runtime.families.image import Box, ImageProcessor
 
 Pixels = npt.NDArray[np.uint8]
-YELLOW = np.array([255, 255, 0])
 
 
 def grid(width: float, height: float, columns: int, rows: int = 0) -> list[Box | None]:

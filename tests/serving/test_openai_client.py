@@ -186,7 +186,7 @@ def test_the_extension(serving: Serving) -> None:
     assert got.choices[0].message.content == expected.text
 
 
-@pytest.mark.parametrize(("tokens", "kept"), [(2, 2), ("2", 2), ("20%", 4), ("all", None)])
+@pytest.mark.parametrize(("tokens", "kept"), [(2, 2), ("2", 2), ("20%", 4), ("12.50001%", 3), ("all", None)])
 def test_a_budget_is_a_number_a_share_or_all(serving: Serving, tokens: int | str, kept: int | None) -> None:
     got = serving.client().chat.completions.create(**asked(), extra_body={"resprune": {"tokens": tokens}})
     (seen,) = got.resprune["images"]  # type: ignore[attr-defined]
@@ -224,8 +224,8 @@ def test_a_client_that_is_told_429_asks_again(serve: Callable[..., Serving]) -> 
     assert int(raised.value.response.headers["retry-after"]) >= 1
     assert raised.value.code == "rate_limit_exceeded"
     freeing = threading.Timer(0.5, place.leave)
-    freeing.start()
     start = time.monotonic()
+    freeing.start()
     assert client.chat.completions.create(**asked()).choices[0].message.content
     assert time.monotonic() - start > 0.4
     freeing.join()
