@@ -157,7 +157,7 @@ BODIES = {
 def test_broken_bodies(post: Callable[..., httpx.Response], kind: str) -> None:
     start = time.monotonic()
     refused(post(BODIES[kind]))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < LONGEST_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -325,12 +325,12 @@ def test_a_body_of_200_megabytes(
 
 
 def test_a_slow_body(serve: Callable[..., Serving]) -> None:
-    """Ten seconds for 20 bytes would be too slow for a limit of one second."""
+    """Four seconds for 20 bytes are too slow for a limit of one second."""
     serving = serve(parallel=1, queue=0, limits=Limits(body_seconds=1))
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(serving.address, timeout=LONGEST_SECONDS) as slow:
-        slow.sendall(head + b"Content-Length: 20\r\n\r\n")
         start = time.monotonic()
+        slow.sendall(head + b"Content-Length: 20\r\n\r\n")
         received = b""
         while b"\r\n\r\n" not in received:
             slow.settimeout(0.2)
@@ -339,7 +339,7 @@ def test_a_slow_body(serve: Callable[..., Serving]) -> None:
             except TimeoutError:
                 slow.sendall(b" ")
         assert received.startswith(b"HTTP/1.1 408 ")
-        assert 0.9 < time.monotonic() - start < 5
+        assert time.monotonic() - start > 0.9
     assert serving.client().chat.completions.create(**asked()).choices
 
 
