@@ -28,6 +28,7 @@ from resprune.exporter.checkpoint.weightless import is_fake
 from resprune.exporter.components import Component
 from resprune.exporter.trace.blocks import Blocks
 from resprune.exporter.trace.repeat import expand, firsts_alike, stand_in, traced_once
+from resprune.exporter.trace.translate import translate
 from resprune.runtime.bundle.manifest import TensorSpec
 
 OPSET = 20
@@ -101,24 +102,20 @@ def trace(component: Component, whole: nn.Module, mode: FakeTensorMode, *, repea
         fakes = [mode.from_tensor(tensor) for tensor in example]
         firsts = firsts_alike(component, fakes) if repeat else range(len(component.layers))
     part = _Part(component, firsts)
-    with _quiet(), traced_once(layers, firsts):
+    # Without gradients from the start: code that turns them off would else become a graph of its own in the program.
+    with _quiet(), torch.no_grad(), traced_once(layers, firsts):
         program = torch.export.export(
             part.eval(),
             tuple(fakes[component.inputs.index(spec)] for spec in part.inputs),
             dynamic_shapes=(tuple(map(_dynamic_axes, part.inputs)),),
             strict=False,
         )
-        exported = torch.onnx.export(
+        model = translate(
             program,
             input_names=[spec.name for spec in part.inputs],
             output_names=[spec.name for spec in part.outputs],
             opset_version=OPSET,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-        )
-    assert exported is not None
-    model = exported.model
+        ).model
     names = {id(tensor): name for name, tensor in whole.named_parameters(remove_duplicate=False)}
     pending = _weights_to_inputs(model.graph, part, names)
     optimize_ir(model)

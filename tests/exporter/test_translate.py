@@ -1,0 +1,78 @@
+"""One trace is enough for what the families are made of, and where it is not there is a second."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from resprune.exporter.checkpoint.checkpoint import resolve
+from resprune.exporter.checkpoint.weightless import fake_mode
+from resprune.exporter.families import split_model
+from resprune.exporter.trace import tracer, translate
+from resprune.exporter.trace.tracer import OPSET, trace
+
+
+@pytest.fixture
+def traced_again(monkeypatch: pytest.MonkeyPatch) -> list[ExportedProgram]:
+    """The programs that torch.onnx traces a second time."""
+    programs: list[ExportedProgram] = []
+    own = ExportedProgram.run_decompositions
+
+    def decompose(program: ExportedProgram, table: object = None) -> ExportedProgram:
+        programs.append(program)
+        return own(program, table)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", decompose)
+    return programs
+
+
+@pytest.mark.parametrize(("variant", "part"), [("clip-llama", "decoder"), ("gemma3", "vision")])
+def test_the_graph_is_that_of_tracing_twice(
+    variant: str,
+    part: str,
+    traced_again: list[ExportedProgram],
+    tiny_checkpoint: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint, mode = resolve(str(tiny_checkpoint(variant))), fake_mode()
+    components = split_model(checkpoint, torch.float16, mode)
+    once = trace(getattr(components, part), components.model, mode)
+    assert traced_again == []
+    monkeypatch.setattr(tracer, "translate", translate._export)
+    twice = trace(getattr(components, part), components.model, mode)
+    assert len(traced_again) == 1
+    assert once.weights == twice.weights
+    operators, wanted = (Counter(node.op_type for node in one.model.graph.node) for one in (once, twice))
+    assert operators == wanted
+
+
+class InPlace(nn.Module):
+    def forward(self, values: Tensor) -> Tensor:
+        changed = values * 2
+        kept = changed + 0
+        changed.add_(1)
+        return changed - kept
+
+
+class Counted(nn.Module):
+    def forward(self, values: Tensor) -> Tensor:
+        return torch.count_nonzero(values, 1)
+
+
+@pytest.mark.parametrize("module", [InPlace(), Counted()])
+def test_what_needs_a_second_trace_gets_it(module: nn.Module, traced_again: list[ExportedProgram]) -> None:
+    values = torch.tensor([[0.0, 2.0, 0.5], [1.0, 0.0, 0.0]])
+    program = torch.export.export(module, (values,))
+    model = translate.translate(program, input_names=["values"], output_names=["found"], opset_version=OPSET)
+    assert len(traced_again) == 1
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model.model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    (found,) = session.run(None, {"values": values.numpy()})
+    assert torch.equal(torch.from_numpy(found), module(values))
