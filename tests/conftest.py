@@ -40,6 +40,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
+    gc.set_threshold(
+        20_000, 25, 50
+    )  # a trace makes a million objects, and nearly all go without being looked for
     gc.enable()
 
 
@@ -79,40 +82,20 @@ def tiny_checkpoint(made_once: Make, traced_once: None) -> Callable[[str], Path]
     """Name of a variant of the modules `tests.tiny*` → its checkpoint; to be copied before it is changed."""
     from tests import tiny, tiny_gemma, tiny_qwen, tiny_tiles
 
-    warm: list[str] = []
-
     def checkpoint(variant: str) -> Path:
         modules: tuple[Any, ...] = (tiny, tiny_gemma, tiny_qwen, tiny_tiles)
         module = next(one for one in modules if variant in one.VARIANTS)
-        root = made_once(variant, lambda root: module.write_checkpoint(root, module.VARIANTS[variant]))
-        if not warm:
-            _warm_tracer(root)
-            warm.append(variant)
-        return root
+        return made_once(variant, lambda root: module.write_checkpoint(root, module.VARIANTS[variant]))
 
     return checkpoint
 
 
-def _warm_tracer(root: Path) -> None:
-    """Have the tracer load and make what it needs once a process: the process that traces is forked for each export."""
-    import torch
-
-    from resprune.exporter.checkpoint.checkpoint import resolve
-    from resprune.exporter.checkpoint.weightless import fake_mode
-    from resprune.exporter.families import split_model
-    from resprune.exporter.trace.tracer import trace
-
-    mode = fake_mode()
-    components = split_model(resolve(str(root)), torch.float32, mode)
-    trace(components.embed, components.model, mode)
-
-
 @pytest.fixture(scope="session")
 def traced_once(made_once: Make) -> Iterator[None]:
-    """Exports share what they trace."""
-    from tests import traces
+    """Exports share what they trace, and the processes that run their graphs."""
+    from tests import traces, workers
 
-    with traces.kept(made_once):
+    with traces.kept(made_once), workers.shared():
         yield
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
@@ -17,9 +18,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.onnx._internal.exporter import _decomp
 from torch.onnx._internal.exporter._registration import onnxscript_apis
 from transformers import PreTrainedConfig
 
+from resprune.exporter import export
 from resprune.exporter.checkpoint.weightless import is_fake
 from resprune.exporter.components import Component
 from resprune.exporter.trace import ahead, tracer
@@ -37,7 +40,11 @@ def kept(made_once: Make) -> Iterator[None]:
 
     def trace(component: Component, whole: nn.Module, mode: FakeTensorMode) -> tracer.Traced:
         def write(path: Path) -> None:
-            path.write_bytes(pickle.dumps(tracer.trace(component, whole, mode)))
+            gc.disable()  # it makes millions of objects that stay until it ends
+            try:
+                path.write_bytes(pickle.dumps(tracer.trace(component, whole, mode)))
+            finally:
+                gc.enable()
 
         path = made_once(f"traced-{fingerprint(component, whole)}", write)
         traced: tracer.Traced = pickle.loads(path.read_bytes())
@@ -45,9 +52,26 @@ def kept(made_once: Make) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ahead, "trace", trace)
-        # For each graph it would read the sources of its 500 operators anew, which takes a third of a second.
+        patch.setattr(export, "traced_ahead", _in_turn)
+        # For each graph it would read the sources of its 500 operators anew, and list what they leave to be
+        # decomposed: that takes half a second.
         patch.setattr(onnxscript_apis, "get_torchlib_ops", cache(onnxscript_apis.get_torchlib_ops))
+        table = cache(_decomp.create_onnx_friendly_decomposition_table)
+        patch.setattr(
+            _decomp, "create_onnx_friendly_decomposition_table", lambda ops: dict(table(frozenset(ops)))
+        )
         yield
+
+
+@contextmanager
+def _in_turn(
+    components: Sequence[Component], whole: nn.Module, mode: FakeTensorMode
+) -> Iterator[Iterator[tracer.Traced]]:
+    """As `ahead.traced_ahead`, in this process: to fork what the tests hold takes longer than to read a graph.
+
+    All are traced before anybody builds a model, which must not happen beside it.
+    """
+    yield iter([ahead.trace(component, whole, mode) for component in components])
 
 
 def fingerprint(component: Component, whole: nn.Module) -> str:
