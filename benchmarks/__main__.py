@@ -25,12 +25,14 @@ from benchmarks import (
     growth,
     llamacpp,
     llava_next,
+    losses,
     pages,
     peers,
     precision,
     precision_demo,
     qwen_vl,
     reconstruction,
+    rounding,
     selection,
     separators,
     served,
@@ -66,6 +68,8 @@ PARTS = {
     "served": ("A vLLM that is asked by several at once", served.run, served.table),
     "accuracy": ("The demo model's answers with fewer tokens", accuracy.run, accuracy.table),
     "precision": ("Precisions on trained weights", precision.run, precision.table),
+    "losses": ("What packed weights lose, beside OpenVINO", losses.run, losses.table),
+    "rounding": ("Ways to choose 4-bit numbers", rounding.run, rounding.table),
     "blocks": ("Block sizes and accuracy levels of packed weights", blocks.run, blocks.table),
     "precision_demo": ("Precisions and the demo model's answers", precision_demo.run, precision_demo.table),
     "ablation": ("The method's open choices", ablation.run, ablation.table),
@@ -106,9 +110,9 @@ def main() -> None:
             "table": table(result),
         }
         record["figures"] = plain(result)
+        (HERE / "results" / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n")
         if part in DRAWN:
             DRAWN[part](record["figures"])
-        (HERE / "results" / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n")
         print(f"\n## {title}\n\n{record['table']}\n", flush=True)
     pages.write([*PARTS])
 

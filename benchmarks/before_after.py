@@ -1,7 +1,8 @@
-"""The demo model in this tree and in an older one, question by question in turns.
+"""A model in this tree and in an older one, question by question in turns.
 
 `python -m benchmarks.before_after OLDER_TREE` (a checkout: `git worktree add OLDER_TREE COMMIT`) exports the demo with
 either tree, holds both in processes of their own, and lets them take turns, so that a busy minute hits both alike.
+`--model llava15` does it with random weights of a LLaVA-1.5 of 1.1 B (benchmarks/shapes.py), some 11 GB a tree.
 On a machine that has other work to do look at the ratios of processor time.
 Prints the ratios of this tree to the older one, and writes them as JSON to `--out`.
 """
@@ -21,14 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import machine
+from benchmarks.shapes import REAL, write_picture
+from benchmarks.speed import checkpoint_of
 
 ROOT = Path(__file__).parent.parent
+DEMO = "demo"
 ROOMS = ("runtime", "graphs", "exporter", "evaluation")
 EXPORT = """
 import sys
 from pathlib import Path
 from resprune.exporter.export import Options, export
-export("demo", Path(sys.argv[1]), Options(k=16, split=True, positions="original"), lambda line: None)
+model, out, k, verify = sys.argv[1:]
+options = Options(k=int(k), split=True, positions="original", verify=verify)
+export(model, Path(out), options, lambda line: None)
 """
 # Older trees have no Pipeline at the top.
 ASK = """
@@ -44,15 +50,17 @@ vlm.ask(picture, question, stream=False)
 print(json.dumps({"start": [time.perf_counter() - start[0], time.process_time() - start[1]]}), flush=True)
 for line in sys.stdin:
     start = time.perf_counter(), time.process_time()
-    answer = vlm.ask(picture, question)
+    answer = vlm.ask(picture, question, max_new_tokens=9)
     next(iter(answer))
-    first = time.perf_counter() - start[0], time.process_time() - start[1]
+    told = time.perf_counter(), time.process_time()
+    first = told[0] - start[0], told[1] - start[1]
     answer.finish()
+    decode = time.perf_counter() - told[0], time.process_time() - told[1]
     view = vlm.look(picture)
     whole = time.perf_counter(), time.process_time()
     view.ask(question, tokens=16, max_new_tokens=1, stream=False)
     asked = time.perf_counter() - whole[0], time.process_time() - whole[1]
-    print(json.dumps({"first token": first, "view": asked}), flush=True)
+    print(json.dumps({"first token": first, "decode": decode, "view": asked}), flush=True)
 """
 
 
@@ -80,17 +88,28 @@ def environment(package: Path) -> dict[str, str]:
     return kept | caches | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
 
 
-def measure(older: Path, turns: int, starts: int) -> dict[str, dict[str, list[list[float]]]]:
+def subject(model: str, work: Path) -> tuple[str, Path, str, str]:
+    """Checkpoint, image, K and how far the export compares."""
+    if model == DEMO:
+        return DEMO, ROOT / "demo" / "pictures" / "shapes.png", "16", "full"
+    shape = next(shape for shape in REAL if shape.name == model)
+    picture = work / f"{model}.png"
+    write_picture(shape.picture, picture)
+    return str(checkpoint_of(shape, work).resolve()), picture.resolve(), str(shape.budgets[0]), "layers"
+
+
+def measure(
+    model: str, work: Path, older: Path, turns: int, starts: int
+) -> dict[str, dict[str, list[list[float]]]]:
     """Tree → what was measured → a pair for each turn: seconds, and seconds of processor time."""
-    picture = ROOT / "demo" / "pictures" / "shapes.png"
+    checkpoint, picture, k, verify = subject(model, work)
     samples: dict[str, dict[str, list[list[float]]]] = {"before": {}, "after": {}}
-    with packages(older) as found, tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with packages(older) as found, tempfile.TemporaryDirectory(dir=work) as folder, ExitStack() as stack:
         commands: dict[str, list[str]] = {}
         for name, package in found.items():
-            bundle = str(Path(folder) / name)
-            subprocess.run(
-                [sys.executable, "-c", EXPORT, bundle], check=True, env=environment(package), cwd=folder
-            )
+            bundle = str(Path(folder).resolve() / name)
+            command = [sys.executable, "-c", EXPORT, checkpoint, bundle, k, verify]
+            subprocess.run(command, check=True, env=environment(package), cwd=folder)
             commands[name] = [sys.executable, "-c", ASK, bundle, str(picture)]
 
         def start(name: str) -> subprocess.Popen[str]:
@@ -139,6 +158,8 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("older", type=Path)
+    parser.add_argument("--model", choices=[DEMO, *(shape.name for shape in REAL)], default=DEMO)
+    parser.add_argument("--work", type=Path, default=Path("build/bench"))
     parser.add_argument("--turns", type=int, default=200)
     parser.add_argument("--starts", type=int, default=10)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "before_after.json")
@@ -147,7 +168,8 @@ def main() -> None:
         name: subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=tree, text=True).strip()
         for name, tree in (("before", given.older), ("after", ROOT))
     }
-    found = ratios(measure(given.older.resolve(), given.turns, given.starts))
+    given.work.mkdir(parents=True, exist_ok=True)
+    found = ratios(measure(given.model, given.work, given.older.resolve(), given.turns, given.starts))
     for what, row in found.items():
         print(what, row)
     given.out.parent.mkdir(parents=True, exist_ok=True)

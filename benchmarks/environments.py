@@ -14,10 +14,10 @@ class UnavailableError(Exception):
     """A peer that cannot be installed or cannot take the model; the text is one sentence."""
 
 
-def environment(peer: str, work: Path, *, runtime: bool = False, described: Path = HERE) -> Path:
+def environment(peer: str, work: Path, *, described: Path = HERE) -> Path:
     """The Python of the environment that `requirements-<peer>.txt` in `described` lists, made if it is not there.
 
-    It lies in `work`. `runtime` installs this project's runtime into it as well. Raises `UnavailableError`.
+    It lies in `work`. Raises `UnavailableError`.
     """
     requirements = described / f"requirements-{peer}.txt"
     folder = (work / f"venv-{peer}").resolve()
@@ -28,10 +28,6 @@ def environment(peer: str, work: Path, *, runtime: bool = False, described: Path
     venv.create(folder, with_pip=True, clear=True)
     install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
     checked([*install, "--requirement", str(requirements)], f"{peer} could not be installed")
-    if runtime:
-        checked(
-            [*install, "--editable", str(HERE.parent)], f"the runtime could not be installed beside {peer}"
-        )
     mark.write_text(requirements.read_text())
     return python
 
@@ -44,10 +40,21 @@ def checked(command: Sequence[str], fault: str) -> None:
         raise UnavailableError(f"{fault}: {said[-1]}")
 
 
-def openvino_model(python: Path, checkpoint: Path, folder: Path) -> Path:
-    """`checkpoint` as OpenVINO GenAI takes it, fp32 weights, by optimum-intel."""
-    command = [str(python.with_name("optimum-cli")), "export", "openvino", "--weight-format", "fp32"]
-    command += ["--task", "image-text-to-text", "--model", str(checkpoint), str(folder)]
+def openvino_model(python: Path, checkpoint: Path, folder: Path, weights: str) -> Path:
+    """`checkpoint` as OpenVINO GenAI takes it, by optimum-intel; `weights` is its word for them: fp32, int8, int4."""
+    return _by_optimum(python, checkpoint, folder, weights, "image-text-to-text")
+
+
+def openvino_text_model(python: Path, checkpoint: Path, folder: Path, weights: str) -> Path:
+    """The same of a language model, without its tokenizer."""
+    return _by_optimum(
+        python, checkpoint, folder, weights, "text-generation-with-past", "--disable-convert-tokenizer"
+    )
+
+
+def _by_optimum(python: Path, checkpoint: Path, folder: Path, weights: str, task: str, *options: str) -> Path:
+    command = [str(python.with_name("optimum-cli")), "export", "openvino", "--weight-format", weights]
+    command += ["--task", task, "--model", str(checkpoint), *options, str(folder)]
     checked(command, "optimum-intel could not export the checkpoint")
     return folder
 

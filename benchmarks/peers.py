@@ -1,22 +1,23 @@
-"""The runtime beside OpenVINO GenAI and its pruner, on the same weights."""
+"""The runtime beside OpenVINO GenAI and its pruner, on the same weights and with weights of the same size."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks import environments
 from benchmarks.environments import UnavailableError
-from benchmarks.measure import Timing, bfloat16_in_hardware, processes_take_turns, timing
+from benchmarks.measure import Timing, processes_take_turns, timing
 from benchmarks.plots import stacked
-from benchmarks.shapes import QWEN25VL, Shape
+from benchmarks.shapes import LLAVA, QWEN25VL, Shape
 from benchmarks.speed import (
     RESULTS,
     ROUNDS,
     Subject,
     by_budget,
+    checkpoint_of,
     figures,
     median,
     ours,
@@ -26,49 +27,92 @@ from benchmarks.speed import (
 )
 from resprune.runtime.bundle.files import read_bundle
 
+SHAPES = (QWEN25VL, LLAVA)
 BUNDLES = {
-    "fp32": [],
-    "fp32, --optimize ort": ["--optimize", "ort"],
-    "int8": ["--dtype", "int8"],
-    "int8, --optimize ort": ["--dtype", "int8", "--optimize", "ort"],
+    "fp32": (),
+    "int8": ("--dtype", "int8"),
+    "preset cpu": ("--preset", "cpu"),
 }
+"""What ours is called, and the options of its export."""
+PEERS = {
+    "fp32 weights, bf16": ("fp32", "bf16"),
+    "int8 weights, bf16": ("int8", "bf16"),
+    "int4 weights, bf16": ("int4", "bf16"),
+}
+"""What theirs is called, the weights that optimum-intel writes, and the arithmetic; int4's tower stays in 8 bits."""
+PRUNES = ("qwen2_5_vl",)
+"""Of the families here, those that OpenVINO GenAI's pruner takes."""
 UNPRUNED = "all"
 
 
-def run(work: Path, shape: Shape = QWEN25VL, rounds: int = ROUNDS) -> dict[str, Any]:
-    """First token and tokens/s at the same budgets; ours from every bundle there is, and on OpenVINO's own kernels."""
-    with TemporaryDirectory(dir=work) as bundles:
-        try:
-            python = environments.environment("openvino", work, runtime=True)
-            # OpenVINO cannot take a Loop (runtime/backends/providers.py), so the selection is a graph of its own here,
-            # with one.
-            subjects = {
-                name: prepare(shape, work, Path(bundles), "--body", "unrolled", *options)
-                for name, options in BUNDLES.items()
-            }
-            commands = _commands(shape, subjects, python, Path(bundles))
-        except UnavailableError as error:
-            return {"skipped": f"OpenVINO GenAI is not compared: {error}"}
+def run(work: Path, shapes: Sequence[Shape] = SHAPES, rounds: int = ROUNDS) -> dict[str, Any]:
+    """First token, tokens/s and files of every shape at the same budgets; a family that they do not prune, unpruned."""
+    try:
+        python = environments.environment("openvino", work)
+    except UnavailableError as error:
+        return {"skipped": f"OpenVINO GenAI is not compared: {error}"}
+    return {shape.name: run_shape(shape, work, python, rounds) for shape in shapes}
+
+
+def run_shape(shape: Shape, work: Path, python: Path, rounds: int) -> dict[str, Any]:
+    """One shape; its bundles and models, of several gigabytes, are removed again."""
+    with TemporaryDirectory(dir=work) as folder:
+        subjects = {name: prepare(shape, work, Path(folder), *options) for name, options in BUNDLES.items()}
+        places = {name: subject.bundle for name, subject in subjects.items()}
+        commands = {_ours(name): ours(subject) for name, subject in subjects.items()}
+        faults = {}
+        for name, (weights, arithmetic) in PEERS.items():
+            model = Path(folder) / f"openvino-{weights}"
+            try:
+                places[name] = environments.openvino_model(python, checkpoint_of(shape, work), model, weights)
+            except UnavailableError as error:
+                faults[_theirs(name)] = {"fault": str(error)}
+                continue
+            commands[_theirs(name)] = _peer(shape, subjects["fp32"], python, model, arithmetic)
         lost = {name: _lost(subject) for name, subject in subjects.items()}
+        files = {name: _bytes(place) for name, place in places.items()}
         replies = processes_take_turns(commands, rounds)
-    engines = {name: figures(reply) for name, reply in replies.items()}
     return {
         "words": shape.words,
         "num_tokens": shape.num_tokens,
-        "engines": engines,
+        "engines": {name: figures(reply) for name, reply in replies.items()} | faults,
+        "bytes": {_ours(name) if name in BUNDLES else _theirs(name): size for name, size in files.items()},
         "lost": lost,
         "versions": versions_of(replies),
     }
+
+
+def _ours(name: str) -> str:
+    return f"resprune, {name}"
+
+
+def _theirs(name: str) -> str:
+    return f"OpenVINO GenAI, {name}"
+
+
+def _peer(shape: Shape, subject: Subject, python: Path, model: Path, arithmetic: str) -> list[str]:
+    # Whole percents are all it takes, and it rounds the count; the prompt's length in the table says to what.
+    ratios = {str(k): round(100 * (1 - k / shape.num_tokens)) for k in shape.budgets}
+    kept = ratios if shape.family in PRUNES else {}
+    spec = {"model": str(model), "precision": arithmetic, "ratios": kept | {UNPRUNED: 0}}
+    return worker("peer_openvino", subject, python=str(python), **spec)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def draw(result: Mapping[str, Any]) -> None:
     """The plot of what `run` measured, or of the same as JSON."""
     if "skipped" in result:
         return
-    engines = result["engines"]
-    budgets = by_budget(next(cases for cases in engines.values() if "fault" not in cases))
+    panels = {}
+    for shape in result.values():
+        engines = shape["engines"]
+        budgets = by_budget(next(cases for cases in engines.values() if "fault" not in cases))
+        panels |= {f"{shape['words'].split(':')[0]}, K {case}": _bars(engines, case) for case in budgets}
     stacked(
-        {f"K {case}": _bars(engines, case) for case in budgets},
+        panels,
         ("pixels", "prepare", "encode", "prompt", "select", "prefill"),
         RESULTS / "openvino.png",
         "milliseconds to the first token; OpenVINO GenAI's prepare is tokenizing, encoding and pruning",
@@ -85,58 +129,43 @@ def _lost(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _commands(
-    shape: Shape, subjects: Mapping[str, Subject], python: Path, bundles: Path
-) -> dict[str, list[str]]:
-    plain = subjects["fp32"]
-    model = environments.openvino_model(python, plain.checkpoint, bundles / "openvino")
-    # Whole percents are all it takes, and it rounds the count; the prompt's length in the table says to what.
-    ratios = {str(k): round(100 * (1 - k / shape.num_tokens)) for k in shape.budgets} | {UNPRUNED: 0}
-    commands = {f"resprune, {name}": ours(subject) for name, subject in subjects.items()}
-    commands["resprune, fp32, on OpenVINO's provider"] = ours(
-        plain, python=str(python), providers=["openvino", "cpu"]
-    )
-    for precision in ("f32", "bf16") if bfloat16_in_hardware() else ("f32",):
-        commands[f"OpenVINO GenAI, {precision}"] = worker(
-            "peer_openvino", plain, python=str(python), model=str(model), precision=precision, ratios=ratios
-        )
-    return commands
-
-
 def table(result: dict[str, Any]) -> str:
-    """The figures as Markdown."""
+    """The figures as Markdown, shape by shape."""
     if "skipped" in result:
         return str(result["skipped"])
-    engines = result["engines"]
-    theirs = [name for name in engines if name.startswith("OpenVINO")]
-    head = " | ".join(f"of {name}" for name in theirs)
+    plot = "![Milliseconds to the first token, by stage](results/openvino.png)"
+    return "\n\n".join([plot, *(_shape_table(shape) for shape in result.values())])
+
+
+def _shape_table(shape: Mapping[str, Any]) -> str:
+    engines = shape["engines"]
+    theirs = [_theirs(name) for name in PEERS]
     rows = [
-        f"**{result['words']}**, N {result['num_tokens']}.",
+        f"**{shape['words']}**, N {shape['num_tokens']}. Ratios are against OpenVINO GenAI in the same turn, with the "
+        "weights that the column names; where it does not prune the family, against its prompt of all tokens.",
         "",
-        "![Milliseconds to the first token, by stage](results/openvino.png)",
-        "",
-        f"| | K | prompt | its pruner | of the first token | prefill | first token | {head} | tokens/s | resident |",
-        "|---|---|---|---|---|---|---|" + "---|" * len(theirs) + "---|---|",
+        "| | K | prompt | its pruner | prefill | first token | "
+        + " | ".join(f"of {weights}" for weights, _ in PEERS.values())
+        + " | tokens/s | of int4 | resident | files |",
+        "|---|---|---|---|---|---|" + "---|" * len(theirs) + "---|---|---|---|",
     ]
     for name, cases in engines.items():
         if "fault" in cases:
-            rows.append(f"| {name} | – | {cases['fault']} |" + " |" * (6 + len(theirs)))
+            rows.append(f"| {name} | – | {cases['fault']} |" + " |" * (len(theirs) + 7))
             continue
         for case in by_budget(cases):
             found = cases[case]
             pruner = _pruner(cases, case)
-            first = found["first token, samples"]
             against = " | ".join(
-                str(ratio(first, engines[other][case]["first token, samples"]))
-                if "fault" not in engines[other] and other != name
-                else "–"
+                _against(found, engines[other], case, "first token, samples") if other != name else "–"
                 for other in theirs
             )
+            rate = _against(found, engines[theirs[-1]], case, "tokens per second, samples")
             rows.append(
                 f"| {name} | {case} | {found['prompt tokens']} | {pruner.median:,.3g} ms "
-                f"| {pruner.median / found['first token'].median:.1%} | {found['stages']['prefill'].median:,.0f} ms "
-                f"| {found['first token']} ms | {against} | {found['tokens per second'].median:.3g} "
-                f"| {found['resident megabytes']:,.0f} MiB |"
+                f"| {found['stages']['prefill'].median:,.0f} ms | {found['first token']} ms | {against} "
+                f"| {found['tokens per second'].median:.3g} | {rate if name != theirs[-1] else '–'} "
+                f"| {found['resident megabytes']:,.0f} MiB | {shape['bytes'][name] / 1e9:.2f} GB |"
             )
     note = (
         "OpenVINO GenAI's pruner is what its preparation takes more than unpruned, turn by turn: where the machine's "
@@ -144,11 +173,18 @@ def table(result: dict[str, Any]) -> str:
     )
     losses = [
         f"{name}: {output} by {found['max_diff']:.3g} of {found['scale']:.3g}"
-        for name, outputs in result["lost"].items()
+        for name, outputs in shape["lost"].items()
         for output, found in outputs.items()
     ]
     lost = f"The largest difference from PyTorch in fp32, of the largest magnitude: {'; '.join(losses)}."
-    return "\n".join([*rows, "", note, "", lost, "", versions_said(result["versions"])])
+    return "\n".join([*rows, "", note, "", lost, "", versions_said(shape["versions"])])
+
+
+def _against(found: Mapping[str, Any], other: Mapping[str, Any], case: str, samples: str) -> str:
+    """A ratio to another engine at the same K, or to all tokens if it has no other."""
+    if "fault" in other:
+        return "–"
+    return str(ratio(found[samples], other.get(case, other[UNPRUNED])[samples]))
 
 
 def _pruner(cases: Mapping[str, Any], case: str) -> Timing:
@@ -165,7 +201,7 @@ def _bars(engines: Mapping[str, Any], case: str) -> dict[str, dict[str, float]]:
     return {
         name: {stage: median(value) for stage, value in cases[case]["stages"].items()}
         for name, cases in engines.items()
-        if "fault" not in cases
+        if case in cases
     }
 
 

@@ -6,12 +6,14 @@ The loss is of benchmarks/pretrained.py's model on English text after a real pic
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from benchmarks.measure import THREADS, exported, take_turns
 from benchmarks.pretrained import write_pretrained
@@ -74,7 +76,7 @@ ENGLISH = Path(__file__).with_name("texts") / "english.txt"
 DEMO_PICTURES = Path(__file__).parents[1] / "demo" / "pictures"
 
 
-class _Opened:
+class Opened:
     """A bundle on the CPU, with a prompt in its cache to be stepped on."""
 
     def __init__(self, bundle: Bundle) -> None:
@@ -104,6 +106,12 @@ class _Opened:
             embeds, np.concatenate([prompt.position_ids, following], axis=1), np.ones((1, length), np.int64)
         )
 
+    def text_alone(self, ids: NDArray[np.int64]) -> Spliced:
+        """A prompt of these tokens and nothing else."""
+        return Spliced(
+            self.walk.embed_tokens(ids[None]), np.arange(len(ids))[None], np.ones((1, len(ids)), np.int64)
+        )
+
     def first_token(self) -> None:
         self.prefill(self.spliced(PICTURES[0]))
 
@@ -122,16 +130,16 @@ def run(work: Path) -> dict[str, Any]:
     checkpoint = write_pretrained(work / "pretrained")
     figures: dict[str, Any] = {"trained": {}}
     reference: dict[str, Any] = {}
-    opened: dict[str, _Opened] = {}
+    opened: dict[str, Opened] = {}
     for name, options in KINDS.items():
         path = exported(checkpoint, work / f"pretrained-{file_name(name)}", "-k", str(K), *options)
         bundle = read_bundle(path, check_hashes=False)
-        opened[name] = one = _Opened(bundle)
-        found = _answers(path) | _logits(one)
+        opened[name] = one = Opened(bundle)
+        found = _answers(path) | _text_after_images(one)
         reference = reference or found
         figures["trained"][name] = _sizes(bundle) | _losses(bundle, found, reference)
         print(name, figures["trained"][name], flush=True)  # the parts of it are long
-    ids = _text(next(iter(opened.values())).bundle)[0]
+    ids = text_ids(next(iter(opened.values())).bundle)[0]
     prompts = {name: one.with_text(PICTURES[0], ids) for name, one in opened.items()}
     figures["first token"] = take_turns({name: one.first_token for name, one in opened.items()}, REPEATS)
     figures["prefill"] = take_turns(
@@ -147,7 +155,7 @@ def file_name(kind: str) -> str:
     return kind.replace("--preset ", "").replace(", ", "-").replace(" ", "-")
 
 
-def _text(bundle: Bundle) -> list[NDArray[np.int64]]:
+def text_ids(bundle: Bundle) -> list[NDArray[np.int64]]:
     """Token ids of the text after each picture, HALF each."""
     ids = load_tokenizer(bundle).encode(ENGLISH.read_text(), add_special_tokens=False).ids
     return [np.array(ids[start : start + HALF]) for start in range(0, HALF * len(PICTURES), HALF)]
@@ -171,26 +179,45 @@ def _answers(path: Path) -> dict[str, Any]:
     }
 
 
-def _logits(opened: _Opened) -> dict[str, Any]:
+def _text_after_images(opened: Opened) -> dict[str, Any]:
     """Logits [S, vocabulary] of the text after each picture, and the tokens that followed in truth."""
-    wide = every_position(opened.bundle.graph_path("decoder_model_merged"))
+    texts = text_ids(opened.bundle)
+    prompts = [opened.with_text(picture, ids) for picture, ids in zip(PICTURES, texts, strict=True)]
+    return text_logits(opened.bundle, prompts, texts)
+
+
+def text_logits(
+    bundle: Bundle,
+    prompts: Sequence[Spliced],
+    texts: Sequence[NDArray[np.int64]],
+    decoder: Path | None = None,
+) -> dict[str, Tensor]:
+    """Logits [S, vocabulary] of the texts with which prompts end, and the tokens that followed in truth.
+
+    `decoder` is another graph that takes the place of the bundle's, and has logits at every position.
+    """
+    wide = decoder or every_position(bundle.graph_path("decoder_model_merged"))
     try:
         session: Any = new_session(str(wide), session_settings(THREADS), [CPU])
     finally:
-        wide.unlink()
+        if decoder is None:
+            wide.unlink()
     logits, wanted = [], []
-    for picture, ids in zip(PICTURES, _text(opened.bundle), strict=True):
-        whole = opened.with_text(picture, ids)
-        feeds = {tensor.name: _empty(tensor) for tensor in opened.bundle.graph("decoder_model_merged").inputs}
-        feeds |= {
-            "inputs_embeds": whole.inputs_embeds,
-            "attention_mask": whole.attention_mask,
-            "position_ids": whole.position_ids,
-        }
-        (rows,) = session.run(["logits"], feeds)
+    for prompt, ids in zip(prompts, texts, strict=True):
+        (rows,) = session.run(["logits"], decoder_feeds(bundle, prompt))
         logits.append(torch.from_numpy(rows[0, -len(ids) : -1]).float())
         wanted.append(torch.from_numpy(ids[1:]))
     return {"logits": torch.cat(logits), "wanted": torch.cat(wanted)}
+
+
+def decoder_feeds(bundle: Bundle, prompt: Spliced) -> dict[str, NDArray[Any]]:
+    """What a decoder takes of a prompt that nothing came before."""
+    feeds = {tensor.name: _empty(tensor) for tensor in bundle.graph("decoder_model_merged").inputs}
+    return feeds | {
+        "inputs_embeds": prompt.inputs_embeds,
+        "attention_mask": prompt.attention_mask,
+        "position_ids": prompt.position_ids,
+    }
 
 
 def _empty(tensor: TensorSpec) -> NDArray[Any]:
@@ -220,7 +247,7 @@ def _losses(bundle: Bundle, found: dict[str, Any], reference: dict[str, Any]) ->
     vision = Path(bundle.graph("vision_select").file).stem
     outputs = bundle.manifest.parity["outputs"]
     return {
-        "perplexity": math.exp(torch.nn.functional.cross_entropy(logits, found["wanted"])),
+        "perplexity": perplexity(logits, found["wanted"]),
         "agreement": float((logits.argmax(1) == wanted.argmax(1)).double().mean()),
         "snr": None if noise == 0 else 10 * math.log10(float(wanted.double().square().sum()) / noise),
         "image snr": outputs[vision]["image_features"].get("snr"),
@@ -232,6 +259,11 @@ def _losses(bundle: Bundle, found: dict[str, Any], reference: dict[str, Any]) ->
         ),
         "picks": sum(kept) / sum(map(len, reference["picks"])),
     }
+
+
+def perplexity(logits: Tensor, wanted: Tensor) -> float:
+    """Of the tokens that followed, `wanted` [S], by logits [S, vocabulary]."""
+    return math.exp(torch.nn.functional.cross_entropy(logits, wanted))
 
 
 def table(result: dict[str, Any]) -> str:

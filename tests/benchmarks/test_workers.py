@@ -125,20 +125,36 @@ def test_without_llama_cpp_its_fault_stands_beside_our_figures(
 def test_beside_openvino_the_losses_of_our_own_are_told(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Without OpenVINO: its faults stand beside our own figures."""
+
     def prepared(shape: Shape, work: Path, bundles: Path, *options: str) -> Subject:
         return prepare(shape, work, bundles, *options) if "int8" in options else subject
 
-    for name in ("fp32, --optimize ort", "int8, --optimize ort"):
-        monkeypatch.delitem(peers.BUNDLES, name)
+    def model(python: Path, checkpoint: Path, folder: Path, weights: str) -> Path:
+        if weights == "int4":
+            raise environments.UnavailableError("optimum-intel could not export the checkpoint: no int4")
+        return folder
+
+    monkeypatch.delitem(peers.BUNDLES, "preset cpu")
     monkeypatch.setattr(peers, "prepare", prepared)
     monkeypatch.setattr(peers, "RESULTS", tmp_path)
     monkeypatch.setattr(environments, "environment", lambda *arguments, **options: Path(sys.executable))
-    monkeypatch.setattr(environments, "openvino_model", lambda python, checkpoint, folder: folder)
-    result = peers.run(tmp_path, SMALL, rounds=1)
-    assert result["lost"]["fp32"]["logits"]["max_diff"] < 1e-4 < result["lost"]["int8"]["logits"]["max_diff"]
-    assert "openvino" in result["engines"]["OpenVINO GenAI, f32"]["fault"]
+    monkeypatch.setattr(environments, "openvino_model", model)
+    result = peers.run(tmp_path, [SMALL], rounds=1)
+    (shape,) = result.values()
+    assert shape["lost"]["fp32"]["logits"]["max_diff"] < 1e-4 < shape["lost"]["int8"]["logits"]["max_diff"]
+    assert "openvino" in shape["engines"]["OpenVINO GenAI, int8 weights, bf16"]["fault"]
+    assert shape["bytes"]["resprune, int8"] < shape["bytes"]["resprune, fp32"]
     text = peers.table(result)
     assert "int8: image_features by 0.0" in text
     assert "| resprune, int8 | all | " in text
+    assert "int4 weights, bf16 | – | optimum-intel could not export the checkpoint: no int4" in text
+    # A family that they do not prune is compared with their prompt of all tokens.
+    theirs = "OpenVINO GenAI, int8 weights, bf16"
+    shape["engines"][theirs] = {"all": shape["engines"]["resprune, int8"]["all"]}
+    shape["bytes"][theirs] = 1
+    lines = [line for line in peers.table(result).splitlines() if line.startswith("| resprune, int8")]
+    assert len(lines) == 4
+    assert all(line.split(" | ")[7] != "–" for line in lines)
     peers.draw(result)
     assert (tmp_path / "openvino.png").exists()
