@@ -104,7 +104,7 @@ def measure(
     """Tree → what was measured → a pair for each turn: seconds, and seconds of processor time."""
     checkpoint, picture, k, verify = subject(model, work)
     samples: dict[str, dict[str, list[list[float]]]] = {"before": {}, "after": {}}
-    with packages(older) as found, tempfile.TemporaryDirectory(dir=work) as folder, ExitStack() as stack:
+    with packages(older) as found, tempfile.TemporaryDirectory(dir=work) as folder:
         commands: dict[str, list[str]] = {}
         for name, package in found.items():
             bundle = str(Path(folder).resolve() / name)
@@ -112,9 +112,10 @@ def measure(
             subprocess.run(command, check=True, env=environment(package), cwd=folder)
             commands[name] = [sys.executable, "-c", ASK, bundle, str(picture)]
 
-        def start(name: str) -> subprocess.Popen[str]:
+        def start(name: str, stack: ExitStack) -> subprocess.Popen[str]:
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             process = subprocess.Popen(commands[name], env=environment(found[name]), cwd=folder, **pipes)
+            stack.callback(process.wait)
             stack.callback(process.kill)
             note(name, process)
             return process
@@ -124,17 +125,16 @@ def measure(
             for what, pair in json.loads(process.stdout.readline()).items():
                 samples[name].setdefault(what, []).append(pair)
 
-        for turn in range(starts):
-            for name in (*commands,) if turn % 2 else (*reversed(commands),):
-                start(name).communicate()
-        open_ = {name: start(name) for name in commands}
-        for turn in range(turns):
-            for name in (*open_,) if turn % 2 else (*reversed(open_),):
-                process = open_[name]
-                assert process.stdin is not None
-                process.stdin.write("\n")
-                process.stdin.flush()
-                note(name, process)
+        for number in range(starts):  # where a process has its memory makes it faster or slower than the next
+            order = [*commands] if number % 2 else [*reversed(commands)]
+            with ExitStack() as stack:
+                open_ = {name: start(name, stack) for name in order}
+                for _ in range(turns // starts):
+                    for name, process in open_.items():
+                        assert process.stdin is not None
+                        process.stdin.write("\n")
+                        process.stdin.flush()
+                        note(name, process)
     return samples
 
 
