@@ -45,10 +45,16 @@ def openvino_model(python: Path, checkpoint: Path, folder: Path, weights: str) -
     return _by_optimum(python, checkpoint, folder, weights, "image-text-to-text")
 
 
-def openvino_text_model(python: Path, checkpoint: Path, folder: Path, weights: str) -> Path:
+def openvino_text_model(python: Path, checkpoint: Path, folder: Path, weights: str, *options: str) -> Path:
     """The same of a language model, without its tokenizer."""
     return _by_optimum(
-        python, checkpoint, folder, weights, "text-generation-with-past", "--disable-convert-tokenizer"
+        python,
+        checkpoint,
+        folder,
+        weights,
+        "text-generation-with-past",
+        "--disable-convert-tokenizer",
+        *options,
     )
 
 

@@ -38,8 +38,6 @@ KINDS = {
     "int8": ("--dtype", "int8"),
     "q8": ("--dtype", "q8"),
     "q4": ("--dtype", "q4"),
-    "q4, blocks of 64": ("--dtype", "q4", "--block", "64"),
-    "q4, blocks of 128": ("--dtype", "q4", "--block", "128"),
 } | {PRESET.format(name): ("--preset", name) for name in PRESETS if name != "gpu"}
 """The preset for GPUs is fp16."""
 K = 64
