@@ -22,17 +22,18 @@ DEFAULTS = (None, [1, 1], "valid")
 
 def translate(program: ExportedProgram, **options: Any) -> ONNXProgram:
     """`torch.onnx.export` with `options`; with a second trace where an operator is left that needs one."""
+    if any(_mutates(node) for node in program.graph.nodes):
+        return _export(program, **options)
     for node in list(program.graph.nodes):
         if (rename := RENAMED.get(node.target)) is not None:
             rename(node)
-    if not any(_mutates(node) for node in program.graph.nodes):
-        vars(program)["run_decompositions"] = lambda table: program
-        try:
-            return _export(program, **options)
-        except OnnxExporterError:  # an operator that is known only when it is decomposed
-            pass
-        finally:
-            del vars(program)["run_decompositions"]
+    vars(program)["run_decompositions"] = lambda table: program
+    try:
+        return _export(program, **options)
+    except OnnxExporterError:  # an operator that is known only when it is decomposed
+        pass
+    finally:
+        del vars(program)["run_decompositions"]
     return _export(program, **options)
 
 
@@ -43,7 +44,10 @@ def _export(program: ExportedProgram, **options: Any) -> ONNXProgram:
 
 
 def _mutates(node: fx.Node) -> bool:
-    """Whether it changes a value in place: only a second trace writes that without."""
+    """Whether it changes a value in place.
+
+    A second trace alone writes that without; and a cast to the same type, left out here, may be the copy that changes.
+    """
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 

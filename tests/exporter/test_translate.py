@@ -60,12 +60,19 @@ class InPlace(nn.Module):
         return changed - kept
 
 
+class CopyInPlace(nn.Module):
+    def forward(self, values: Tensor) -> Tensor:
+        copy = values.to(torch.float32, copy=True)
+        copy.add_(1)
+        return copy - values
+
+
 class Counted(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         return torch.count_nonzero(values, 1)
 
 
-@pytest.mark.parametrize("module", [InPlace(), Counted()])
+@pytest.mark.parametrize("module", [InPlace(), CopyInPlace(), Counted()])
 def test_what_needs_a_second_trace_gets_it(module: nn.Module, traced_again: list[ExportedProgram]) -> None:
     values = torch.tensor([[0.0, 2.0, 0.5], [1.0, 0.0, 0.0]])
     program = torch.export.export(module, (values,))
