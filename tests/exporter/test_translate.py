@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from resprune.exporter.checkpoint.checkpoint import resolve
@@ -45,11 +45,43 @@ def test_the_graph_is_that_of_tracing_twice(
     once = trace(getattr(components, part), components.model, mode)
     assert traced_again == []
     monkeypatch.setattr(tracer, "translate", translate._export)
+    monkeypatch.setattr(translate, "type_promotion", None)
     twice = trace(getattr(components, part), components.model, mode)
     assert len(traced_again) == 1
     assert once.weights == twice.weights
     operators, wanted = (Counter(node.op_type for node in one.model.graph.node) for one in (once, twice))
     assert operators == wanted
+
+
+class Mixed(nn.Module):
+    def forward(self, values: Tensor, counts: Tensor) -> Tensor:
+        halves = values.half()
+        shares = counts / counts.sum()
+        added = torch.where(counts > 1, values + halves, shares * counts) + counts.sqrt()
+        return (added, halves * counts + counts.size(0))[1] * added.double()
+
+
+def test_casts_are_those_of_running_the_program_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = torch.tensor([0.25, 2.0, 0.5]), torch.tensor([1, 4, 9])
+    axes = ({0: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC})
+
+    def write() -> bytes:
+        program = torch.export.export(Mixed(), example, dynamic_shapes=axes)
+        names = {"input_names": ["values", "counts"], "output_names": ["found"]}
+        model = translate.translate(program, **names, opset_version=OPSET)
+        return ir.to_proto(model.model).SerializeToString(deterministic=True)
+
+    runs: list[object] = []
+    own = fx.Interpreter.run_node
+    monkeypatch.setattr(fx.Interpreter, "run_node", lambda self, n: runs.append(n.target) or own(self, n))
+    known = write()
+    assert torch.ops.aten.sum.default not in runs
+    monkeypatch.setattr(translate, "type_promotion", None)  # as of a torch that has it elsewhere
+    assert known == write()
+    assert torch.ops.aten.sum.default in runs
+    session = onnxruntime.InferenceSession(known, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"values": example[0].numpy(), "counts": example[1].numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), Mixed()(*example))
 
 
 class InPlace(nn.Module):
