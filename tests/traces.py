@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.onnx._internal.exporter import _decomp
-from torch.onnx._internal.exporter._registration import onnxscript_apis
 from transformers import PreTrainedConfig
 
 from resprune.exporter import export
@@ -53,9 +52,7 @@ def kept(made_once: Make) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ahead, "trace", trace)
         patch.setattr(export, "traced_ahead", _in_turn)
-        # For each graph it would read the sources of its 500 operators anew, and list what they leave to be
-        # decomposed: that takes half a second.
-        patch.setattr(onnxscript_apis, "get_torchlib_ops", cache(onnxscript_apis.get_torchlib_ops))
+        # For each graph it would list anew what 500 operators leave to be decomposed.
         table = cache(_decomp.create_onnx_friendly_decomposition_table)
         patch.setattr(
             _decomp, "create_onnx_friendly_decomposition_table", lambda ops: dict(table(frozenset(ops)))

@@ -1,17 +1,15 @@
-"""From a traced program to an ONNX graph, without tracing it a second and a third time.
+"""From a traced program to an ONNX graph, without tracing it a second time.
 
 torch.onnx traces a program once more to decompose the operators that its translator does not know, which takes as long
 as the first trace. Of what Hugging Face's towers and decoders are made of, these are a handful, and each is another
-name of one that it knows: they are renamed here. It runs the program again to write out the casts that operators do
-to their arguments; what each of them gives is known from the trace.
+name of one that it knows: they are renamed here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import fx
@@ -19,9 +17,9 @@ from torch.export import ExportedProgram
 from torch.onnx import OnnxExporterError, ONNXProgram
 
 try:
-    from torch.onnx._internal.fx.passes import type_promotion
-except ImportError:  # it is private
-    type_promotion = None  # type: ignore[assignment]
+    from resprune.exporter.trace.shortcuts import shortcuts
+except ImportError:  # of a torch without them
+    shortcuts = nullcontext  # type: ignore[assignment]
 
 aten = torch.ops.aten
 DEFAULTS = (None, [1, 1], "valid")
@@ -45,29 +43,8 @@ def translate(program: ExportedProgram, **options: Any) -> ONNXProgram:
     return _export(program, **options)
 
 
-def _values_known() -> AbstractContextManager[object]:
-    """While it lasts, the pass that writes out casts does not run the program; nothing changes in a torch without it.
-
-    A cast that it writes changes neither shape nor type of what the operator gives, so the trace's values hold.
-    """
-    own = getattr(type_promotion, "_TypePromotionInterpreter", None)
-    if own is None:
-        return nullcontext()
-
-    class Interpreter(own):  # type: ignore[misc, valid-type]
-        def run_node(self, n: fx.Node) -> Any:
-            if n.op != "call_function" or "val" not in n.meta:
-                return super().run_node(n)
-            with self._set_current_node(n):
-                if rule := type_promotion.get_type_promotion_rule(n, self.type_promotion_table):
-                    self._maybe_promote_node(n, rule)
-            return n.meta["val"]
-
-    return patch.object(type_promotion, own.__name__, Interpreter)
-
-
 def _export(program: ExportedProgram, **options: Any) -> ONNXProgram:
-    with _values_known():
+    with shortcuts():
         exported = torch.onnx.export(program, **options, dynamo=True, optimize=False, verbose=False)
     assert exported is not None
     return exported

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import onnx_ir as ir
@@ -45,7 +46,7 @@ def test_the_graph_is_that_of_tracing_twice(
     once = trace(getattr(components, part), components.model, mode)
     assert traced_again == []
     monkeypatch.setattr(tracer, "translate", translate._export)
-    monkeypatch.setattr(translate, "type_promotion", None)
+    monkeypatch.setattr(translate, "shortcuts", nullcontext)
     twice = trace(getattr(components, part), components.model, mode)
     assert len(traced_again) == 1
     assert once.weights == twice.weights
@@ -76,7 +77,7 @@ def test_casts_are_those_of_running_the_program_again(monkeypatch: pytest.Monkey
     monkeypatch.setattr(fx.Interpreter, "run_node", lambda self, n: runs.append(n.target) or own(self, n))
     known = write()
     assert torch.ops.aten.sum.default not in runs
-    monkeypatch.setattr(translate, "type_promotion", None)  # as of a torch that has it elsewhere
+    monkeypatch.setattr(translate, "shortcuts", nullcontext)  # as of a torch that has them elsewhere
     assert known == write()
     assert torch.ops.aten.sum.default in runs
     session = onnxruntime.InferenceSession(known, providers=["CPUExecutionProvider"])
