@@ -1,5 +1,6 @@
 """Questions about a few made-up pictures, as a user writes them down."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -12,6 +13,12 @@ QUESTIONS = (
     ("how many red circles are there?", "two", "count"),
     ("is there a cat?", "yes", ""),
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    """lmms-eval looks for garbage after every run, among all that a process of many tests holds."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
