@@ -17,7 +17,7 @@ from benchmarks.checkpoints import write_llava15_vision
 from benchmarks.measure import THREADS, exported, take_turns, timing
 from benchmarks.shapes import LLAVA, QUESTION, Shape, write_picture
 from benchmarks.speed import checkpoint_of
-from benchmarks.stages import Stages, text_rows
+from benchmarks.stages import Stages
 from resprune.runtime.backends.providers import CPU, new_session
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions, session_settings
 from resprune.runtime.bundle.files import read_bundle
@@ -102,7 +102,7 @@ def first_token(work: Path, options: tuple[str, ...] = ()) -> dict[str, Any]:
 
     def select(walk: Walk) -> KeptTokens:
         image = walk.preprocessor(load_image(picture))
-        return walk.select(Encoded([image], None), [text_rows(prompt)], [K])[0]
+        return walk.select(Encoded([image], None), [stages.walk.keywords(*prompt)], [K])[0]
 
     def ask(walk: Walk) -> None:
         stages.prefill(stages.prompt(QUESTION), select(walk))

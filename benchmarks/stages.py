@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +18,57 @@ import onnxruntime as ort
 from benchmarks.measure import THREADS, sample_stages
 from resprune.runtime.backends.onnxruntime import OrtSequence, onnxruntime_decoder
 from resprune.runtime.backends.providers import CPU
-from resprune.runtime.backends.session import OrtGraphs, SessionOptions, session_settings
+from resprune.runtime.backends.session import (
+    Array,
+    GraphRunner,
+    OrtGraphs,
+    SessionOptions,
+    session_settings,
+)
 from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.families.image import load_image
 from resprune.runtime.families.preprocessor import PreparedImage
 from resprune.runtime.prompt.prompter import Prompt, Prompter
-from resprune.runtime.prompt.splice import Floats, KeptTokens, cut_picks, keep_all
-from resprune.runtime.walk import Encoded, Walk
+from resprune.runtime.prompt.splice import Floats, KeptTokens, keep_all
+from resprune.runtime.walk import Encoded, Features, Walk
 
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class Selector:
-    """A stand-alone selector, exported for one K: a graph for a larger one would run as many picks as that has."""
+    """A `GraphRunner` whose `token_select` is a file for one K: one for a larger K runs as many picks as that."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, graphs: GraphRunner, path: str) -> None:
         settings = session_settings(THREADS)
         self.session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+        self.open, self.close = graphs.open, graphs.close
 
-    def __call__(self, picture: PreparedImage, features: Floats, text: Floats) -> KeptTokens:
-        """The tokens it keeps of `features` [N, D] for `text` [M, D]."""
-        feeds = {
-            "image_features": features[None],
-            "text_embeds": text[None],
-            "text_mask": np.ones((1, len(text)), dtype=bool),
-            "token_mask": np.ones((1, len(features)), dtype=bool),
-        }
-        names = ["kept_features", "kept_indices", "pick_order"]
-        rows, indices, order = (array[0] for array in self.session.run(names, feeds))
-        return cut_picks(picture, rows, indices, order, None)
+    def run(self, graph: str, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        assert graph == "token_select"
+        return list(self.session.run(list(outputs), dict(feeds)))
 
 
 class Stages:
     """A split bundle, opened; the unpruned prompt goes the same way as a pruned one, without a selection.
 
-    `selectors` are graphs by the K that they are for.
+    `selectors` are graphs' files by the K that they are for.
     """
 
     def __init__(
         self,
         bundle: Bundle,
         providers: Sequence[str] = (CPU,),
-        selectors: Mapping[int, Selector] | None = None,
+        selectors: Mapping[int, str] | None = None,
     ) -> None:
         options = SessionOptions(providers, THREADS)
         self.manifest = bundle.manifest
         self.prompter = Prompter(bundle)
-        self.walk = Walk(bundle, OrtGraphs(bundle, options))
+        graphs = OrtGraphs(bundle, options)
+        self.walk = Walk(bundle, graphs)
         self.decoder = onnxruntime_decoder(bundle, self.walk.embed_tokens, options)
-        self.selectors = selectors or {}
+        self.selecting = {
+            k: Walk(of_budget(bundle, k), Selector(graphs, path)) for k, path in (selectors or {}).items()
+        }
         self.sequence: OrtSequence | None = None
 
     def pixels(self, picture: Path) -> PreparedImage:
@@ -89,7 +92,8 @@ class Stages:
         """`k` of `features` [N, D] by the selector for that K, or all of them."""
         if k is None:
             return keep_all(pixels, features)
-        return self.selectors[k](pixels, features, text_rows(prompt))
+        encoded = Encoded([pixels], [Features(features)])
+        return self.selecting[k].select(encoded, [self.walk.keywords(*prompt)], [k])[0]
 
     def prefill(self, prompt: tuple[Prompt, Floats], kept: KeptTokens) -> tuple[int, int]:
         """The length of the prompt, and the first token."""
@@ -112,19 +116,20 @@ class Stages:
         if tokens is None:
             kept = keep_all(pixels, self.encode(pixels))
         else:
-            (kept,) = self.walk.select(Encoded([pixels], None), [text_rows(prompt)], [tokens])
+            (kept,) = self.walk.select(Encoded([pixels], None), [self.walk.keywords(*prompt)], [tokens])
         return self.prefill(prompt, kept)[1]
 
 
-def text_rows(prompt: tuple[Prompt, Floats]) -> Floats:
-    """Rows [M, D] of the question's nouns."""
-    return prompt[1][prompt[0].text_positions]
+def of_budget(bundle: Bundle, k: int) -> Bundle:
+    """The bundle as if it were exported for this K."""
+    manifest = bundle.manifest
+    return replace(bundle, manifest=replace(manifest, selection=replace(manifest.selection, k=k)))
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """As `sample_stages`; `spec` has `bundle`, `selectors` (a graph's path by K) and `providers` besides."""
     bundle = read_bundle(spec["bundle"], check_hashes=False)
-    selectors = {int(k): Selector(path) for k, path in spec["selectors"].items()}
+    selectors = {int(k): path for k, path in spec["selectors"].items()}
     stages = Stages(bundle, spec.get("providers", (CPU,)), selectors)
     past = [
         tensor

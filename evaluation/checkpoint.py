@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from resprune.evaluation.model import Encoded, Model, Stages, check_policies, engine
+from resprune.evaluation.model import Encoded, Model, Stages, check_policies, engine, with_positions
 from resprune.evaluation.towers import smaller_pixels
 from resprune.method import Selection
 from resprune.runtime.backends.backend import Place
+from resprune.runtime.backends.session import Array
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError, one_line, permission_faults, require_packages
 from resprune.runtime.families.preprocessor import FixedGrid, PreparedImage, Preprocessor
 from resprune.runtime.families.table import FAMILIES
 from resprune.runtime.prompt.splice import Bools, Floats, Ints, Spliced
-from resprune.runtime.walk import Features
+from resprune.runtime.walk import Features, Walk
 
 if TYPE_CHECKING:
     from resprune.exporter.checkpoint.checkpoint import Checkpoint
@@ -66,6 +67,7 @@ def open_checkpoint(
     with permission_faults(), tempfile.TemporaryDirectory(prefix="resprune-") as folder:
         checkpoint = resolve(name)
         bundle, components = _without_graphs(checkpoint, Path(folder), attention or "plain")
+        bundle = with_positions(bundle, positions)
         try:
             dtype = torch.float32 if device == "cpu" else "auto"
             model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint.root, dtype=dtype)
@@ -80,8 +82,8 @@ def open_checkpoint(
         return Model(
             bundle,
             Stages(
+                Walk(bundle, stages),
                 stages.encode,
-                stages.embed,
                 stages.select,
                 _TorchDecoder(model, components),
                 bundle.manifest.selection.k,
@@ -90,7 +92,6 @@ def open_checkpoint(
                 stages.smaller if isinstance(preprocessor, FixedGrid) else None,
             ),
             _fingerprint(checkpoint, bundle, f"{model.dtype} on {device}"),
-            positions,
             attention,
         )
 
@@ -138,7 +139,10 @@ def _faults(what: str, device: Any) -> Iterator[None]:
 
 
 class _TorchStages:
-    """Encoder, embedding and selection of a Hugging Face model; arrays in, arrays out."""
+    """Encoder, embedding and selection of a Hugging Face model; arrays in, arrays out.
+
+    To the walk it is the `GraphRunner` of `embed_tokens`, the one graph that prompts need.
+    """
 
     def __init__(
         self,
@@ -213,13 +217,18 @@ class _TorchStages:
         count = len(features.rows)
         return PreparedImage.one_span({}, np.arange(count), count), features
 
-    def embed(self, ids: Ints) -> Floats:
+    def open(self, graph: str) -> None:
+        assert graph == "embed_tokens"
+
+    def run(self, graph: str, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         import torch
 
         with _faults("embed a question", self._model.device), torch.inference_mode():
-            rows = self._model.get_input_embeddings()(torch.from_numpy(ids).to(self._model.device))
-            embeds: Floats = rows.float().cpu().numpy()
-        return embeds
+            ids = torch.from_numpy(feeds["input_ids"]).to(self._model.device)
+            return [self._model.get_input_embeddings()(ids).float().cpu().numpy()]
+
+    def close(self) -> None:
+        """Nothing is held beside the model."""
 
     def select(self, encoded: Encoded, text: Floats, k: int) -> Ints:
         import torch

@@ -26,10 +26,10 @@ from resprune.runtime.bundle.manifest import ATTENTION, DECODER, ENGINES_FOLDER,
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import ImageSource, load_image
 from resprune.runtime.families.preprocessor import PreparedImage
-from resprune.runtime.families.table import FAMILIES, family_of
+from resprune.runtime.families.table import FAMILIES
 from resprune.runtime.generate import TextStream, generate
 from resprune.runtime.prompt.prompter import Prompt, Prompter
-from resprune.runtime.prompt.splice import Bools, Floats, Ints, KeptTokens, keep, splice
+from resprune.runtime.prompt.splice import Bools, Floats, Ints, KeptTokens, keep
 from resprune.runtime.sampling import bundle_sampling, eos_token_ids
 from resprune.runtime.walk import Encoded as EncodedImages
 from resprune.runtime.walk import Features, Walk
@@ -96,12 +96,12 @@ def engine(device: str, threads: int, *modules: Any) -> Engine:
 class Stages:
     """What differs between a bundle and a checkpoint in PyTorch.
 
-    `encode` takes images and their files as the family prepared them, `embed` token ids [1, S] → [1, S, D],
+    `walk` prepares images, embeds and splices; `encode` takes images and their files as the family prepared them,
     `select` an image, its question's text [M, D] and K → K picks: the model's own selection.
     """
 
+    walk: Walk
     encode: Callable[[Sequence[Image.Image], Sequence[PreparedImage]], list[Features]]
-    embed: Callable[[Ints], Floats]
     select: Callable[[Encoded, Floats, int], Ints]
     decoder: Decoder
     most: int
@@ -116,21 +116,14 @@ class Stages:
 class Model:
     """A bundle or a checkpoint, ready to answer with whatever tokens it is given."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        stages: Stages,
-        fingerprint: str,
-        positions: str | None,
-        attention: str | None,
-    ) -> None:
-        self.manifest = _with_attention(_with_positions(bundle.manifest, positions), attention)
+    def __init__(self, bundle: Bundle, stages: Stages, fingerprint: str, attention: str | None) -> None:
+        self.manifest = _with_attention(bundle.manifest, attention)
         self.fingerprint = fingerprint
         self.most = stages.most
         self.engine = stages.engine
         self._stages = stages
         self._prompter = Prompter(bundle)
-        self._preprocessor = family_of(bundle).preprocessor(bundle)
+        self._walk = stages.walk
         self._eos = eos_token_ids(bundle)
         self._greedy = replace(bundle_sampling(bundle), temperature=0)
 
@@ -156,7 +149,7 @@ class Model:
         with "early …" the tower selects inside. Raises `ResPruneError` where the model's tower cannot be changed.
         """
         images = [load_image(source) for source in sources]
-        prepared = [self._preprocessor(image) for image in images]
+        prepared = [self._walk.preprocessor(image) for image in images]
         if selector == RESIZE and k is not None:
             return [self._smaller(image, one, k) for image, one in zip(images, prepared, strict=True)]
         if selector.startswith(EARLY):
@@ -172,8 +165,8 @@ class Model:
 
     def _smaller(self, image: Image.Image, prepared: PreparedImage, k: int) -> Encoded:
         if FAMILIES[self.manifest.family].any_size:
-            image = smaller_image(image, lambda shown: self._preprocessor(shown).num_tokens, k)
-            prepared = self._preprocessor(image)
+            image = smaller_image(image, lambda shown: self._walk.preprocessor(shown).num_tokens, k)
+            prepared = self._walk.preprocessor(image)
             (features,) = self._stages.encode([image], [prepared])
         elif self._stages.smaller is None:
             raise refused(RESIZE, "this model")
@@ -193,8 +186,8 @@ class Model:
         `expansions` has an entry for each image (`PreparedImage.expansion`).
         """
         prompt = self._prompter.prompt(question, len(expansions), about=about, expansions=expansions)
-        embeds = self._stages.embed(prompt.ids_to_embed(self.manifest.image_token_id)[None])[0]
-        return Asked(prompt, embeds, embeds[prompt.text_positions])
+        (embeds,) = self._walk.embed([prompt])
+        return Asked(prompt, embeds, self._walk.keywords(prompt, embeds))
 
     def select(self, encoded: Encoded, asked: Asked, k: int) -> Ints:
         """The model's own choice of k tokens [k], in pick order."""
@@ -218,13 +211,7 @@ class Model:
             [self._keep(image, order) for image, order in zip(images, orders, strict=True)]
             for images, orders in zip(encoded, kept, strict=True)
         ]
-        spliced = splice(
-            [one.embeds for one in asked],
-            [prompt.ids for prompt in prompts],
-            rows_kept,
-            image_token_id=self.manifest.image_token_id,
-            positions=self.manifest.positions,
-        )
+        spliced = self._walk.splice([one.embeds for one in asked], prompts, rows_kept)
         room = spliced.room(self.manifest.context_length)
         sampling = replace(self._greedy, max_new_tokens=min(max_new_tokens, room))
         request = Request(prompts, rows_kept, spliced)
@@ -296,7 +283,7 @@ def open_bundle(
     import onnxruntime
 
     check_policies(positions, attention)
-    bundle = read_bundle(path)
+    bundle = with_positions(read_bundle(path), positions)
     bundle.graph(DECODER)  # one that was exported without is told so first
     options = SessionOptions(threads=threads)
     walk = Walk(bundle, OrtGraphs(bundle, options))
@@ -315,8 +302,8 @@ def open_bundle(
         return kept.picks.pick_order
 
     stages = Stages(
+        walk,
         encode,
-        walk.embed_tokens,
         select,
         onnxruntime_decoder(bundle, walk.embed_tokens, options),
         bundle.manifest.selection.k,
@@ -325,14 +312,16 @@ def open_bundle(
     # Of the files alone, without what was built of them: the same checkpoint exported again is the same model.
     exported = sorted(name for name in bundle.manifest.files if not name.startswith(f"{ENGINES_FOLDER}/"))
     digests = json.dumps({name: bundle.manifest.files[name].sha256 for name in exported})
-    return Model(bundle, stages, hashlib.sha256(digests.encode()).hexdigest(), positions, attention)
+    return Model(bundle, stages, hashlib.sha256(digests.encode()).hexdigest(), attention)
 
 
-def _with_positions(manifest: Manifest, positions: str | None) -> Manifest:
-    """The manifest under another position policy, where the family allows it."""
+def with_positions(bundle: Bundle, positions: str | None) -> Bundle:
+    """The bundle under another position policy, where the family allows it."""
+    manifest = bundle.manifest
     if positions is None or positions == manifest.positions:
-        return manifest
-    return replace(manifest, positions=FAMILIES[manifest.family].policy(positions))
+        return bundle
+    policy = FAMILIES[manifest.family].policy(positions)
+    return replace(bundle, manifest=replace(manifest, positions=policy))
 
 
 def _with_attention(manifest: Manifest, attention: str | None) -> Manifest:

@@ -56,18 +56,11 @@ class OrtWorker:
         self,
         embed: Path,
         decoder: Path,
-        inputs_embeds: NDArray[Any],
-        attention_mask: NDArray[Any],
-        position_ids: NDArray[Any],
+        spliced: Spliced,
         steps: int,
-        row_inputs: Arrays | None = None,
     ) -> NDArray[np.int64]:
-        """`steps` greedy tokens after the prompt `inputs_embeds` [1, S, D] at `position_ids` [1, S].
-
-        `row_inputs`: further inputs of the decoder [1, S, …].
-        """
-        prompt = (inputs_embeds, attention_mask, position_ids, row_inputs or {})
-        return cast(NDArray[np.int64], self._ask("greedy", str(embed), str(decoder), *prompt, steps))
+        """`steps` greedy tokens after one prompt."""
+        return cast(NDArray[np.int64], self._ask("greedy", str(embed), str(decoder), spliced, steps))
 
     def _ask(self, *request: Any) -> Any:
         assert self._process.stdin is not None
@@ -125,15 +118,7 @@ def _run(path: str, inputs: Arrays) -> Arrays:
     return dict(zip(names, session.run(names, inputs), strict=True))
 
 
-def _greedy(
-    embed_path: str,
-    decoder_path: str,
-    embeds: NDArray[Any],
-    mask: NDArray[Any],
-    positions: NDArray[Any],
-    row_inputs: Arrays,
-    steps: int,
-) -> NDArray[np.int64]:
+def _greedy(embed_path: str, decoder_path: str, spliced: Spliced, steps: int) -> NDArray[np.int64]:
     embed = _session(embed_path)
 
     def embed_tokens(ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -142,7 +127,7 @@ def _greedy(
         return embeds
 
     decoder = OrtDecoder(_session(decoder_path), embed_tokens, in_place=False)
-    sequence = decoder.start(Spliced(embeds, positions, mask, row_inputs))
+    sequence = decoder.start(spliced)
     tokens: list[int] = []
     for step in range(steps):
         if step:

@@ -42,6 +42,9 @@ from resprune.exporter.verify.reference import counts_within_rounding, keep, kep
 from resprune.exporter.verify.text import after_text, agreeing, every_logit, every_position, whole_text
 from resprune.method import Selection
 from resprune.runtime.bundle.precisions import Choice
+from resprune.runtime.families.preprocessor import PreparedImage
+from resprune.runtime.prompt.splice import Spliced, cut_picks
+from resprune.runtime.prompt.splice import splice as runtime_splice
 
 SIZES = {"batch_size": 3, "sequence_length": 4, "past_sequence_length": 6}
 """Other than while tracing, so that an axis that was taken for a constant shows."""
@@ -49,6 +52,7 @@ SEEDS = (20, 21, 22)
 """The first is enough, unless two scores or two logits are so close that rounding decides between them: then another
 image is tried. A graph that is wrong misses with all."""
 PROMPT_TOKENS = 8
+IMAGE_TOKEN = -1  # where the image stands in a prompt: no token of any vocabulary
 GREEDY_TOKENS = 32
 SELECTED = ("early picks", "picks", "kept counts", "split picks", "split counts")
 COUNTED = (*SELECTED, "greedy tokens")
@@ -317,20 +321,31 @@ class Verifier:
             wanted = generate(
                 decoder, self._holding(decoder), text_config, self._embeds, whole, GREEDY_TOKENS
             )
-        embeds = worker.run(graphs["embed_tokens"], {"input_ids": array(prompt)})["inputs_embeds"]
-        planes = [torch.from_numpy(selected[name]) for name in self._components.features]
-        rows, prompt_mask, position_ids, *more = map(array, splice(torch.from_numpy(embeds), planes, where))
-        row_inputs = [spec.name for spec in decoder.inputs][3 : 3 + len(more)]
-        got = worker.greedy(
-            graphs["embed_tokens"],
-            graphs["decoder_model_merged"],
-            rows,
-            prompt_mask,
-            position_ids,
-            GREEDY_TOKENS,
-            dict(zip(row_inputs, more, strict=True)),
-        )
+        embeds = worker.run(graphs["embed_tokens"], {"input_ids": array(prompt)})["inputs_embeds"][0]
+        spliced = self._spliced(prompt[0].tolist(), embeds, selected, where)
+        got = worker.greedy(graphs["embed_tokens"], graphs["decoder_model_merged"], spliced, GREEDY_TOKENS)
         return int((got == wanted).sum())
+
+    def _spliced(
+        self, prompt: list[int], embeds: NDArray[Any], selected: Mapping[str, NDArray[Any]], where: Where
+    ) -> Spliced:
+        """The same prompt as `answer.splice` makes, made of the graphs' outputs by the runtime."""
+        rows, *planes = (selected[name][0] for name in self._components.features)
+        image = PreparedImage.one_span({}, array(where.places), where.advance)
+        indices, order, counts = (
+            selected["kept_indices"][0],
+            selected["pick_order"][0],
+            array(where.counts)[0],
+        )
+        kept = cut_picks(image, rows, indices, order, None, counts, planes)
+        half = len(prompt) // 2
+        return runtime_splice(
+            [np.insert(embeds, half, 0, axis=0)],
+            [[*prompt[:half], IMAGE_TOKEN, *prompt[half:]]],
+            [[kept]],
+            image_token_id=IMAGE_TOKEN,
+            positions=where.positions,
+        )
 
     @property
     def _vocab_size(self) -> int:

@@ -135,6 +135,23 @@ def test_other_words_can_steer(bundle):
 
 
 @pytest.mark.parametrize("opened", [open_bundle, open_checkpoint])
+def test_words_that_the_question_has_not_steer_as_in_the_pipeline(opened, bundle, tiny_checkpoint):
+    path = bundle if opened is open_bundle else tiny_checkpoint("clip-llama")
+    model, words = opened(str(path)), ["square", "a red circle"]
+    picks = []
+    with Pipeline.load(bundle) as vlm:
+        for question, about in (("which is it?", words), (ASKED[0], words), (ASKED[0], None)):
+            (encoded,), asked = model.look([picture(0)]), model.read(question, about=about)
+            kept = model.select(encoded, asked, 3)
+            whole = vlm.ask(picture(0), question, about=about, tokens=3, max_new_tokens=STEPS)
+            assert asked.prompt.text_token_ids == whole.prompt.text_token_ids
+            assert kept.tolist() == whole.images[0].pick_order.tolist()
+            assert model.answer([asked], [[encoded]], [[kept]], STEPS) == [whole.text]
+            picks.append(kept.tolist())
+    assert picks[1] != picks[2], "words that are left out change nothing: shows nothing"
+
+
+@pytest.mark.parametrize("opened", [open_bundle, open_checkpoint])
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [

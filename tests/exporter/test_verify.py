@@ -26,10 +26,13 @@ from resprune.exporter.verify.difference import (
     text_difference,
     verdict,
 )
+from resprune.exporter.verify.ort_worker import OrtWorker
 from resprune.exporter.verify.reference import keep, kept_counts
 from resprune.exporter.verify.verifier import SEEDS, Verifier
 from resprune.method import Selection
+from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.bundle.precisions import TABLE, parse_dtype
+from resprune.runtime.prompt.splice import Spliced
 
 FP32, TEXT = parse_dtype("fp32"), torch.arange(30)
 
@@ -111,6 +114,31 @@ def test_what_is_prepared_is_not_computed_again(
     assert not features.within
     assert counted["picks"][0] < 5
     assert verifier._wanted_layers[0] == [0, 1]
+
+
+def test_the_runtime_splices_the_prompt_of_the_graphs(
+    tiny_bundle: Callable[..., Path],
+    tiny_checkpoint: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """So that an export proves that too: what it puts together wrongly gets another answer than PyTorch's."""
+    bundle = read_bundle(tiny_bundle("clip-llama", k=7, split=True))
+    graphs = {name: bundle.graph_path(name) for name in bundle.manifest.graphs}
+    checkpoint = resolve(str(tiny_checkpoint("clip-llama")))
+    components = split_model(checkpoint, torch.float32, fake_mode())
+    verifier = Verifier(components, find_weights(checkpoint, components.model), FP32, TEXT)
+    splice = verify.runtime_splice
+    monkeypatch.setattr(verify, "SEEDS", SEEDS[:1])
+
+    def equal(change: Callable[[Spliced], Spliced]) -> bool:
+        monkeypatch.setattr(verify, "runtime_splice", lambda *given, **how: change(splice(*given, **how)))
+        equal, total = verifier.compare_greedy(worker, graphs, bundle.manifest.selection, "original")
+        return equal == total
+
+    with OrtWorker() as worker:
+        assert equal(lambda made: made)
+        assert not equal(lambda made: replace(made, position_ids=made.position_ids[:, ::-1].copy()))
+        assert not equal(lambda made: replace(made, inputs_embeds=made.inputs_embeds[:, ::-1].copy()))
 
 
 @pytest.mark.parametrize("what", ["picks", "kept counts"])
