@@ -211,11 +211,14 @@ def registered() -> Iterator[Family]:
     module.__dict__["split_model"] = split_model
     with (
         patch.dict(FAMILIES, {NAME: FAMILY}),
-        patch.dict(sys.modules, {module.__name__: module}),
         patch.dict(CONFIG_MAPPING._extra_content, {NAME: SyntheticConfig}),
         patch.dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING._extra_content, {SyntheticConfig: SyntheticModel}),
     ):
-        yield FAMILY
+        sys.modules[module.__name__] = module
+        try:
+            yield FAMILY
+        finally:  # it alone: what was imported meanwhile stays, or it would be there twice
+            del sys.modules[module.__name__]
 
 
 class Oracle:
