@@ -267,6 +267,8 @@ class Walk:
 
 def pad_rows(rows: Sequence[Floats]) -> tuple[Floats, Bools]:
     """B arrays [M_i, D] → [B, M, D] float32 with zeros behind, M at least 1, and the mask [B, M] bool of the rows."""
+    if len(rows) == 1 and len(rows[0]):
+        return np.ascontiguousarray(rows[0], np.float32)[None], np.ones((1, len(rows[0])), dtype=bool)
     longest = max(1, *(len(row) for row in rows))
     padded = np.zeros((len(rows), longest, rows[0].shape[1]), np.float32)
     mask = np.zeros((len(rows), longest), dtype=bool)

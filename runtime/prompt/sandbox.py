@@ -54,14 +54,16 @@ def _spend(steps: int = 1) -> None:
 
 def _size(value: object) -> int:
     """A bound on the text that a value becomes; `BudgetError` beyond `SIZE`."""
-    total, waiting = (len(value), []) if isinstance(value, str) else (0, [value])  # mostly it is a string
+    if isinstance(value, str) and len(value) < PER_STEP:  # mostly it is a short string
+        return len(value)
+    total, waiting = 0, [value]
     while waiting and total <= SIZE:
         entry = waiting.pop()
         if isinstance(entry, str | bytes):
             total += len(entry)
         elif isinstance(entry, int | float):
             total += 1 + (entry.bit_length() // 3 if isinstance(entry, int) else 24)
-        elif isinstance(entry, Mapping):
+        elif isinstance(entry, dict | Mapping):  # a dict is one without asking the abstract class
             total += 8 * len(entry)
             waiting += [*entry.keys(), *entry.values()] if total <= SIZE else []
         elif isinstance(entry, list | tuple | set | frozenset | range):
@@ -77,6 +79,8 @@ def _size(value: object) -> int:
 
 def _factor(value: object) -> int:
     """How many times as large an argument can make something: a width, a count, a separator."""
+    if isinstance(value, str):
+        return _size(value)
     if isinstance(value, int):
         return abs(value)
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
@@ -98,7 +102,7 @@ def _checked_format(form: object) -> None:
 
 def _listed(values: Any) -> Any:
     """An iterator as a list, so that its size is known; each of its items is a step."""
-    if isinstance(values, str) or not isinstance(values, Iterator):  # the first asks no abstract class
+    if type(values) in _PLAIN or not isinstance(values, Iterator):
         return values
     items = list(islice(values, max(_left.get()[0], 0) + 1))
     _spend(len(items))
@@ -123,6 +127,8 @@ def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _WIDTH = re.compile(r"[0-9]{5}")
+_PLAIN = frozenset([str, int, bool, dict, list, tuple, type(None)])
+"""No iterators; it is known without asking the abstract class."""
 _OF_JINJA = (jinja2.Environment, jinja2.runtime.Context, jinja2.nodes.EvalContext)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -123,15 +124,15 @@ def cut_picks(
     """
     order = pick_order[:tokens]
     order = order[order >= 0]
-    valid = kept_indices >= 0
     kept = np.sort(order)
-    places = np.searchsorted(kept_indices[valid], kept)  # [K']
-    counts = np.ones_like(kept) if kept_counts is None else kept_counts[valid][places]
+    valid = kept_indices >= 0
+    places = np.flatnonzero(valid)[np.searchsorted(kept_indices[valid], kept)]  # [K']
+    counts = np.ones_like(kept) if kept_counts is None else kept_counts[places]
     return _kept(
         image,
-        image_features[valid][places],
+        image_features[places],
         Picks(kept, order, counts, _indices(left)),
-        tuple(plane[valid][places] for plane in planes),
+        tuple(plane[places] for plane in planes),
     )
 
 
@@ -140,8 +141,8 @@ def _indices(left: Bools | None) -> Ints | None:
 
 
 def _kept(image: PreparedImage, rows: Floats, picks: Picks, planes: tuple[Floats, ...]) -> KeptTokens:
-    ends = np.searchsorted(picks.kept_indices, np.cumsum(image.spans))
-    spans = tuple(int(count) for count in np.diff(ends, prepend=0))
+    ends = [0, *np.searchsorted(picks.kept_indices, np.cumsum(image.spans)).tolist()]
+    spans = tuple(end - start for start, end in pairwise(ends))
     return KeptTokens(rows, picks, image.offsets[..., picks.kept_indices], image.advances, spans, planes)
 
 
