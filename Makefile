@@ -54,8 +54,9 @@ gpu-check: $(VENV)/with-test
 	$(BIN)/python -m benchmarks.gpu_check
 
 # A file's tests share a process, and with it what its fixtures hold; the files go in the order of tests/conftest.py.
+# Three processes on two cores: one waits now and then for what another exports, for a server or for a download.
 test: $(VENV)/with-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # Hostile images, bundles, checkpoints, options and servers; SEED=N repeats a run.
 fuzz: $(VENV)/with-test
