@@ -10,13 +10,19 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from resprune.elements import FLOATS
+from resprune.names import DECODER
 from resprune.runtime.errors import ResPruneError
 
+BLOCK_SIZES = (32, 64, 128)
+"""Numbers of a packed weight that may share a scale."""
+BLOCK = BLOCK_SIZES[0]
+"""How many do, unless --block says another."""
 COMPONENTS = ("vision", "decoder", "embed")
 GRAPHS = {
     "vision_select": "vision",
     "vision_encoder": "vision",
-    "decoder_model_merged": "decoder",
+    DECODER: "decoder",
     "embed_tokens": "embed",
 }
 """The component of each graph that holds weights; any other graph is fp32."""
@@ -40,15 +46,19 @@ class Precision:
     agreement: float
     """Least share of positions in running text with PyTorch's most likely token. It catches a graph that is wrong:
     random weights, whose logits are all alike, reach no more, and trained ones far more (docs/precision.md)."""
+    embeds_for: tuple[str, ...]
+    """The element types of tower and decoder beside which embeddings can be it; none: it is for products alone."""
     alone: tuple[str, ...] = ()
     """What the word stands for if it is given alone, for each of COMPONENTS; nothing: itself for all."""
     quantized: bool = False
     """Whether weights are whole numbers; TensorRT does not take such operators."""
+    exact: bool = False
+    """Whether picks and greedy tokens are to be PyTorch's own, one by one."""
     text_atol: float = math.inf
     """As `atol`, of the logits at all positions of running text. Infinite where rounding moves one of so many as far
     as it likes, in bfloat16 too if weights are random: the noise and the agreement are what judges then."""
     bits: int | None = None
-    """Of a weight that is packed in blocks for MatMulNBits; None for one that is not."""
+    """Of a weight that is packed in blocks for MatMulNBits; None for one that is not: whole numbers are then int8."""
     head_bits: int | None = None
     """As `bits`, of the output head: rounding it to 4 bits costs more than rounding all layers."""
 
@@ -56,7 +66,18 @@ class Precision:
 TABLE = {
     row.word: row
     for row in (
-        Precision("fp32", "", "float32", "everywhere", atol=1e-4, snr=60, agreement=0.99, text_atol=1e-4),
+        Precision(
+            "fp32",
+            "",
+            "float32",
+            "everywhere",
+            atol=1e-4,
+            snr=60,
+            agreement=0.99,
+            embeds_for=("float32",),
+            text_atol=1e-4,
+            exact=True,
+        ),
         Precision(
             "fp16",
             "_fp16",
@@ -65,9 +86,19 @@ TABLE = {
             atol=5e-2,
             snr=30,
             agreement=0.9,
+            embeds_for=FLOATS,
             text_atol=5e-2,
         ),
-        Precision("bf16", "_bf16", "bfloat16", "TensorRT, CUDA", atol=1e-1, snr=15, agreement=0.6),
+        Precision(
+            "bf16",
+            "_bf16",
+            "bfloat16",
+            "TensorRT, CUDA",
+            atol=1e-1,
+            snr=15,
+            agreement=0.6,
+            embeds_for=("bfloat16",),
+        ),
         Precision(
             "int8",
             "_int8",
@@ -76,6 +107,7 @@ TABLE = {
             atol=0.35,
             snr=8,
             agreement=0.3,
+            embeds_for=(),
             alone=("int8", "int8", "fp32"),
             quantized=True,
         ),
@@ -87,6 +119,7 @@ TABLE = {
             atol=0.15,
             snr=14,
             agreement=0.6,
+            embeds_for=FLOATS,
             quantized=True,
             bits=8,
             head_bits=8,
@@ -99,6 +132,7 @@ TABLE = {
             atol=1.0,
             snr=4,
             agreement=0.2,
+            embeds_for=FLOATS,
             alone=("fp32", "q4", "fp32"),
             quantized=True,
             bits=4,
@@ -112,6 +146,7 @@ TABLE = {
             atol=1.0,
             snr=4,
             agreement=0.2,
+            embeds_for=("float16",),
             alone=("fp16", "q4f16", "fp16"),
             quantized=True,
             bits=4,
@@ -198,11 +233,11 @@ def parse_dtype(text: str) -> Choice:
             f"--dtype {text}: with decoder={choice.decoder} the tower can be {fitting}; the two are traced as one "
             "model, so their arithmetic is of one type"
         )
-    if TABLE[choice.embed].element != element and choice.embed not in ("fp16", "q8", "q4"):
-        raise ResPruneError(f"--dtype {text}: with these the embeddings can be {plain}, fp16, q8 or q4")
-    if choice.embed == "int8":
+    if element not in TABLE[choice.embed].embeds_for:
+        fitting = words(row for row in TABLE.values() if element in row.embeds_for)
         raise ResPruneError(
-            f"--dtype {text}: the embeddings can be {plain}, fp16, q8 or q4; they are no product"
+            f"--dtype {text}: with decoder={choice.decoder} the embeddings can be {fitting}; they are looked up, not "
+            "multiplied"
         )
     return choice
 

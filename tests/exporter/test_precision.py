@@ -93,8 +93,12 @@ def test_which_graphs_a_precision_changes(dtype: str, graph: str, word: str) -> 
         ("tower=q4", "each part should be a component"),
         ("decoder=q4,decoder=q8", "each at most once"),
         ("vision=fp16,decoder=q4", "with decoder=q4 the tower can be fp32, int8, q8, q4"),
-        ("embed=int8", "they are no product"),
-        ("decoder=q4,embed=bf16", "the embeddings can be fp32, fp16, q8 or q4"),
+        ("vision=int8,decoder=fp16", "with decoder=fp16 the tower can be fp16, q4f16; "),
+        ("vision=bf16,decoder=q8", "with decoder=q8 the tower can be fp32, int8, q8, q4; "),
+        ("embed=int8", "with decoder=fp32 the embeddings can be fp32, fp16, q8, q4; they are looked up"),
+        ("decoder=q4,embed=bf16", "with decoder=q4 the embeddings can be fp32, fp16, q8, q4; "),
+        ("decoder=fp16,embed=int8", "with decoder=fp16 the embeddings can be fp16, q8, q4, q4f16; "),
+        ("vision=bf16,embed=fp32", "with decoder=bf16 the embeddings can be fp16, bf16, q8, q4; "),
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(dtype: str, says: str) -> None:
@@ -102,6 +106,20 @@ def test_what_does_not_go_together_is_one_sentence(dtype: str, says: str) -> Non
         parse_dtype(dtype)
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("component", ["vision", "embed"])
+@pytest.mark.parametrize("decoder", TABLE)
+def test_a_refusal_names_what_is_taken(decoder: str, component: str) -> None:
+    """Each word that goes with a decoder, and no other, stands in the message once."""
+    named, taken = set(), []
+    for word in TABLE:
+        try:
+            parse_dtype(f"decoder={decoder},{component}={word}")
+            taken.append(word)
+        except ResPruneError as error:
+            named.add(str(error).partition(" can be ")[2].partition(";")[0])
+    assert named == {", ".join(taken)}
 
 
 def test_every_row_is_whole() -> None:
