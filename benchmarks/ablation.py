@@ -18,7 +18,7 @@ from resprune.evaluation.evaluate import Plan
 from resprune.evaluation.model import Asked, Encoded, Model, open_bundle
 from resprune.evaluation.selectors import Candidates, Ints, resprune, unit
 from resprune.evaluation.statistics import paired, wilson
-from resprune.method import SCALES
+from resprune.method import SCALES, Selection
 from resprune.runtime.bundle.manifest import POSITIONS
 
 PUBLISHED = Path(__file__).parent / "ABLATION.md"
@@ -33,8 +33,8 @@ BATCH = 32
 class Variant:
     """One setting of the method; without guidance (α 0) text and scale play no part."""
 
-    alpha: float = 1.0
-    scale: str = "minmax"
+    alpha: float = Selection.alpha
+    scale: str = Selection.scale
     text: str = "nouns"
     visual: str = "raw"
 

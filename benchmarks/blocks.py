@@ -11,9 +11,10 @@ import numpy as np
 from onnx import TensorProto, helper
 from onnx.numpy_helper import from_array
 
-from resprune.exporter.trace.quantize import ACCURACY_LEVEL, BLOCK, BLOCK_SIZES
+from resprune.exporter.trace.quantize import ACCURACY_LEVEL
 from resprune.runtime.backends.providers import CPU, new_session
 from resprune.runtime.backends.session import session_settings
+from resprune.runtime.bundle.precisions import BLOCK, BLOCK_SIZES
 
 LAYER = (2048, 11008)
 """K and N of an MLP's first product in Qwen2.5-VL-3B."""

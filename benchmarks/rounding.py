@@ -29,9 +29,9 @@ from benchmarks.precision import Opened, decoder_feeds, text_ids, text_logits
 from benchmarks.pretrained import write_pretrained
 from resprune.exporter.verify.text import ENGLISH, every_position
 from resprune.runtime.bundle.files import read_bundle
+from resprune.runtime.bundle.precisions import BLOCK_SIZES
 from resprune.runtime.prompt.prompter import load_tokenizer
 
-SIZES = (32, 64, 128)
 SENSITIVE = "mlp.down_proj"
 """Weights that one row keeps in 8 bits."""
 Config = Callable[[int, onnx.ModelProto, "Calibration"], WeightOnlyQuantConfig]
@@ -71,7 +71,7 @@ def run(work: Path) -> dict[str, Any]:
     prompts = [opened.text_alone(ids) for ids in texts]
     plain = text_logits(opened.bundle, prompts, texts)
     found = {"fp32": {"": lost(plain["logits"], plain["logits"], plain["wanted"])}}
-    for size in SIZES:
+    for size in BLOCK_SIZES:
         own = exported(checkpoint, work / "rounding-q4", *options, "--dtype", "q4", "--block", str(size))
         logits = text_logits(read_bundle(own, check_hashes=False), prompts, texts)["logits"]
         found.setdefault("resprune", {})[str(size)] = lost(logits, plain["logits"], plain["wanted"])
@@ -80,7 +80,7 @@ def run(work: Path) -> dict[str, Any]:
     wide = every_position(opened.bundle.graph_path("decoder_model_merged"))
     try:
         for name in METHODS:
-            for size in SIZES:
+            for size in BLOCK_SIZES:
                 with TemporaryDirectory(dir=work) as folder:
                     try:
                         graph = quantized(wide, name, size, feeds, Path(folder) / "decoder.onnx")
@@ -136,8 +136,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "Layers of SmolLM2-135M-Instruct in 4 bits, its head in 8 bits in ours and in fp32 in the others; perplexity "
         f"of fp32's, and most likely token as fp32's, at {result['positions']} positions of English.\n",
-        "| | " + " | ".join(f"blocks of {size}" for size in SIZES) + " |",
-        "|---" * (1 + len(SIZES)) + "|",
+        "| | " + " | ".join(f"blocks of {size}" for size in BLOCK_SIZES) + " |",
+        "|---" * (1 + len(BLOCK_SIZES)) + "|",
     ]
     for name, by_size in result["found"].items():
         if name != "fp32":
@@ -145,7 +145,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{by_size[size]['perplexity'] / plain:.4f}, {100 * by_size[size]['agreement']:.1f} %"
                 if size in by_size
                 else "–"
-                for size in map(str, SIZES)
+                for size in map(str, BLOCK_SIZES)
             ]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", "–: onnxruntime's quantizer cannot pack rows of an odd number of blocks by this method."]

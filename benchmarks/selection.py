@@ -89,7 +89,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def selector(
-    k: int, shape: tuple[int, ...], body: str = "loop", *, counts: bool = False
+    k: int, shape: tuple[int, ...], body: str = Selection.body, *, counts: bool = False
 ) -> ort.InferenceSession:
     """The selection of k tokens in the form that an export would choose for features of `shape` [B, N, D].
 

@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from benchmarks.measure import THREADS, sample_stages
+from resprune.elements import ELEMENTS
 from resprune.runtime.backends.onnxruntime import OrtSequence, onnxruntime_decoder
 from resprune.runtime.backends.providers import CPU
 from resprune.runtime.backends.session import (
@@ -31,8 +32,6 @@ from resprune.runtime.families.preprocessor import PreparedImage
 from resprune.runtime.prompt.prompter import Prompt, Prompter
 from resprune.runtime.prompt.splice import Floats, KeptTokens, keep_all
 from resprune.runtime.walk import Encoded, Features, Walk
-
-WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class Selector:
@@ -139,7 +138,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     return {
         **sample_stages(stages, spec, selectors),
         "cache bytes a token": sum(
-            WIDTH[tensor.dtype] * int(tensor.shape[1]) * int(tensor.shape[3]) for tensor in past
+            ELEMENTS[tensor.dtype].nbytes * int(tensor.shape[1]) * int(tensor.shape[3]) for tensor in past
         ),
         "versions": {"onnxruntime": ort.__version__},
     }

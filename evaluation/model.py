@@ -17,12 +17,13 @@ from PIL import Image
 
 from resprune.evaluation.selectors import stands_for
 from resprune.evaluation.towers import EARLY, RESIZE, refused, smaller_image
+from resprune.names import DECODER
 from resprune.runtime.backends.backend import Decoder, Request, expanded_ids
 from resprune.runtime.backends.onnxruntime import onnxruntime_decoder
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.files import Bundle, read_bundle
-from resprune.runtime.bundle.manifest import ATTENTION, DECODER, ENGINES_FOLDER, POSITIONS, Manifest
+from resprune.runtime.bundle.manifest import ATTENTION, ENGINES_FOLDER, POSITIONS, Manifest
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import ImageSource, load_image
 from resprune.runtime.families.preprocessor import PreparedImage

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from resprune.method import EXHAUSTED, TIE
+from resprune.method import EXHAUSTED, TIE, Selection
 
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -26,8 +26,8 @@ class Candidates:
 
     visual: Doubles
     text: Doubles
-    alpha: float = 1.0
-    scale: str = "minmax"
+    alpha: float = Selection.alpha
+    scale: str = Selection.scale
     seed: int | tuple[int, ...] = 0
 
 

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from resprune.method import BODIES, FORMS, SCALES
+from resprune.method import BODIES, FORMS, SCALES, Selection
+from resprune.runtime.backends.formats import GGUF_TYPE, GGUF_TYPES
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.manifest import ATTENTION, OPTIMIZE, POSITIONS
-from resprune.runtime.bundle.precisions import PRESETS, parse_dtype, words
+from resprune.runtime.bundle.precisions import BLOCK, BLOCK_SIZES, PRESETS, parse_dtype, words
 from resprune.runtime.errors import ResPruneError, printable, require_packages, require_python
 
 NEEDED = (
@@ -78,9 +79,9 @@ def register_export(subparsers: Any) -> None:
     parser.add_argument(
         "--block",
         type=int,
-        choices=(32, 64, 128),
-        default=32,
-        help="numbers of a packed weight that share a scale: more are smaller and lose more (default: 32)",
+        choices=BLOCK_SIZES,
+        default=BLOCK,
+        help=f"numbers of a packed weight that share a scale: more are smaller and lose more (default: {BLOCK})",
     )
     parser.add_argument(
         "--optimize",
@@ -96,7 +97,10 @@ def register_export(subparsers: Any) -> None:
         help="strength of the question's guidance, 0 for none (default: the family's, mostly 1)",
     )
     parser.add_argument(
-        "--scale", choices=SCALES, default="minmax", help="how relevance is scaled (default: minmax)"
+        "--scale",
+        choices=SCALES,
+        default=Selection.scale,
+        help=f"how relevance is scaled (default: {Selection.scale})",
     )
     parser.add_argument(
         "--positions",
@@ -115,7 +119,10 @@ def register_export(subparsers: Any) -> None:
         "in 8:288 or 33%%:50%% (default: none)",
     )
     parser.add_argument(
-        "--body", choices=BODIES, default="loop", help="selection in Loops, or unrolled (default: loop)"
+        "--body",
+        choices=BODIES,
+        default=Selection.body,
+        help=f"selection in Loops, or unrolled (default: {Selection.body})",
     )
     parser.add_argument(
         "--form",
@@ -130,7 +137,9 @@ def register_export(subparsers: Any) -> None:
         "gguf as llama.cpp takes it, in language_model.gguf (default: neither)",
     )
     parser.add_argument(
-        "--gguf-type", choices=("f32", "f16", "q8_0"), help="of the weights for --for gguf (default: f16)"
+        "--gguf-type",
+        choices=GGUF_TYPES,
+        help=f"of the weights for --for gguf (default: {GGUF_TYPE})",
     )
     parser.add_argument(
         "--without-decoder",
@@ -246,7 +255,7 @@ def _gguf(runtime: str | None, precision: str | None) -> str | None:
     """The precision of the GGUF file, None for no file; `ResPruneError` for a precision of none."""
     if precision is not None and runtime != "gguf":
         raise ResPruneError("--gguf-type is for --for gguf; give that as well, or leave the option out")
-    return precision or "f16" if runtime == "gguf" else None
+    return precision or GGUF_TYPE if runtime == "gguf" else None
 
 
 def _dtype(text: str) -> str:

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from resprune.exporter.components import Component, Components, Reference, Sizes
 from resprune.exporter.language_models import LANGUAGE_MODELS
+from resprune.names import DECODER, IMAGE_NUMBERS, PLANE_EMBEDS
 from resprune.runtime.bundle.manifest import TensorSpec, axis_size
 from resprune.runtime.errors import ResPruneError
 
@@ -70,10 +71,10 @@ class Rows:
     def specs(self, step: tuple[str, str], hidden_size: int) -> tuple[TensorSpec, ...]:
         """How the inputs are declared; `step` names the axes [B, S]."""
         planes = (
-            TensorSpec(f"plane_embeds.{index}", "float32", (*step, hidden_size))
+            TensorSpec(PLANE_EMBEDS.format(index), "float32", (*step, hidden_size))
             for index in range(len(self.plane_layers))
         )
-        numbers = [TensorSpec("image_numbers", "int64", step)] if self.two_way else []
+        numbers = [TensorSpec(IMAGE_NUMBERS, "int64", step)] if self.two_way else []
         return (*planes, *numbers)
 
     def parts(self, rest: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor | None, tuple[Tensor, ...]]:
@@ -296,7 +297,7 @@ def decoder_component(
     module = _Decoder(language_model, lm_head, rows)
     layers = tuple(language_model.layers)
     reference = reference or partial(decode, rows=rows)
-    return Component("decoder_model_merged", module, inputs, outputs, samples, reference, layers)
+    return Component(DECODER, module, inputs, outputs, samples, reference, layers)
 
 
 def proportional(components: Components) -> Components:

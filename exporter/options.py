@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resprune.exporter.early import Request
-from resprune.exporter.trace.quantize import BLOCK, BLOCK_SIZES
-from resprune.runtime.bundle.precisions import parse_dtype
+from resprune.method import Selection
+from resprune.runtime.bundle.precisions import BLOCK, BLOCK_SIZES, parse_dtype
 from resprune.runtime.errors import ResPruneError
 
 
@@ -31,11 +31,11 @@ class Options:
     optimize: str | None = None
     split: bool = False
     alpha: float | None = None
-    scale: str = "minmax"
+    scale: str = Selection.scale
     positions: str | None = None
     attention: str | None = None
     early: str | None = None
-    body: str = "loop"
+    body: str = Selection.body
     form: str | None = None
     language_checkpoint: bool = False
     gguf: str | None = None

@@ -23,6 +23,7 @@ from resprune.graphs.functions import (
     text_gain_function,
 )
 from resprune.method import Selection
+from resprune.names import KEPT_PLANES, PLANE_FEATURES
 
 OPSET = 20
 """Of the stand-alone selector; an attached selection takes the encoder's."""
@@ -65,7 +66,7 @@ def token_select_model(
     element = ir.DataType(ELEMENTS[dtype].onnx)
     features = ir.val("image_features", element, ["batch_size", "num_tokens", "hidden_size"])
     further = [
-        ir.val(f"plane_features.{index}", element, ["batch_size", "num_tokens", "hidden_size"])
+        ir.val(PLANE_FEATURES.format(index), element, ["batch_size", "num_tokens", "hidden_size"])
         for index in range(planes)
     ]
     token_mask = ir.val("token_mask", ir.DataType.BOOL, ["batch_size", "num_tokens"])
@@ -83,7 +84,7 @@ def token_select_model(
         token_mask,
         selection,
         protected=protected,
-        kept_names=["kept_features", *(f"kept_planes.{index}" for index in range(planes))],
+        kept_names=["kept_features", *map(KEPT_PLANES.format, range(planes))],
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="resprune", functions=functions)
     return ir.to_proto(model)
@@ -119,7 +120,10 @@ def attach_selection(
     num_tokens = None if output.shape is None else output.shape[1]
     if isinstance(num_tokens, int) and selection.k > num_tokens:
         raise ValueError(f"k must be at most the encoder's {num_tokens} tokens, got {selection.k}")
-    every = [output, *(value for value in graph.outputs if (value.name or "").startswith("plane_features."))]
+    every = [
+        output,
+        *(value for value in graph.outputs if (value.name or "").startswith(PLANE_FEATURES.format(""))),
+    ]
     kept_names = [str(value.name) for value in every]
     for value in every:
         graph.outputs.remove(value)

@@ -13,16 +13,18 @@ class Element(NamedTuple):
     """Of one number."""
     ort: str
     """What ONNX Runtime calls a tensor of it."""
+    triton: str
+    """What Triton calls it."""
 
 
 ELEMENTS = {
     row.name: row
     for row in (
-        Element("float32", 1, 4, "tensor(float)"),
-        Element("float16", 10, 2, "tensor(float16)"),
-        Element("bfloat16", 16, 2, "tensor(bfloat16)"),
-        Element("int64", 7, 8, "tensor(int64)"),
-        Element("bool", 9, 1, "tensor(bool)"),
+        Element("float32", 1, 4, "tensor(float)", "fp32"),
+        Element("float16", 10, 2, "tensor(float16)", "fp16"),
+        Element("bfloat16", 16, 2, "tensor(bfloat16)", "bf16"),
+        Element("int64", 7, 8, "tensor(int64)", "i64"),
+        Element("bool", 9, 1, "tensor(bool)", "i1"),
     )
 }
 FLOATS = ("float32", "float16", "bfloat16")

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from resprune.runtime.backends.formats import SERVER_FORMATS, VLLM
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.files import require_bundle
 from resprune.runtime.bundle.manifest import FLAVOURS
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from resprune.runtime.sampling import SamplingOptions
 
 BUNDLE_HELP = "directory that resprune export wrote"
-SERVER_FORMATS = ("vllm", "trtllm", "sglang")
 
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +71,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         help="let a language model there answer: http://host:8000 (default: the bundle's own)",
     )
     parser.add_argument(
-        "--server-format", choices=SERVER_FORMATS, help="what kind of server it is (default: vllm)"
+        "--server-format", choices=SERVER_FORMATS, help=f"what kind of server it is (default: {VLLM})"
     )
     parser.add_argument(
         "--server-model", metavar="NAME", help="the model to ask (default: the only one it has)"

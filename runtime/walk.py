@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from resprune.names import KEPT_PLANES, PLANE_FEATURES
 from resprune.runtime.backends.backend import Embedding
 from resprune.runtime.backends.session import GraphRunner
 from resprune.runtime.bundle.files import Bundle
@@ -22,10 +23,6 @@ from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.prompter import Prompt
 from resprune.runtime.prompt.splice import Bools, Floats, KeptTokens, Spliced, cut_picks, keep_all, splice
 
-PLANE_FEATURES = "plane_features.{}"
-"""Output of the vision graphs and input of `token_select`: plane i of the tokens that `image_features` has."""
-KEPT_PLANES = "kept_planes.{}"
-"""Output of `token_select`: plane i of `kept_features`."""
 SPLIT = ("vision_encoder", "token_select")
 CANDIDATES = "token_mask"
 """Input of `token_select`: the tokens that can be picked, [B, N]; output of a vision tower that selects itself."""

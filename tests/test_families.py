@@ -9,8 +9,7 @@ import pytest
 
 from docs.families import PAGE, page
 from resprune.exporter.language_models import LANGUAGE_MODELS
-from resprune.runtime.backends.servers import APIS
-from resprune.runtime.backends.tensorrt_llm import ENGINE, PYTORCH
+from resprune.runtime.backends.formats import ENGINE, PYTORCH, SERVER_FORMATS
 from resprune.runtime.bundle.manifest import ATTENTION, POSITIONS
 from resprune.runtime.families.table import FAMILIES, aliases
 
@@ -82,7 +81,7 @@ def test_a_row_says_what_the_rest_can_read(name: str) -> None:
     for reason in defaults.why.values():
         assert reason.endswith("."), reason
         assert ". " not in reason, "one sentence"
-    assert set(row.servers) <= {*APIS, PYTORCH, ENGINE}
+    assert set(row.servers) <= {*SERVER_FORMATS, PYTORCH, ENGINE}
     assert any(path.startswith("tests/exporter/test_parity_") for path in row.verified)
     for path in row.verified:
         text = (ROOT / path).read_text(encoding="utf-8")

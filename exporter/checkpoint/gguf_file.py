@@ -20,20 +20,12 @@ import torch
 
 from resprune.exporter.checkpoint.language_checkpoint import language_weights
 from resprune.exporter.checkpoint.shards import StoredTensor
+from resprune.runtime.backends.formats import GGUF_TYPES
 from resprune.runtime.backends.gguf_names import ARCHITECTURES, PERMUTED, SPLITTERS
 from resprune.runtime.errors import ResPruneError
 
 Progress = Callable[[int], object]
-TYPES = {
-    "f32": gguf.GGMLQuantizationType.F32,
-    "f16": gguf.GGMLQuantizationType.F16,
-    "q8_0": gguf.GGMLQuantizationType.Q8_0,
-}
-_FILE_TYPES = {
-    "f32": gguf.LlamaFileType.ALL_F32,
-    "f16": gguf.LlamaFileType.MOSTLY_F16,
-    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-}
+TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in GGUF_TYPES}
 _UNNAMED = "[PAD{}]"
 
 
@@ -66,7 +58,7 @@ class GgufModel:
         """
         writer = gguf.GGUFWriter(path, ARCHITECTURES[self.config.model_type])
         try:
-            _add_settings(writer, self.config, self.planes, _FILE_TYPES[self.precision])
+            _add_settings(writer, self.config, self.planes, self.precision)
             _add_tokenizer(writer, self.config, side_files, self.weights["token_embd.weight"].shape[0])
             extra = _rotary_factors(self.config)
             for name, values in extra.items():
@@ -148,9 +140,11 @@ def _head_width(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _add_settings(writer: gguf.GGUFWriter, config: Any, planes: int, kind: gguf.LlamaFileType) -> None:
+def _add_settings(writer: gguf.GGUFWriter, config: Any, planes: int, precision: str) -> None:
     """The model's shape, as the keys of its architecture."""
-    writer.add_file_type(kind)
+    # ALL_F32, MOSTLY_F16, MOSTLY_Q8_0
+    kinds = {kind.name.partition("_")[2].lower(): kind for kind in gguf.LlamaFileType}
+    writer.add_file_type(kinds[precision])
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -20,6 +20,7 @@ from resprune.exporter.components import Component, Components, Sizes
 from resprune.exporter.families.qwen2_vl import Block, check_processor, grid_of, places_of, tower_facts
 from resprune.exporter.language import called, read_past
 from resprune.exporter.split import assemble, read_config, weightless_model
+from resprune.names import PLANE_FEATURES
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.qwen2_vl import DynamicResolution, Grid, patch_positions
@@ -109,10 +110,7 @@ def _vision_component(model: Any, config: Any, side: int, dtype: torch.dtype) ->
         TensorSpec("position_taps", "int64", ("num_patches", 4)),
         TensorSpec("position_weights", "float32", ("num_patches", 4)),
     )
-    names = [
-        "image_features",
-        *(f"plane_features.{plane}" for plane in range(len(vision.deepstack_visual_indexes))),
-    ]
+    names = ["image_features", *map(PLANE_FEATURES.format, range(len(vision.deepstack_visual_indexes)))]
     shape = (1, "num_tokens", config.text_config.hidden_size)
     outputs = tuple(TensorSpec(name, "float32", shape) for name in names)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from resprune.names import DECODER
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import GraphSpec, Profile, Range
 from resprune.runtime.errors import ResPruneError
@@ -41,7 +42,7 @@ def profiles(bundle: Bundle, limits: Limits) -> dict[str, tuple[Profile, ...]]:
     chosen: dict[str, list[Profile]] = {
         # All prompts in one row, or the next token of each.
         "embed_tokens": [{"batch_size": batch, "sequence_length": (1, min(prompt[1], most), most)}],
-        "decoder_model_merged": [
+        DECODER: [
             {"batch_size": batch, "sequence_length": prompt, "past_sequence_length": (0, 0, 0)},
             {"batch_size": batch, "sequence_length": (1, 1, 1), "past_sequence_length": past},
         ],

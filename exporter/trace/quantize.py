@@ -20,15 +20,12 @@ from torch import Tensor
 
 from resprune.exporter.checkpoint.shards import StoredTensor
 from resprune.exporter.trace.blocks import HALF_MAX, SAMPLE_ROWS, Blocks, fit_of
-from resprune.exporter.trace.tracer import Traced, Weight, unwritten
-from resprune.runtime.bundle.precisions import Precision
+from resprune.exporter.trace.tracer import IN_BLOCKS, INT8, SCALES, ZEROS, Traced, Weight, unwritten
+from resprune.runtime.bundle.precisions import BLOCK, Precision
 
-BLOCK = 32
-BLOCK_SIZES = (32, 64, 128)
 ACCURACY_LEVEL = 4
 """MatMulNBits may round its input to int8, a block at a time: without it 8 bits take 30 times float32's time."""
 CHUNK_BYTES = 64 << 20
-SCALES, ZEROS = "_scales", "_zeros"
 
 _Parts = dict[str, tuple[Weight, tuple[int, ...]]]
 """Initializers that a weight becomes: by name, which part of it and of which shape; the numbers first."""
@@ -88,7 +85,7 @@ def quantize(
             _lookup(work, node, traced.weights[node.input[0]], shapes[node.input[0]], row, size)
             continue
         weight = _product_of(node, traced.weights)
-        if weight is None or not (row.bits or row.word == "int8"):
+        if weight is None or not row.quantized:
             work.nodes.append(node)
             continue
         K, N = shapes[node.input[1]] if weight.transposed else shapes[node.input[1]][::-1]
@@ -116,10 +113,9 @@ def quantize(
 
 def packed_bytes(row: Precision, K: int, N: int, size: int) -> int:
     """Bytes of a weight [N, K] in `row`, at most: as if it had offsets."""
-    if row.word == "int8":
+    if row.bits is None:
         layout = {"": (torch.int8, (N, K)), SCALES: (torch.float32, (N,))}
     else:
-        assert row.bits is not None
         layout = _layout(Blocks(row.bits, size, "offset"), K, N)
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
 
@@ -130,7 +126,7 @@ def packed_chunks(weight: Weight, matrices: Sequence[Tensor]) -> Iterator[Tensor
     if weight.blocks is not None:
         place = 1 if weight.part.endswith(SCALES) else 2 if weight.part.endswith(ZEROS) else 0
         yield from (weight.blocks.pack(rows)[place].reshape(-1) for rows in slices)
-    elif weight.part == "int8":
+    elif weight.part == INT8:
         scales = torch.cat([int8_scales(rows.float()) for rows in slices])[:, None]
         step = _fitting(len(scales))
         for columns in zip(*(torch.split(matrix, step, dim=1) for matrix in matrices), strict=True):
@@ -197,7 +193,7 @@ def _layout(blocks: Blocks, K: int, N: int) -> dict[str, tuple[torch.dtype, tupl
 def _block_parts(weight: Weight, blocks: Blocks, K: int, N: int) -> _Parts:
     weight = replace(weight, transposed=False, blocks=blocks, largest=min(weight.largest, blocks.largest))
     parts = (
-        (replace(weight, dtype=dtype, part=f"q{blocks.bits}{ending}"), shape)
+        (replace(weight, dtype=dtype, part=IN_BLOCKS.format(blocks.bits) + ending), shape)
         for ending, (dtype, shape) in _layout(blocks, K, N).items()
     )
     return {part.name: (part, shape) for part, shape in parts}
@@ -247,7 +243,7 @@ def _with_sums(work: _Graph, rows: str, K: int, size: int) -> str:
 def _int8_product(work: _Graph, rows: str, weight: Weight, output: str, shape: tuple[int, int]) -> None:
     """The product by a weight of `rows`, each rounded by its own scale, once for all the products that share them."""
     K, N = shape
-    wanted = {"int8": (torch.int8, (K, N)), f"int8{SCALES}": (torch.float32, (N,))}
+    wanted = {INT8: (torch.int8, (K, N)), INT8 + SCALES: (torch.float32, (N,))}
     parts = {
         part.name: (part, dims)
         for part, dims in (

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from resprune.names import PLANE_EMBEDS
+
 if TYPE_CHECKING:
     from resprune.exporter.components import Component
     from resprune.exporter.trace.tracer import Weight
@@ -38,7 +40,7 @@ STATE = re.compile(r"^(past_key_values|present)\.(\d+)\.")
 """Names of inputs and outputs that are one layer's own."""
 
 HIDDEN_STATE = re.compile(re.escape(HIDDEN_STATES).replace(r"\{\}", r"(\d+)"))
-PLANE = re.compile(r"plane_embeds\.\d+")
+PLANE = re.compile(re.escape(PLANE_EMBEDS).replace(r"\{\}", r"\d+"))
 
 CACHES = ("past_key_values", "step")
 

@@ -36,6 +36,12 @@ OPSET = 20
 
 PACKED = "+"
 """Between the names of parameters that are one initializer; none has it in its own."""
+TRANSPOSED = "T"
+"""After the name of an initializer that is transposed."""
+INT8, IN_BLOCKS = "int8", "q{}"
+"""After the name of one that is quantized: whole, or in blocks of so many bits a number."""
+SCALES, ZEROS = "_scales", "_zeros"
+"""After that, for what its numbers are multiplied by, and which of them is zero."""
 
 SIZES = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5}
 """Example sizes while tracing: 2 or more and all different, or torch.export takes them for constants."""
@@ -60,7 +66,7 @@ class Weight:
     @property
     def name(self) -> str:
         """The initializer's."""
-        ending = "T" if self.transposed else self.part
+        ending = TRANSPOSED if self.transposed else self.part
         return PACKED.join(self.parameters) + (f".{ending}" if ending else "")
 
 

@@ -123,7 +123,7 @@ def _weight_bytes(components: Components, component: Component, choice: Choice, 
         if component is components.decoder and isinstance(layer, nn.Embedding):
             continue  # its input is embedded already; a tied head is counted as a linear layer
         for name, tensor in layer.named_parameters(recurse=False):
-            packed = (row.bits or row.word == "int8") and isinstance(layer, nn.Linear) and name == "weight"
+            packed = row.quantized and isinstance(layer, nn.Linear) and name == "weight"
             N, K = tensor.shape if packed else (0, 0)
             size = packed_bytes(row, K, N, block) if packed else tensor.nbytes
             # The head is the one that may have more bits than its component.

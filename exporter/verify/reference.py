@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resprune.method import EXHAUSTED, SCALES, TIE
+from resprune.method import EXHAUSTED, SCALES, TIE, Selection
 
 ROUNDING = 1e-5
 """What float32 leaves in doubt of a score, as a part of the best score before any pick; and of a cosine."""
@@ -28,8 +28,8 @@ def text_gain(
     text_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
     *,
-    alpha: float = 1.0,
-    scale: str = "minmax",
+    alpha: float = Selection.alpha,
+    scale: str = Selection.scale,
 ) -> Tensor:
     """Gain of each visual token from its relevance to the prompt's nouns (Eq. 13, scaled, to the power alpha).
 

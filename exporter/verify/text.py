@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from resprune.exporter.components import Component
+from resprune.names import IMAGE_NUMBERS, PLANE_EMBEDS
 
 POSITIONS = 256
 ENGLISH = (
@@ -79,7 +80,7 @@ def whole_text(component: Component, embeds: Tensor) -> tuple[Tensor, ...]:
 
 
 def _of_images(name: str) -> bool:
-    return name.startswith("plane_embeds.") or name == "image_numbers"
+    return name.startswith(PLANE_EMBEDS.format("")) or name == IMAGE_NUMBERS
 
 
 def every_logit(component: Component, model: Any, inputs: tuple[Tensor, ...]) -> Tensor:

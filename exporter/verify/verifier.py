@@ -41,7 +41,8 @@ from resprune.exporter.verify.question import Question, Selected, seeded
 from resprune.exporter.verify.reference import counts_within_rounding, keep, kept_counts
 from resprune.exporter.verify.text import after_text, agreeing, every_logit, every_position, whole_text
 from resprune.method import Selection
-from resprune.runtime.bundle.precisions import Choice
+from resprune.names import DECODER, KEPT_PLANES
+from resprune.runtime.bundle.precisions import COMPONENTS, TABLE, Choice
 from resprune.runtime.families.preprocessor import PreparedImage
 from resprune.runtime.prompt.splice import Spliced, cut_picks
 from resprune.runtime.prompt.splice import splice as runtime_splice
@@ -73,9 +74,10 @@ class Verifier:
         self._components, self._stored = components, stored
         self._choice, self._text = choice, text
         self.exact: Collection[str] = ()
-        if choice.vision == "fp32":
-            self.exact = COUNTED if choice.decoder == choice.embed == "fp32" else SELECTED
-        self.least = {TEXT: choice.of("decoder_model_merged").agreement}
+        vision, decoder, embed = (TABLE[getattr(choice, part)].exact for part in COMPONENTS)
+        if vision:
+            self.exact = COUNTED if decoder and embed else SELECTED
+        self.least = {TEXT: choice.of(DECODER).agreement}
         config: Any = copy.deepcopy(components.model.config)
         config._attn_implementation = "sdpa"
         self._config: Any = config
@@ -237,7 +239,7 @@ class Verifier:
         names = (
             features
             if features[0] in got
-            else ["kept_features", *(f"kept_planes.{i}" for i in range(len(planes) - 1))]
+            else ["kept_features", *map(KEPT_PLANES.format, range(len(planes) - 1))]
         )
         return [
             self._difference(graph.stem, name, got[name], keep(plane, order)[0])
@@ -323,7 +325,7 @@ class Verifier:
             )
         embeds = worker.run(graphs["embed_tokens"], {"input_ids": array(prompt)})["inputs_embeds"][0]
         spliced = self._spliced(prompt[0].tolist(), embeds, selected, where)
-        got = worker.greedy(graphs["embed_tokens"], graphs["decoder_model_merged"], spliced, GREEDY_TOKENS)
+        got = worker.greedy(graphs["embed_tokens"], graphs[DECODER], spliced, GREEDY_TOKENS)
         return int((got == wanted).sum())
 
     def _spliced(

@@ -13,21 +13,14 @@ from functools import partial
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import torch
+from onnx_ir import tensor_adapters
 from torch import Tensor
 
 from resprune.exporter.checkpoint.shards import StoredTensor
-from resprune.exporter.trace.tracer import PACKED
+from resprune.exporter.trace.tracer import IN_BLOCKS, INT8, PACKED, SCALES, TRANSPOSED, ZEROS
 
-TRANSPOSED = "T"
-SCALES, ZEROS = "_scales", "_zeros"
-DTYPES: dict[int, torch.dtype] = {
-    onnx.TensorProto.FLOAT: torch.float32,
-    onnx.TensorProto.FLOAT16: torch.float16,
-    onnx.TensorProto.BFLOAT16: torch.bfloat16,
-    onnx.TensorProto.INT8: torch.int8,
-    onnx.TensorProto.UINT8: torch.uint8,
-}
 ROWS = 512
 SLACK = 1e-3
 """Of a quantization step: what float32 may make of a number that lies between two steps."""
@@ -86,7 +79,7 @@ def _place(tensor: onnx.TensorProto, folder: Path) -> StoredTensor:
     place = {entry.key: entry.value for entry in tensor.external_data}
     return StoredTensor(
         folder / place["location"],
-        DTYPES[tensor.data_type],
+        tensor_adapters.to_torch_dtype(ir.DataType(tensor.data_type)),
         tuple(tensor.dims),
         int(place["offset"]),
         int(place["length"]),
@@ -102,7 +95,7 @@ def _same(name: str, written: Mapping[str, StoredTensor], stored: Mapping[str, S
     if not stored.keys() >= set(parameters):
         return False
     sources = [stored[parameter] for parameter in parameters]
-    ours = [_split(written[name], sources, axis=1 if part in (TRANSPOSED, "int8") else 0)]
+    ours = [_split(written[name], sources, axis=1 if part in (TRANSPOSED, INT8) else 0)]
     if part in ROUNDED:
         ours += [
             _split(written[name + ending], sources, axis=0)
@@ -218,4 +211,8 @@ def _within(numbers: Tensor, scales: Tensor, weight: Tensor) -> bool:
     return bool(((numbers * scales - weight.float()).abs() <= (steps + SLACK) * scales.abs()).all())
 
 
-ROUNDED: dict[str, Callable[..., bool]] = {"int8": _int8_rounded, "q8": _q8_rounded, "q4": _q4_rounded}
+ROUNDED: dict[str, Callable[..., bool]] = {
+    INT8: _int8_rounded,
+    IN_BLOCKS.format(8): _q8_rounded,
+    IN_BLOCKS.format(4): _q4_rounded,
+}

@@ -9,6 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from resprune.elements import ELEMENTS, FLOATS
 from resprune.graphs.kernels.residual_select import residual_select
 from resprune.graphs.kernels.selection import OPTIONS, constants
 
@@ -20,8 +21,6 @@ PTX_VERSION = 87
 
 SHARED_MEMORY = 48 * 1024
 """Bytes that a launch gets without asking for more, on every architecture."""
-
-POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 
 
 @dataclass(frozen=True)
@@ -44,15 +43,15 @@ def compile_residual_select(capability: int, *, hidden_size: int, k: int, dtype:
     """Compile for compute capability `capability` (87 is 8.7), and for this hidden size, k and dtype of the tokens.
 
     Raises:
-        ValueError: a dtype that is none of POINTERS.
+        ValueError: a dtype that is none of FLOATS.
         RuntimeError: a Triton whose kernels need what only its own launcher brings.
 
     """
-    if dtype not in POINTERS:
-        raise ValueError(f"dtype must be one of {', '.join(POINTERS)}, got {dtype!r}")
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype!r}")
     chosen = constants(hidden_size, k, dtype)
     signature = {
-        "visual": POINTERS[dtype],
+        "visual": f"*{ELEMENTS[dtype].triton}",
         "gain": "*fp32",
         "token_mask": "*i1",
         "num_tokens": "i32",

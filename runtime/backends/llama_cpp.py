@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from resprune.names import PLANE_EMBEDS, PLANE_FEATURES
 from resprune.runtime.arguments import whole
 from resprune.runtime.backends.backend import (
     Backend,
@@ -29,9 +30,8 @@ from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError, one_line, shown
 from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.prompter import load_tokenizer
-from resprune.runtime.prompt.splice import PLANE_EMBEDS, Floats, Ints
+from resprune.runtime.prompt.splice import Floats, Ints
 from resprune.runtime.sampling import Sampling, eos_token_ids
-from resprune.runtime.walk import PLANE_FEATURES
 
 UNLIKE = 0.01
 """The share of the vocabulary in which the file's spelling may differ: converters rename tokens that are never used."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from resprune.elements import BY_ORT, FLOATS
+from resprune.names import DECODER, STANDARD_INPUTS
 from resprune.runtime.backends.backend import (
     Backend,
     Embedding,
@@ -17,7 +18,6 @@ from resprune.runtime.backends.backend import (
 from resprune.runtime.backends.providers import cache_device
 from resprune.runtime.backends.session import SessionOptions, graph_faults, open_session
 from resprune.runtime.bundle.files import Bundle
-from resprune.runtime.bundle.manifest import DECODER
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.prompt.splice import Array, Floats, Ints, Spliced
 
@@ -28,7 +28,6 @@ GRAPH = DECODER
 CACHE_ROOM = 256
 """Tokens by which the cache of a decoder that writes in place is too long; when they are used up it is copied once."""
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-_STANDARD = ("inputs_embeds", "attention_mask", "position_ids")
 
 
 class OrtDecoder:
@@ -59,7 +58,7 @@ class OrtDecoder:
             if _PAST.fullmatch(value.name):
                 self.past_names.append(value.name)
                 self._empty.append(_empty_cache(value))
-            elif value.name not in _STANDARD:
+            elif value.name not in STANDARD_INPUTS:
                 dtype = np.dtype(BY_ORT[value.type].name)
                 self._row_inputs[value.name] = (dtype, [int(size) for size in value.shape[2:]])
         self.present_names = [name.replace("past_key_values", "present", 1) for name in self.past_names]

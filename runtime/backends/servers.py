@@ -27,6 +27,7 @@ from resprune.runtime.backends.backend import (
     require_plain_attention,
     together,
 )
+from resprune.runtime.backends.formats import SGLANG, TRTLLM, VLLM
 from resprune.runtime.backends.http_client import DEADLINE_SECONDS, Exchange, Server
 from resprune.runtime.backends.session import SessionOptions
 from resprune.runtime.backends.torch_save import torch_save
@@ -80,7 +81,7 @@ class Api:
 def server(
     url: str,
     *,
-    api: str = "vllm",
+    api: str = VLLM,
     model: str | None = None,
     timeout: float = TIMEOUT_SECONDS,
     deadline: float = DEADLINE_SECONDS,
@@ -392,7 +393,7 @@ _BY_SIZE = (
     "vLLM (--server-format vllm) or TensorRT-LLM (--server-format trtllm)"
 )
 APIS = {
-    "vllm": Api(
+    VLLM: Api(
         "vLLM",
         "/v1/chat/completions",
         ("contiguous",),
@@ -401,7 +402,7 @@ APIS = {
         _read_chat,
         _named_model,
     ),
-    "trtllm": Api(
+    TRTLLM: Api(
         "TensorRT-LLM",
         "/v1/chat/completions",
         ("contiguous",),
@@ -410,7 +411,7 @@ APIS = {
         _read_chat,
         _named_model,
     ),
-    "sglang": Api(
+    SGLANG: Api(
         "SGLang",
         "/generate",
         ("original",),

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from resprune.runtime.arguments import whole, words
 from resprune.runtime.backends.providers import CPU, check_providers, new_session
 from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.bundle.precisions import TABLE
 from resprune.runtime.errors import FailedError, ResPruneError, one_line
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ def open_session(bundle: Bundle, graph: str, options: SessionOptions) -> "onnxru
     except ResPruneError:
         raise
     except Exception as error:  # onnxruntime's own exception types share no base but this one
-        narrow = bundle.manifest.graphs[graph].precision == "bf16"
-        if narrow and "Could not find an implementation" in str(error):
+        row = TABLE[bundle.manifest.graphs[graph].precision]
+        if row.element == "bfloat16" and "Could not find an implementation" in str(error):
             raise ResPruneError(
-                f"{path} is bf16, in which the provider {' or '.join(options.providers)} cannot compute; "
+                f"{path} is {row.word}, in which the provider {' or '.join(options.providers)} cannot compute; "
                 "choose another or export with --dtype fp16 or fp32"
             ) from None
         raise ResPruneError(f"{path} cannot be opened by onnxruntime ({one_line(error)})") from None

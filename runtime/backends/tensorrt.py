@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from resprune.elements import ELEMENTS
+from resprune.names import DECODER, STANDARD_INPUTS
 from resprune.runtime.backends.backend import (
     Backend,
     Embedding,
@@ -27,14 +28,13 @@ from resprune.runtime.backends.cuda import Buffer, Stream, download, gpu_at_hand
 from resprune.runtime.backends.engines import choose_engines, choose_profile, tensorrt_module
 from resprune.runtime.backends.session import Array, SessionOptions
 from resprune.runtime.bundle.files import Bundle
-from resprune.runtime.bundle.manifest import DECODER, EngineSpec, GraphSpec, TensorSpec, axis_names, axis_size
+from resprune.runtime.bundle.manifest import EngineSpec, GraphSpec, TensorSpec, axis_names, axis_size
 from resprune.runtime.errors import FailedError, ResPruneError, one_line
 from resprune.runtime.prompt.splice import Floats, Ints, Spliced
 
 Shape = tuple[int, ...]
 # How much more than it needs the cache is given when it grows: it then grows a few times an answer, not every step.
 CACHE_SPARE = 1.5
-_STANDARD = ("inputs_embeds", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class TensorRTSequence:
         inputs = decoder.spec.inputs
         self._cache = [tensor for tensor in inputs if tensor.name.startswith("past_key_values.")]
         self._further = [
-            tensor for tensor in inputs if tensor.name not in _STANDARD and tensor not in self._cache
+            tensor for tensor in inputs if tensor.name not in STANDARD_INPUTS and tensor not in self._cache
         ]
         self._buffers = [{_present(tensor): Buffer() for tensor in self._cache} for _ in range(2)]
         self._place = Place.of(spliced)

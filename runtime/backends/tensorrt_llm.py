@@ -24,6 +24,7 @@ from resprune.runtime.backends.backend import (
     require_plain_attention,
     together,
 )
+from resprune.runtime.backends.formats import ENGINE, PYTORCH
 from resprune.runtime.backends.session import SessionOptions
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError, one_line
@@ -35,7 +36,6 @@ from resprune.runtime.sampling import Sampling, eos_token_ids, named_settings
 if TYPE_CHECKING:
     import torch
 
-PYTORCH, ENGINE = "trtllm-pytorch", "trtllm-engine"
 """What the families that they can take call these backends, in their rows."""
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resprune.names import DECODER
 from resprune.runtime.bundle.external import require_listed
 from resprune.runtime.bundle.hashes import hashed_meanwhile, sha256
 from resprune.runtime.bundle.manifest import (
-    DECODER,
     LANGUAGE_GGUF,
     MANIFEST_NAME,
     FileSpec,

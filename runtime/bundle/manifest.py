@@ -15,14 +15,13 @@ from typing import Any
 
 from resprune.elements import ELEMENTS
 from resprune.method import BODIES, FORMS, SCALES, Selection, share_of
+from resprune.names import DECODER
 from resprune.runtime.bundle import fields, precisions
 from resprune.runtime.errors import ResPruneError, shown
 
 FORMAT_VERSION = 3
 """The newest that is read. A bundle has the oldest that says all of it, see COUNTS and EARLY."""
 MANIFEST_NAME = fields.FILE
-DECODER = "decoder_model_merged"
-"""The language model's graph."""
 LANGUAGE_GGUF = "language_model.gguf"
 """What `resprune export --for gguf` writes."""
 ENGINES_FOLDER = "engines"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 
+from resprune.runtime.backends.formats import ENGINE, PYTORCH, SGLANG, TRTLLM, VLLM
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.preprocessor import FixedGrid, Preprocessor
@@ -120,7 +121,7 @@ FAMILIES = {
             "llava",
             FixedGrid.from_bundle,
             defaults=PUBLISHED,
-            servers=("vllm", "trtllm", "trtllm-pytorch", "trtllm-engine"),
+            servers=(VLLM, TRTLLM, PYTORCH, ENGINE),
             plain_prompt=True,
             research={"mm_vision_tower": ".*"},
             verified=(
@@ -139,7 +140,7 @@ FAMILIES = {
             "llava_next",
             _made_by("llava_next", "AnyResolution"),
             defaults=PUBLISHED,
-            servers=("vllm", "trtllm", "trtllm-pytorch", "trtllm-engine"),
+            servers=(VLLM, TRTLLM, PYTORCH, ENGINE),
             research={"mm_vision_tower": ".*", "image_aspect_ratio": "anyres"},
             verified=("tests/exporter/test_parity_llava_next.py", "benchmarks/llava_next.py"),
             aliases={
@@ -167,7 +168,7 @@ FAMILIES = {
             defaults=M_ROPE,
             position_axes=3,
             any_size=True,
-            servers=("sglang", "trtllm-engine"),
+            servers=(SGLANG, ENGINE),
             verified=(
                 "tests/exporter/test_parity_qwen.py",
                 "benchmarks/qwen_vl.py",
@@ -186,7 +187,7 @@ FAMILIES = {
             defaults=M_ROPE,
             position_axes=3,
             any_size=True,
-            servers=("sglang", "trtllm-engine"),
+            servers=(SGLANG, ENGINE),
             verified=("tests/exporter/test_parity_qwen.py",),
         ),
         Family(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from resprune.names import IMAGE_NUMBERS, PLANE_EMBEDS
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.preprocessor import PreparedImage
 
@@ -15,10 +16,6 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Array = npt.NDArray[Any]
-PLANE_EMBEDS = "plane_embeds.{}"
-"""The decoder's input for plane i, float32 [B, S, D]: zero where there is text."""
-IMAGE_NUMBERS = "image_numbers"
-"""The decoder's input that says which image of its prompt a row is of, int64 [B, S]: 1 is the first, 0 is text."""
 
 
 @dataclass(frozen=True)

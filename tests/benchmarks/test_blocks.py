@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import blocks
-from resprune.exporter.trace.quantize import BLOCK_SIZES
+from resprune.runtime.bundle.precisions import BLOCK_SIZES
 
 
 def test_every_block_size_and_level_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from benchmarks import losses, rounding
 from benchmarks.precision import Opened, decoder_feeds, text_logits
 from resprune.exporter.verify.text import every_position
 from resprune.runtime.bundle.files import read_bundle
+from resprune.runtime.bundle.precisions import BLOCK_SIZES
 
 
 @pytest.mark.parametrize("method", rounding.METHODS)
@@ -41,7 +42,7 @@ def test_a_method_packs_the_layers_and_leaves_the_head(
 def test_both_tables_say_how_much_of_fp32_is_left() -> None:
     row = {"perplexity": 44.0, "agreement": 0.9}
     plain = {"perplexity": 40.0, "agreement": 1.0}
-    by_size = {str(size): row for size in rounding.SIZES}
+    by_size = {str(size): row for size in BLOCK_SIZES}
     text = rounding.table({"positions": 5, "found": {"fp32": {"": plain}, "HQQ": by_size}})
     assert "| HQQ | 1.1000, 90.0 % | 1.1000, 90.0 % | 1.1000, 90.0 % |" in text
     text = losses.table(

@@ -20,8 +20,9 @@ from resprune.exporter.tensorrt.engines import build
 from resprune.exporter.tensorrt.profiles import Limits, profiles
 from resprune.graphs import token_select_model
 from resprune.method import Selection
+from resprune.names import DECODER
 from resprune.runtime.bundle.files import Bundle, describe_file, read_bundle, write_manifest
-from resprune.runtime.bundle.manifest import DECODER, MANIFEST_NAME, Manifest
+from resprune.runtime.bundle.manifest import MANIFEST_NAME, Manifest
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.qwen2_vl import Grid, windows
