@@ -163,7 +163,8 @@ def register_export(subparsers: Any) -> None:
         "--verify",
         choices=("auto", "full", "layers"),
         default="auto",
-        help="compare whole answers with PyTorch, or the decoder by layers (default: by layers if memory is short)",
+        help="compare text and answers with PyTorch, or the decoder by layers, without most likely tokens (default: by "
+        "layers if memory is short)",
     )
     parser.add_argument("--force", action="store_true", help="replace the bundle at OUT")
     parser.set_defaults(run=run_export)

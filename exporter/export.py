@@ -43,6 +43,7 @@ from resprune.exporter.verify.difference import (
     Counted,
     Difference,
     ParityError,
+    equal_tokens,
     nearest,
     require,
     verdict,
@@ -157,8 +158,8 @@ class _Export:
                 note = "not compared: there is no decoder"
             elif verifier.has_decoder:
                 paths = {name: self.work / spec.file for name, spec in writer.graphs.items()}
-                equal = verifier.compare_greedy(worker, paths, selection, positions)
-                note = f"{self._count({'greedy tokens': equal})}: {verdict(equal)}"
+                answers = verifier.compare_greedy(worker, paths, selection, positions)
+                note = f"{self._count({'greedy tokens': equal_tokens(*answers)})}: {verdict(*answers)}"
             self._line("generation", None, note)
             require(self.differences, self.counts, exact=verifier.exact, least=verifier.least)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,13 +115,17 @@ def require(
         raise ParityError("the graphs differ from PyTorch, so no bundle was written\n" + "\n".join(table))
 
 
-def verdict(counted: Counted) -> str:
-    """A count of greedy tokens in words."""
-    equal, total = counted
+def equal_tokens(got: Sequence[int], wanted: Sequence[int]) -> Counted:
+    """How many places of two answers, which are of one length, have the same token."""
+    return sum(map(operator.eq, got, wanted)), len(wanted)
+
+
+def verdict(got: Sequence[int], wanted: Sequence[int]) -> str:
+    """What two answers have in common, in words: few places are equal after a word more or less."""
+    equal, total = equal_tokens(got, wanted)
     if equal == total:
         return "word for word"
     if 2 * equal >= total:
         return "mostly the same words"
-    if equal:
-        return "begins alike, then says it in other words"
-    return "another answer"
+    alike = next(place for place, pair in enumerate(zip(got, wanted, strict=True)) if pair[0] != pair[1])
+    return f"the first {alike} alike, then other words" if alike else "another answer"

@@ -1,6 +1,6 @@
 """What counts as a miss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ from resprune.exporter.verify.difference import (
     Difference,
     ParityError,
     difference,
+    equal_tokens,
     nearest,
     require,
     text_difference,
@@ -87,11 +88,25 @@ def test_what_is_nearest_to_its_bound_is_named():
     assert nearest([by_noise, by_size, past]) is past
 
 
-def test_a_count_of_tokens_has_a_verdict():
-    assert verdict((32, 32)) == "word for word"
-    assert verdict((20, 32)) == "mostly the same words"
-    assert verdict((14, 32)) == "begins alike, then says it in other words"
-    assert verdict((0, 32)) == "another answer"
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ([], "word for word"),
+        ([7], "mostly the same words"),
+        ([0], "mostly the same words"),
+        (range(1), "mostly the same words"),
+        (range(14, 32), "the first 14 alike, then other words"),
+        ([1, *range(15, 32)], "the first 1 alike, then other words"),
+        (range(18), "another answer"),
+        (range(32), "another answer"),
+    ],
+)
+def test_two_answers_have_a_verdict(other: Iterable[int], says: str):
+    """`other` are the places of 32 where they differ."""
+    wanted = list(range(32))
+    got = [-1 if place in other else token for place, token in enumerate(wanted)]
+    assert verdict(got, wanted) == says
+    assert equal_tokens(got, wanted) == (32 - len(list(other)), 32)
 
 
 def test_what_is_prepared_is_not_computed_again(
@@ -132,8 +147,9 @@ def test_the_runtime_splices_the_prompt_of_the_graphs(
 
     def equal(change: Callable[[Spliced], Spliced]) -> bool:
         monkeypatch.setattr(verify, "runtime_splice", lambda *given, **how: change(splice(*given, **how)))
-        equal, total = verifier.compare_greedy(worker, graphs, bundle.manifest.selection, "original")
-        return equal == total
+        got, wanted = verifier.compare_greedy(worker, graphs, bundle.manifest.selection, "original")
+        assert len(got) == len(wanted) == 32
+        return got == wanted
 
     with OrtWorker() as worker:
         assert equal(lambda made: made)
