@@ -19,7 +19,7 @@ from resprune.runtime.arguments import choice, flag, instance, items, whole
 from resprune.runtime.backends.backend import BackendFactory, Request, closed_early
 from resprune.runtime.backends.onnxruntime import onnxruntime_backend
 from resprune.runtime.backends.providers import CPU
-from resprune.runtime.backends.session import GraphRunner, OrtGraphs, SessionOptions
+from resprune.runtime.backends.session import GraphRunner, OrtGraphs, SessionOptions, already_closed
 from resprune.runtime.budget import Tokens, wanted
 from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.bundle.hashes import Progress, hashed_meanwhile
@@ -252,7 +252,7 @@ class Pipeline:
 
     def _require_open(self) -> None:
         if self._closed:
-            raise ResPruneError("the pipeline is closed; load it again")
+            raise already_closed()
 
     def _require_open_to_read(self) -> None:
         if self._closed:

@@ -133,7 +133,7 @@ class OrtGraphs:
     def _session(self, graph: str) -> "onnxruntime.InferenceSession":
         with self._opening:
             if self._closed:
-                raise ResPruneError("the pipeline is closed; load it again")
+                raise already_closed()
             if graph not in self._sessions:
                 self._sessions[graph] = open_session(self._bundle, graph, self._options)
             return self._sessions[graph]
@@ -143,6 +143,11 @@ class OrtGraphs:
         with self._opening:
             self._closed = True
             self._sessions.clear()
+
+
+def already_closed() -> ResPruneError:
+    """The error of what is asked of a pipeline after its end."""
+    return ResPruneError("the pipeline is closed; load it again")
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from resprune.runtime.backends.backend import (
 )
 from resprune.runtime.backends.cuda import Buffer, Stream, download, gpu_at_hand, upload
 from resprune.runtime.backends.engines import choose_engines, choose_profile, tensorrt_module
-from resprune.runtime.backends.session import Array, SessionOptions
+from resprune.runtime.backends.session import Array, SessionOptions, already_closed
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import EngineSpec, GraphSpec, TensorSpec, axis_names, axis_size
 from resprune.runtime.errors import FailedError, ResPruneError, one_line
@@ -162,6 +162,7 @@ class Engines:
         self._chosen = choose_engines(bundle, flavour, self._trt.__version__, capability)
         self._engines: dict[str, Engine] = {}
         self._lanes: dict[str, Lane] = {}
+        self._closed = False
         self._turn = RLock()
 
     def open(self, graph: str) -> None:
@@ -171,6 +172,8 @@ class Engines:
     def engine(self, graph: str) -> Engine:
         """The engine of a graph, loaded."""
         with self._turn:
+            if self._closed:
+                raise already_closed()
             if graph not in self._engines:
                 self._bundle.graph_path(graph)
                 spec, engine = self._bundle.manifest.graphs[graph], self._chosen.graphs[graph]
@@ -193,8 +196,9 @@ class Engines:
             return arrays
 
     def close(self) -> None:
-        """Give back engines, buffers and streams."""
+        """Give back engines, buffers and streams; what is running ends first."""
         with self._turn:
+            self._closed = True
             for lane in self._lanes.values():
                 lane.close()
             self._lanes.clear()

@@ -11,6 +11,7 @@ import ctypes
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,9 @@ class Cuda:
     properties: Properties = field(default_factory=Properties)
     blocks: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
     allocations: int = 0
+    streams: set[int] = field(default_factory=set)
+    streams_made: int = 0
+    turn: Any = field(default_factory=RLock)
     cudaMemcpyKind = CopyKind  # noqa: N815
 
     def cudaGetDeviceCount(self) -> tuple[Status, int]:  # noqa: N802
@@ -65,33 +69,40 @@ class Cuda:
         return Status.cudaSuccess, 13000
 
     def cudaStreamCreate(self) -> tuple[Status, int]:  # noqa: N802
-        return Status.cudaSuccess, 7
+        with self.turn:
+            self.streams_made += 1
+            self.streams.add(self.streams_made)
+            return Status.cudaSuccess, self.streams_made
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[Status]:  # noqa: N802
-        assert stream == 7
+        assert stream in self.streams
         return (Status.cudaSuccess,)
 
     def cudaStreamDestroy(self, stream: int) -> tuple[Status]:  # noqa: N802
-        assert stream == 7
+        self.streams.remove(stream)
         return (Status.cudaSuccess,)
 
     def cudaMalloc(self, size: int) -> tuple[Status, int]:  # noqa: N802
-        if self.in_use() + size > self.limit:
-            return Status.cudaErrorMemoryAllocation, 0
-        self.allocations += 1
-        block = np.full(size + 2 * GUARD, 0xFF, np.uint8)  # NaN in every float, a wild index in every integer
-        address = block.ctypes.data + GUARD
-        self.blocks[address] = block
-        return Status.cudaSuccess, address
+        with self.turn:
+            if self.in_use() + size > self.limit:
+                return Status.cudaErrorMemoryAllocation, 0
+            self.allocations += 1
+            block = np.full(
+                size + 2 * GUARD, 0xFF, np.uint8
+            )  # NaN in every float, a wild index in every integer
+            address = block.ctypes.data + GUARD
+            self.blocks[address] = block
+            return Status.cudaSuccess, address
 
     def cudaFree(self, address: int) -> tuple[Status]:  # noqa: N802
-        block = self.blocks.pop(address)
+        with self.turn:
+            block = self.blocks.pop(address)
         assert (block[:GUARD] == 0xFF).all()
         assert (block[-GUARD:] == 0xFF).all(), "written past the end"
         return (Status.cudaSuccess,)
 
     def cudaMemcpyAsync(self, to: int, from_: int, size: int, kind: CopyKind, stream: int) -> tuple[Status]:  # noqa: N802
-        assert stream == 7
+        assert stream in self.streams
         self.check(to if kind is CopyKind.cudaMemcpyHostToDevice else from_, size)
         ctypes.memmove(to, from_, size)
         return (Status.cudaSuccess,)
@@ -101,11 +112,12 @@ class Cuda:
 
     def check(self, address: int, size: int) -> None:
         """The range must lie in one block that has not been freed."""
-        inside = (
-            start <= address and address + size <= start + len(block) - 2 * GUARD
-            for start, block in self.blocks.items()
-        )
-        assert any(inside), f"{size} bytes at {address:#x} are not allocated"
+        with self.turn:
+            inside = any(
+                start <= address and address + size <= start + len(block) - 2 * GUARD
+                for start, block in self.blocks.items()
+            )
+        assert inside, f"{size} bytes at {address:#x} are not allocated"
 
 
 class Severity(IntEnum):
@@ -125,16 +137,18 @@ class ExecutionContextAllocationStrategy(IntEnum):
 
 
 class IExecutionContext:
+    """It stays on the stream of its profile: what one stream still runs, another must not set up anew."""
+
     def __init__(self, engine: ICudaEngine) -> None:
         self._engine = engine
-        self._profile = 0
+        self._profile = self._stream = 0
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._made: dict[str, np.ndarray[Any, Any]] = {}
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
-        assert stream == 7
-        self._profile = index
+        assert stream in self._engine.cuda.streams
+        self._profile, self._stream = index, stream
         return 0 <= index < 2
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -151,7 +165,7 @@ class IExecutionContext:
         return self._outputs()[name].shape
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream == 7
+        assert stream == self._stream, "a context that two streams run"
         for name, array in self._outputs().items():
             self._engine.cuda.check(self._addresses[name], array.nbytes)
             ctypes.memmove(self._addresses[name], array.ctypes.data, array.nbytes)

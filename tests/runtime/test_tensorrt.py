@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from resprune.runtime.prompt.splice import Spliced
 from tests.runtime import gpu_stand_in
 from tests.runtime.gpu_stand_in import FLAVOUR, VERSION, Cuda, TensorRT, with_engines
 from tests.runtime.pipelines import QUESTION, picture
+from tests.runtime.ways import PICTURES, QUESTIONS, alone, wrong_at_once
 
 OPTIONS = SessionOptions(threads=1)
 STEPS = 40
@@ -155,20 +159,59 @@ def test_logits_of_prefill_and_steps_with_a_padded_row(place: Place, bundles: Ca
     theirs.close()
 
 
-def test_sequences_that_take_turns_have_contexts_of_their_own(
-    place: Place, bundles: Callable[[str], Path]
-) -> None:
+def test_answers_at_once_are_those_given_alone(place: Place, bundles: Callable[[str], Path]) -> None:
+    """In turns in one thread, in many threads, some left unread; and all they had is given back."""
     root = bundles("clip-llama")
     place.equip(root)
-    images, questions = [picture(1), picture(2, (90, 40))], [QUESTION, "is there a cat?"]
-    with Pipeline.load(root) as ours, Pipeline.load(root, engines=place.flavour) as theirs:
-        alone = [ours.ask(*each, max_new_tokens=12).token_ids for each in zip(images, questions, strict=True)]
-        open_at_once = [theirs.ask(*each, max_new_tokens=12) for each in zip(images, questions, strict=True)]
-        reading = [iter(answer) for answer in open_at_once]
-        for _ in range(12):
-            for pieces in reading:
-                next(pieces, None)
-        assert [answer.token_ids for answer in open_at_once] == alone
+    with Pipeline.load(root, engines=place.flavour) as vlm, ThreadPoolExecutor(4) as threads:
+        wanted = alone(vlm, PICTURES[:2])
+        assert len({str(tokens) for tokens in wanted.values()}) > 10, "shows nothing"
+        gc.collect()
+        before = held(place)
+        reading = [iter(vlm.ask(path, QUESTIONS[0], max_new_tokens=8)) for path in PICTURES]
+        in_turns = ["".join(pieces) for pieces in zip(*zip_longest(*reading, fillvalue=""), strict=True)]
+        assert in_turns == [vlm.ask(path, QUESTIONS[0], max_new_tokens=8).text for path in PICTURES]
+        assert wrong_at_once(vlm, wanted, threads, range(4), 12) == []
+        unread = vlm.ask(PICTURES[0], QUESTIONS[0])
+        next(iter(unread))
+        assert place.cuda is None or held(place) > before
+        del unread, reading
+        assert held(place) == before
+    assert held(place) == (0, 0)
+
+
+def held(place: Place) -> tuple[int, int]:
+    """Bytes and streams in use on the stand-in."""
+    return (0, 0) if place.cuda is None else (place.cuda.in_use(), len(place.cuda.streams))
+
+
+def test_nothing_runs_after_its_engines_are_closed(stand_in: Place, bundles: Callable[[str], Path]) -> None:
+    """Nor does a step that has begun by then; and nothing is loaded anew."""
+    bundle = with_engines(bundles("clip-llama"))
+    engines = Engines(FLAVOUR, bundle, OPTIONS)
+    decoder = TensorRTDecoder(bundle, Embedding(engines), engines)
+    embeds = np.zeros((1, 3, 48), np.float32)
+    sequence = decoder.start(Spliced(embeds, np.arange(3)[None], np.ones((1, 3), np.int64)))
+    opened = decoder.opened
+
+    def and_closed() -> Any:
+        engine = opened()
+        engines.close()
+        return engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "opened", and_closed)
+        with pytest.raises(ResPruneError, match="the pipeline is closed; load it again"):
+            sequence.step(np.array([300]))
+    decoder.close()
+    with pytest.raises(ResPruneError, match="was closed before this answer was read to its end"):
+        sequence.step(np.array([300]))
+    sequence.close()
+    for again in (lambda: engines.run("embed_tokens", {}, []), lambda: engines.open("vision_select")):
+        with pytest.raises(ResPruneError, match="the pipeline is closed; load it again"):
+            again()
+    engines.close()
+    assert held(stand_in) == (0, 0)
 
 
 @pytest.fixture
