@@ -98,6 +98,18 @@ def test_what_all_rooms_share_imports_no_room() -> None:
         assert [name for _, name in imports(ROOT / f"resprune/{module}.py") if "resprune" in name] == []
 
 
+def test_what_tests_share_is_in_no_test_module() -> None:
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert len(files) > 100
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in files
+        for line, name in imports(path)
+        if under(name, "tests") and ".test_" in name
+    ]
+    assert wrong == []
+
+
 def test_torch_is_imported_only_when_tensorrt_llm_is() -> None:
     """Not when the file is, which any device may do."""
     tree = ast.parse((ROOT / TENSORRT_LLM).read_text(encoding="utf-8"))

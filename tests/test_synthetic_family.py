@@ -25,12 +25,13 @@ from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
 from tests import synthetic_family as synthetic
 from tests import traces
-from tests.runtime.test_tensorrt import stand_in_for
+from tests.runtime.gpu_stand_in import stand_in_for
+from tests.runtime.pipelines import OTHER, QUESTION
 from tests.traces import Make
 
 K = 9
 STEPS = 20
-QUESTIONS = ("what colour is the square on the table?", "how many red circles are there?")
+QUESTIONS = (QUESTION, OTHER)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from resprune.evaluation.checkpoint import open_checkpoint
 from resprune.evaluation.model import open_bundle
 from resprune.runtime.families.table import FAMILIES
 from resprune.runtime.pipeline import Pipeline
+from tests.runtime.pipelines import QUESTION
 
-QUESTION = "what colour is the square on the table?"
 STEPS = 20
 # Each as its parity tests export it: the bundles are made once.
 EXPORTED: dict[str, tuple[str, dict[str, Any]]] = {

@@ -17,10 +17,11 @@ from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
 from tests.exporter.hugging_face import HuggingFace, with_positions
 from tests.exporter.hugging_face_qwen import HuggingFaceQwen
+from tests.runtime.pipelines import OTHER, QUESTION
 from tests.tiny_qwen import VARIANTS
 from tests.tiny_qwen import write_checkpoint as write_qwen
 
-ASKED = ["what colour is the square on the table?", "how many red circles are there?"]
+ASKED = [QUESTION, OTHER]
 STEPS = 12
 
 

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from resprune.evaluation.checkpoint import open_checkpoint
 from resprune.evaluation.evaluate import Plan
@@ -13,14 +12,10 @@ from resprune.evaluation.towers import RESIZE, early_names, smaller_image
 from resprune.runtime.budget import Budget
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
+from tests.runtime.images import blocks
+from tests.runtime.pipelines import QUESTION
 
-QUESTION = "what colour is the square on the table?"
 ASKED = "1:9"
-
-
-def image(size: tuple[int, int] = (60, 50)) -> Image.Image:
-    blocks = np.random.default_rng(3).integers(0, 256, (7, 9, 3), dtype=np.uint8)
-    return Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize(
@@ -33,8 +28,8 @@ def test_a_checkpoint_selects_inside_its_tower_as_a_bundle_does(
 ):
     bundle = open_bundle(tiny_bundle(variant, k=k, early=early, split=True))
     checkpoint = open_checkpoint(str(tiny_checkpoint(variant)))
-    (exported,) = bundle.look([image()])
-    (selected,) = checkpoint.look([image()], *early_names([early]))
+    (exported,) = bundle.look([blocks(3)])
+    (selected,) = checkpoint.look([blocks(3)], *early_names([early]))
     assert exported.candidates.tolist() == selected.candidates.tolist()
     assert len(selected.candidates) == left
     np.testing.assert_allclose(exported.features, selected.features, atol=1e-4)
@@ -51,31 +46,31 @@ def test_what_a_tower_cannot_do_is_refused(tiny_checkpoint, tiny_bundle):
     bundle = open_bundle(tiny_bundle("clip-llama", k=7, early=ASKED, split=True))
     checkpoint = open_checkpoint(str(tiny_checkpoint("clip-llama")))
     with pytest.raises(ResPruneError, match="needs the vision tower itself"):
-        bundle.look([image()], *early_names(["1:8"]))
+        bundle.look([blocks(3)], *early_names(["1:8"]))
     with pytest.raises(ResPruneError, match="needs the vision tower itself"):
-        bundle.look([image()], RESIZE, 4)
+        bundle.look([blocks(3)], RESIZE, 4)
     with pytest.raises(ResPruneError, match="give 1 to 1"):
-        checkpoint.look([image()], *early_names(["7:9"]))
+        checkpoint.look([blocks(3)], *early_names(["7:9"]))
 
 
 @pytest.mark.parametrize(("variant", "k", "tokens"), [("clip-llama", 9, 9), ("dinov2-qwen2", 10, 9)])
 def test_a_smaller_image_of_a_tower_of_one_size(variant, k, tokens, tiny_checkpoint):
     model = open_checkpoint(str(tiny_checkpoint(variant)))
-    (small,) = model.look([image()], RESIZE, k)
+    (small,) = model.look([blocks(3)], RESIZE, k)
     assert len(small.features) == small.image.num_tokens == tokens
     assert model.answer([model.read(QUESTION)], [[small]], [[np.arange(tokens)]], 3)
 
 
 def test_a_smaller_image_where_tokens_go_by_its_area(tiny_checkpoint):
     model = open_checkpoint(str(tiny_checkpoint("qwen25")))
-    shown = image((320, 240))
+    shown = blocks(3, (320, 240))
     (whole,), (small,) = model.look([shown]), model.look([shown], RESIZE, 20)
     assert 14 <= len(small.features) <= 26 < 40 < len(whole.features)
     assert smaller_image(shown, lambda _: 100, 400).size == shown.size, "never larger"
 
 
 def test_a_report_has_them_as_selectors(tiny_checkpoint, tmp_path):
-    image().save(tmp_path / "shown.png")
+    blocks(3).save(tmp_path / "shown.png")
     question = {"image": "shown.png", "question": QUESTION, "answer": "red"}
     (tmp_path / "asked.jsonl").write_text(json.dumps(question) + "\n")
     arguments = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -280,3 +281,25 @@ def with_positions(bundle: Path, copy: Path, positions: str) -> Path:
     shutil.copytree(bundle, copy)
     write_manifest(copy, dataclasses.replace(read_bundle(copy).manifest, positions=positions))
     return copy
+
+
+def picture(seed: int, height: int = 50, width: int = 70) -> ImageArray:
+    """Blocks of colour, so that neighbouring patches differ and none is flat grey."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return np.repeat(np.repeat(blocks, height // 5, axis=0), width // 7, axis=1)
+
+
+def changed(checkpoint: Path, copy: Path, **files: dict[str, Any]) -> str:
+    """A copy of a checkpoint with other values at dotted keys of its JSON files; keywords name these."""
+    shutil.copytree(checkpoint, copy)
+    for name, change in files.items():
+        path = copy / f"{name}.json"
+        content = json.loads(path.read_text())
+        for key, value in change.items():
+            part = content
+            *parents, last = key.split(".")
+            for parent in parents:
+                part = part[parent]
+            part[last] = value
+        path.write_text(json.dumps(content))
+    return str(copy)

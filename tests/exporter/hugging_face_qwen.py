@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -22,7 +23,7 @@ from resprune.exporter.verify.early import selected_early
 from resprune.exporter.verify.reference import residual_select, text_gain
 from resprune.runtime.bundle.manifest import Early
 from resprune.runtime.families.table import FAMILIES
-from tests.exporter.hugging_face import Expected, ImageArray, counted, tower_of, weighed
+from tests.exporter.hugging_face import STEPS, Expected, ImageArray, counted, tower_of, weighed
 
 MODELS = {
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
@@ -180,3 +181,21 @@ class HuggingFaceQwen:
 
 def _greedy(steps: int) -> dict[str, Any]:
     return {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False}
+
+
+def picture(height: int, width: int, seed: int = 0) -> ImageArray:
+    blocks = np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return np.repeat(np.repeat(blocks, 10, axis=0), 10, axis=1)
+
+
+def check(
+    answer: Any, model: HuggingFaceQwen, pictures: list[ImageArray], budgets: list[int], **how: bool
+) -> None:
+    """Picks of every picture, what they count for, and the greedy tokens."""
+    expected = model.pruned(
+        pictures, answer.prompt.ids, answer.prompt.text_token_ids, budgets=budgets, steps=STEPS, **how
+    )
+    assert [picks.kept_counts.tolist() for picks in answer.images] == expected.kept_counts
+    assert [picks.pick_order.tolist() for picks in answer.images] == expected.pick_orders
+    assert answer.token_ids == expected.token_ids
+    assert len(set(answer.token_ids)) > 5, "a model that repeats itself shows nothing"

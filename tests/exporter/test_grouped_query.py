@@ -14,12 +14,11 @@ from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.bundle.inspection import describe
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter import test_parity_qwen
-from tests.exporter.hugging_face_qwen import HuggingFaceQwen
-from tests.exporter.test_parity_llava import OTHER, QUESTION, STEPS, picture
+from tests.exporter import hugging_face_qwen as qwen
+from tests.exporter.hugging_face import STEPS, picture
+from tests.runtime.pipelines import OTHER, QUESTION
+from tests.tiny import WIDE
 from tests.tiny_qwen import VARIANTS, write_checkpoint
-
-KEPT = {"clip-llama-wide": 7, "siglip-mistral-wide": 9, "dinov2-qwen2-wide": 6}
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +27,9 @@ def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language_model, "CACHE_ROOM", 7)
 
 
-@pytest.mark.parametrize("variant", KEPT)
+@pytest.mark.parametrize("variant", WIDE)
 def test_same_picks_and_tokens(variant, tiny_bundle, hugging_face):
-    k = KEPT[variant]
+    k = WIDE[variant]
     with Pipeline.load(tiny_bundle(variant, k=k, optimize="ort")) as vlm:
         answer = vlm.ask(picture(1), QUESTION, max_new_tokens=STEPS, stream=False)
         again = vlm.ask(picture(1), QUESTION, max_new_tokens=STEPS, stream=False)
@@ -47,7 +46,7 @@ def test_same_picks_and_tokens(variant, tiny_bundle, hugging_face):
 @pytest.mark.parametrize("variant", ["clip-llama-wide", "siglip-mistral-wide"])
 def test_batch(variant, attention, tiny_bundle, hugging_face):
     """Two questions of different length at once: the shorter is padded on the left, under a window as well."""
-    k, questions, pictures = KEPT[variant], [QUESTION, OTHER], [picture(4), picture(5)]
+    k, questions, pictures = WIDE[variant], [QUESTION, OTHER], [picture(4), picture(5)]
     proportional = attention == "proportional"
     with Pipeline.load(tiny_bundle(variant, k=k, optimize="ort", attention=attention)) as vlm:
         answers = vlm.ask_batch(pictures, questions, max_new_tokens=STEPS)
@@ -70,10 +69,10 @@ def test_batch(variant, attention, tiny_bundle, hugging_face):
 def test_rotary_embeddings_of_three_axes(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "checkpoint", VARIANTS["qwen25"])
     bundle = export(str(checkpoint), tmp_path / "bundle", Options(k=5, optimize="ort"))
-    pictures = [test_parity_qwen.picture(5, 7), test_parity_qwen.picture(12, 3)]
+    pictures = [qwen.picture(5, 7), qwen.picture(12, 3)]
     with Pipeline.load(bundle) as vlm:
         answer = vlm.ask(pictures, QUESTION, max_new_tokens=STEPS, stream=False)
-    test_parity_qwen.check(answer, HuggingFaceQwen(checkpoint), pictures, [5, 5])
+    qwen.check(answer, qwen.HuggingFaceQwen(checkpoint), pictures, [5, 5])
 
 
 def test_only_this_decoder_has_operators_of_onnx_runtime(tiny_bundle: Callable[..., Path]) -> None:

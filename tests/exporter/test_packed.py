@@ -21,7 +21,7 @@ from resprune.exporter.trace.weights import write_graph, write_weights
 from resprune.exporter.verify.weights import Comparison
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.bundle.precisions import TABLE, Precision
-from tests.exporter.test_grouped_query import KEPT
+from tests.tiny import WIDE
 
 K = 70  # of q4 two blocks of 32 and a part of one
 ROWS = {"a": 40, "b": 24, "c": 24, "alone": 40, "tied": 24}
@@ -171,7 +171,7 @@ def test_four_products_a_layer(
     variant: str, dtype: str, product: str, ending: str, tiny_bundle: Callable[..., Path]
 ) -> None:
     """And every weight of the bundle was compared; that it answers as PyTorch does is in test_grouped_query.py."""
-    bundle = read_bundle(tiny_bundle(variant, k=KEPT.get(variant, 5), optimize="ort", dtype=dtype))
+    bundle = read_bundle(tiny_bundle(variant, k=WIDE.get(variant, 5), optimize="ort", dtype=dtype))
     model = onnx.load(bundle.graph_path("decoder_model_merged"), load_external_data=False)
     layers = sum(node.op_type == "GroupQueryAttention" for node in model.graph.node)
     products = [node.input[1] for node in model.graph.node if node.op_type == product]
@@ -199,7 +199,7 @@ def test_onnx_runtime_still_recognises_what_it_fuses(
     tiny_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     bundle = read_bundle(
-        tiny_bundle("clip-llama-wide", k=KEPT["clip-llama-wide"], optimize="ort", dtype="int8")
+        tiny_bundle("clip-llama-wide", k=WIDE["clip-llama-wide"], optimize="ort", dtype="int8")
     )
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")

@@ -1,10 +1,7 @@
 """A bundle whose vision tower selects first answers as Hugging Face's tower does with the reference's selection."""
 
-from functools import cache
-
 import numpy as np
 import pytest
-from PIL import Image
 
 from resprune.exporter.export import export
 from resprune.exporter.options import Options
@@ -13,11 +10,11 @@ from resprune.runtime.bundle.manifest import Early
 from resprune.runtime.bundle.precisions import PRESETS
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter.hugging_face import STEPS, HuggingFace, HuggingFaceTiles, HuggingFaceTwoWay
+from tests.exporter.hugging_face import STEPS
 from tests.exporter.hugging_face_qwen import HuggingFaceQwen
+from tests.runtime.images import blocks
+from tests.runtime.pipelines import OTHER, QUESTION
 
-QUESTION = "what colour is the square on the table?"
-OTHER = "how many red circles are there?"
 # Of each variant: --early, what it comes to, K, and attention.
 ASKED = {
     "clip-llama": ("1:9", Early(1, 9, 16), 7, "plain"),
@@ -33,25 +30,7 @@ ASKED = {
     "qwen25": ("50%:50%", Early(2, 55, 109, 0.5), 3, "proportional"),
     "qwen3": ("2:60%", Early(2, 66, 109, 0.6), 3, "plain"),
 }
-JUDGES = {
-    "internvl-qwen2": HuggingFaceTiles,
-    "smolvlm": HuggingFaceTiles,
-    "gemma3": HuggingFaceTwoWay,
-    "qwen2": HuggingFaceQwen,
-    "qwen25": HuggingFaceQwen,
-    "qwen3": HuggingFaceQwen,
-}
 SIZES = [(60, 50), (20, 110), (180, 30)]
-
-
-@pytest.fixture(scope="module")
-def judge(tiny_checkpoint):
-    return cache(lambda variant: JUDGES.get(variant, HuggingFace)(tiny_checkpoint(variant)))
-
-
-def image(seed: int, size: tuple[int, int] = (60, 50)) -> Image.Image:
-    blocks = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
-    return Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC)
 
 
 @pytest.fixture
@@ -81,9 +60,9 @@ def check(model, answer, images, variant, k):
 
 
 @pytest.mark.parametrize("variant", ASKED)
-def test_same_picks_of_both_stages_and_same_tokens(variant, early_bundle, judge):
+def test_same_picks_of_both_stages_and_same_tokens(variant, early_bundle, hugging_face):
     _, early, k, attention = ASKED[variant]
-    model, shown = judge(variant), [image(seed, size) for seed, size in enumerate(SIZES)]
+    model, shown = hugging_face(variant), [blocks(seed, size) for seed, size in enumerate(SIZES)]
     with Pipeline.load(early_bundle(variant)) as vlm:
         assert vlm.manifest.early == early
         assert vlm.manifest.format_version == 3
@@ -106,12 +85,12 @@ def test_same_picks_of_both_stages_and_same_tokens(variant, early_bundle, judge)
     assert whole.images[0].kept_indices.tolist() == whole.images[0].candidates.tolist()
 
 
-def test_the_whole_tower_answers_otherwise(early_bundle, judge):
+def test_the_whole_tower_answers_otherwise(early_bundle, hugging_face):
     """Else the selection inside it could have been left out."""
     with Pipeline.load(early_bundle("clip-llama")) as vlm:
-        answer = vlm.ask(image(1), QUESTION, max_new_tokens=STEPS, stream=False)
-    prompt = ([np.asarray(image(1))], answer.prompt.ids, answer.prompt.text_token_ids)
-    plain = judge("clip-llama").pruned(*prompt, k=7, positions="contiguous", steps=STEPS)
+        answer = vlm.ask(blocks(1), QUESTION, max_new_tokens=STEPS, stream=False)
+    prompt = ([np.asarray(blocks(1))], answer.prompt.ids, answer.prompt.text_token_ids)
+    plain = hugging_face("clip-llama").pruned(*prompt, k=7, positions="contiguous", steps=STEPS)
     assert plain.token_ids != answer.token_ids
 
 

@@ -17,73 +17,55 @@ from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter.hugging_face import STEPS, HuggingFaceTwoWay, check, with_positions
+from tests.exporter.hugging_face import STEPS, HuggingFaceTwoWay, changed, check, with_positions
 from tests.exporter.portable import PORTABLE, domains
-from tests.exporter.test_parity_llava_next import changed
+from tests.runtime.images import blocks
+from tests.runtime.pipelines import OTHER, QUESTION
 
-QUESTION = "what colour is the square on the table?"
-OTHER = "how many red circles are there?"
 VARIANTS = ("gemma3", "gemma3-outside")
 SIZES = [(60, 50), (32, 32), (20, 110), (180, 30), (1, 40), (300, 200), (64, 63)]
 K = 9  # more than the window of the first variant
-
-
-def image(seed: int, size: tuple[int, int]) -> np.ndarray:
-    blocks = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC))
 
 
 def whole(tiny_bundle: Callable[..., Path], variant: str) -> Path:
     return tiny_bundle(variant, share=1.0, split=True)
 
 
-@pytest.fixture(scope="module")
-def judge(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], HuggingFaceTwoWay]:
-    loaded: dict[str, HuggingFaceTwoWay] = {}
-
-    def load(variant: str) -> HuggingFaceTwoWay:
-        if variant not in loaded:
-            loaded[variant] = HuggingFaceTwoWay(tiny_checkpoint(variant))
-        return loaded[variant]
-
-    return load
-
-
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_same_picks_and_tokens(variant, positions, tiny_bundle, judge, tmp_path):
+def test_same_picks_and_tokens(variant, positions, tiny_bundle, hugging_face, tmp_path):
     answers = []
     with Pipeline.load(with_positions(whole(tiny_bundle, variant), tmp_path / "bundle", positions)) as vlm:
         for seed, size in enumerate(SIZES):
-            shown = image(seed, size)
+            shown = blocks(seed, size)
             answers.append(vlm.ask(shown, QUESTION, tokens=K, max_new_tokens=STEPS, stream=False))
-            check(judge(variant), answers[-1], [shown], K, positions)
+            check(hugging_face(variant), answers[-1], [shown], K, positions)
     assert len({tuple(answer.token_ids) for answer in answers}) == len(SIZES)
     assert len(set(answers[0].token_ids)) > 5, "a model that repeats itself shows nothing"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_everything_kept_is_the_plain_model(variant, tiny_bundle, judge):
+def test_everything_kept_is_the_plain_model(variant, tiny_bundle, hugging_face):
     """K = N: plain `generate`, from the ids and pixels of transformers' own processors."""
     with Pipeline.load(whole(tiny_bundle, variant)) as vlm:
-        for shown in [[image(seed, size)] for seed, size in enumerate(SIZES)] + [
-            [image(8, (180, 30)), image(9, (32, 32))]
+        for shown in [[blocks(seed, size)] for seed, size in enumerate(SIZES)] + [
+            [blocks(8, (180, 30)), blocks(9, (32, 32))]
         ]:
             answer = vlm.ask(shown, QUESTION, max_new_tokens=STEPS, stream=False)
-            assert answer.token_ids == judge(variant).unpruned(shown, answer.prompt.ids, steps=STEPS)
+            assert answer.token_ids == hugging_face(variant).unpruned(shown, answer.prompt.ids, steps=STEPS)
             assert [len(picks.kept_indices) for picks in answer.images] == [16] * len(shown)
 
 
-def test_a_causal_mask_would_answer_otherwise(tiny_bundle, judge, monkeypatch):
+def test_a_causal_mask_would_answer_otherwise(tiny_bundle, hugging_face, monkeypatch):
     """What an exporter loses that takes the rows of an image for text."""
     monkeypatch.setattr(HuggingFaceTwoWay, "_told", lambda self, of_image: {})
     unlike = 0
     with Pipeline.load(whole(tiny_bundle, "gemma3")) as vlm:
         for seed, size in enumerate(SIZES):
-            answer = vlm.ask(image(seed, size), QUESTION, tokens=K, max_new_tokens=STEPS, stream=False)
+            answer = vlm.ask(blocks(seed, size), QUESTION, tokens=K, max_new_tokens=STEPS, stream=False)
             ids, text = answer.prompt.ids, answer.prompt.text_token_ids
-            causal = judge("gemma3").pruned(
-                [image(seed, size)], ids, text, k=K, positions="contiguous", steps=STEPS
+            causal = hugging_face("gemma3").pruned(
+                [blocks(seed, size)], ids, text, k=K, positions="contiguous", steps=STEPS
             )
             unlike += answer.token_ids != causal.token_ids
     assert unlike == len(SIZES)
@@ -97,8 +79,8 @@ def test_pixels_and_prompt_are_the_processors(variant, tiny_bundle, tiny_checkpo
     template = (root / "chat_template.jinja").read_text()
     processor = Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=16)
     with Pipeline.load(whole(tiny_bundle, variant)) as vlm:
-        for shown in [[image(seed, size)] for seed, size in enumerate(SIZES)] + [
-            [image(1, (64, 63)), image(2, (20, 110))]
+        for shown in [[blocks(seed, size)] for seed, size in enumerate(SIZES)] + [
+            [blocks(1, (64, 63)), blocks(2, (20, 110))]
         ]:
             for one in shown:
                 ours = vlm._walk.preprocessor(Image.fromarray(one)).arrays["pixel_values"]
@@ -111,8 +93,8 @@ def test_pixels_and_prompt_are_the_processors(variant, tiny_bundle, tiny_checkpo
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_views_batches_and_several_images(variant, tiny_bundle, judge):
-    shown = [[image(2, (180, 30))], [image(3, (32, 32)), image(4, (60, 50))], [image(5, (20, 110))]]
+def test_views_batches_and_several_images(variant, tiny_bundle, hugging_face):
+    shown = [[blocks(2, (180, 30))], [blocks(3, (32, 32)), blocks(4, (60, 50))], [blocks(5, (20, 110))]]
     with Pipeline.load(whole(tiny_bundle, variant)) as vlm:
         answers = vlm.ask_batch(shown, [QUESTION, OTHER, OTHER], tokens=K, max_new_tokens=STEPS)
         view = vlm.look(shown[1])
@@ -121,28 +103,28 @@ def test_views_batches_and_several_images(variant, tiny_bundle, judge):
         for question in (OTHER, QUESTION):
             answers.append(chat.ask(question, tokens=K, max_new_tokens=STEPS, stream=False))
     for answer, images in zip(answers, [*shown, *[shown[1]] * 3], strict=True):
-        check(judge(variant), answer, images, K)
+        check(hugging_face(variant), answer, images, K)
 
 
-def test_proportional_attention(tiny_bundle, judge):
-    shown = [[image(2, (180, 30))], [image(3, (32, 32)), image(4, (60, 50))]]
+def test_proportional_attention(tiny_bundle, hugging_face):
+    shown = [[blocks(2, (180, 30))], [blocks(3, (32, 32)), blocks(4, (60, 50))]]
     with Pipeline.load(tiny_bundle("gemma3", k=9, attention="proportional")) as vlm:
         answers = vlm.ask_batch(shown, [QUESTION, OTHER], tokens=4, max_new_tokens=STEPS)
     for answer, images in zip(answers, shown, strict=True):
-        check(judge("gemma3"), answer, images, 4, proportional=True)
+        check(hugging_face("gemma3"), answer, images, 4, proportional=True)
 
 
-def test_half_precision(tiny_bundle, judge):
+def test_half_precision(tiny_bundle, hugging_face):
     """The tied table is one tensor in half, and its scale is applied in float32."""
     with Pipeline.load(tiny_bundle("gemma3", k=K, dtype="fp16")) as vlm:
         assert all(spec.precision == "fp16" for spec in vlm.manifest.graphs.values())
         table = vlm.manifest.files["onnx/embed_tokens_fp16.onnx_data"].size
         assert table < 3 * vlm._prompter.tokenizer.get_vocab_size() * 48
         for seed, size in list(enumerate(SIZES))[:3]:
-            answer = vlm.ask(image(seed, size), QUESTION, max_new_tokens=STEPS, stream=False)
+            answer = vlm.ask(blocks(seed, size), QUESTION, max_new_tokens=STEPS, stream=False)
             ids, text = answer.prompt.ids, answer.prompt.text_token_ids
-            expected = judge("gemma3").pruned(
-                [image(seed, size)], ids, text, k=K, positions="contiguous", steps=STEPS
+            expected = hugging_face("gemma3").pruned(
+                [blocks(seed, size)], ids, text, k=K, positions="contiguous", steps=STEPS
             )
             assert [picks.pick_order.tolist() for picks in answer.images] == expected.pick_orders
             assert answer.token_ids[:8] == expected.token_ids[:8]
@@ -150,11 +132,11 @@ def test_half_precision(tiny_bundle, judge):
 
 @pytest.mark.parametrize("past", [0, 5])
 @pytest.mark.parametrize("window", [3, 7, 40])
-def test_the_masks_are_those_of_transformers(window, past, judge):
+def test_the_masks_are_those_of_transformers(window, past, hugging_face):
     """Of both kinds of layers, key by key, with padding on the left."""
     from transformers import DynamicCache
 
-    config = judge("gemma3").model.config.text_config
+    config = hugging_face("gemma3").model.config.text_config
     numbers = torch.tensor([[0, 1, 1, 1, 1, 0, 2, 2, 2, 0, 0], [0, 0, 0, 1, 1, 0, 2, 2, 2, 2, 2]])
     mask = torch.ones(2, past + 11, dtype=torch.int64)
     mask[1, : past // 2 + 2] = 0
@@ -181,7 +163,7 @@ def test_the_graphs_are_portable_and_show_draws_pooled_tokens(tiny_bundle, tmp_p
     bundle = whole(tiny_bundle, "gemma3")
     for used in domains(read_bundle(bundle)).values():
         assert used <= PORTABLE
-    Image.fromarray(image(1, (180, 60))).save(tmp_path / "wide.png")
+    blocks(1, (180, 60)).save(tmp_path / "wide.png")
     drawn = tmp_path / "kept.png"
     words = ["ask", str(bundle), str(tmp_path / "wide.png"), QUESTION, "--show", str(drawn), "--tokens", "6"]
     assert main([*words, "--max-new-tokens", "1"]) == 0
@@ -197,8 +179,8 @@ def test_a_typed_mark_is_refused(tiny_bundle):
     with Pipeline.load(whole(tiny_bundle, "gemma3")) as vlm:
         for typed in ("<start_of_image>", "<image_soft_token>"):
             with pytest.raises(ResPruneError, match=f"contains {typed}, which stands for an image"):
-                vlm.ask(image(1, (32, 32)), f"what is {typed}?", max_new_tokens=1)
-            vlm.ask(image(1, (32, 32)), f"what is {typed}?", max_new_tokens=1, plain_text=True)
+                vlm.ask(blocks(1, (32, 32)), f"what is {typed}?", max_new_tokens=1)
+            vlm.ask(blocks(1, (32, 32)), f"what is {typed}?", max_new_tokens=1, plain_text=True)
 
 
 @pytest.mark.parametrize(

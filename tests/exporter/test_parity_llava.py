@@ -1,21 +1,13 @@
 """A LLaVA-1.5 bundle, run by the runtime, answers as Hugging Face does: same picks, same greedy tokens."""
 
-import numpy as np
 import pytest
 
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter.hugging_face import STEPS, ImageArray, with_positions
+from tests.exporter.hugging_face import STEPS, picture, with_positions
+from tests.runtime.pipelines import OTHER, QUESTION
 
-QUESTION = "what colour is the square on the table?"
-OTHER = "how many red circles are there?"
 # K of each variant: of 16, 36, 25 and 49 visual tokens.
 KEPT = {"clip-llama": 7, "siglip-mistral": 9, "dinov2-qwen2": 6, "clip-list": 11}
-
-
-def picture(seed: int, height: int = 50, width: int = 70) -> ImageArray:
-    """Blocks of colour, so that neighbouring patches differ and none is flat grey."""
-    blocks = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    return np.repeat(np.repeat(blocks, height // 5, axis=0), width // 7, axis=1)
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])

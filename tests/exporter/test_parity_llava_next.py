@@ -1,7 +1,6 @@
 """A LLaVA-NeXT bundle, run by the runtime, answers as Hugging Face does, whatever the size of the picture."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -18,11 +17,10 @@ from resprune.runtime.cli import main
 from resprune.runtime.drawing import GAP, MARGIN, panel_size
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter.hugging_face import STEPS, HuggingFace, with_positions
+from tests.exporter.hugging_face import STEPS, HuggingFace, changed, with_positions
 from tests.exporter.portable import PORTABLE, domains
+from tests.runtime.pipelines import OTHER, QUESTION
 
-QUESTION = "what colour is the square on the table?"
-OTHER = "how many red circles are there?"
 # K of each variant: of up to 88 visual tokens. The smallest picture has fewer than the largest of these.
 KEPT = {"next-llama": 20, "next-mistral": 30, "next-qwen2": 15}
 # What each is exported for: all of next-llama's, which by the nesting of the picks serves every smaller K.
@@ -217,21 +215,6 @@ def test_half_precision_and_its_loss(tiny_bundle, hugging_face):
 def test_every_graph_is_of_standard_operators(variant, options, tiny_bundle):
     for used in domains(read_bundle(tiny_bundle(variant, **options))).values():
         assert used <= PORTABLE
-
-
-def changed(checkpoint: Path, copy: Path, **files: dict) -> str:
-    shutil.copytree(checkpoint, copy)
-    for name, change in files.items():
-        path = copy / f"{name}.json"
-        content = json.loads(path.read_text())
-        for key, value in change.items():
-            part = content
-            *parents, last = key.split(".")
-            for parent in parents:
-                part = part[parent]
-            part[last] = value
-        path.write_text(json.dumps(content))
-    return str(copy)
 
 
 @pytest.mark.parametrize(

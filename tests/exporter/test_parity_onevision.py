@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
@@ -15,21 +14,15 @@ from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter.hugging_face import STEPS, check, with_positions
+from tests.exporter.hugging_face import STEPS, changed, check, with_positions
 from tests.exporter.portable import PORTABLE, domains
-from tests.exporter.test_parity_llava_next import changed
+from tests.runtime.images import blocks
+from tests.runtime.pipelines import OTHER, QUESTION
 
-QUESTION = "what colour is the square on the table?"
-OTHER = "how many red circles are there?"
 VARIANTS = ("onevision", "onevision-tied")
 # Enlarged, of one tile, tall, wide, one pixel high; past the limit of four tiles those from the sixth on.
 SIZES = [(60, 50), (30, 30), (20, 110), (180, 30), (500, 1), (300, 200), (64, 63), (90, 400), (400, 300)]
 PAST = [False] * 5 + [True, True, False, True]
-
-
-def image(seed: int, size: tuple[int, int]) -> Image.Image:
-    blocks = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
-    return Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC)
 
 
 def whole(tiny_bundle: Callable[..., Path], variant: str) -> Path:
@@ -44,7 +37,7 @@ def test_same_picks_and_tokens(variant, positions, tiny_bundle, hugging_face, tm
         if variant == "onevision":
             assert [vlm._walk.preprocessor.interpolates(size) for size in SIZES] == PAST
         for seed, size in enumerate(SIZES):
-            shown = image(seed, size)
+            shown = blocks(seed, size)
             answers.append(vlm.ask(shown, QUESTION, tokens=9, max_new_tokens=STEPS, stream=False))
             check(hugging_face(variant), answers[-1], [shown], 9, positions)
     assert len({tuple(answer.token_ids) for answer in answers}) == len(SIZES)
@@ -54,9 +47,9 @@ def test_same_picks_and_tokens(variant, positions, tiny_bundle, hugging_face, tm
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_everything_kept_is_the_plain_model(variant, tiny_bundle, hugging_face):
     """K = N: plain `generate`, from the ids and pixels of transformers' own processors."""
-    pairs = [[image(8, (300, 200)), image(9, (30, 30))]]
+    pairs = [[blocks(8, (300, 200)), blocks(9, (30, 30))]]
     with Pipeline.load(whole(tiny_bundle, variant)) as vlm:
-        for shown in [[image(seed, size)] for seed, size in enumerate(SIZES)] + pairs:
+        for shown in [[blocks(seed, size)] for seed, size in enumerate(SIZES)] + pairs:
             answer = vlm.ask(shown, QUESTION, max_new_tokens=STEPS, stream=False)
             assert answer.token_ids == hugging_face(variant).unpruned(shown, answer.prompt.ids, steps=STEPS)
             assert all(len(picks.kept_indices) == picks.kept_indices[-1] + 1 for picks in answer.images)
@@ -78,8 +71,8 @@ def test_the_prompt_is_the_processors(variant, tiny_bundle, tiny_checkpoint, mon
             vision_feature_select_strategy="full",
             vision_aspect_ratio=f"anyres_max_{vlm._walk.preprocessor.limit}",
         )
-        for shown in [[image(seed, size)] for seed, size in enumerate(SIZES)] + [
-            [image(1, (64, 63)), image(2, (20, 110)), image(3, (300, 200))]
+        for shown in [[blocks(seed, size)] for seed, size in enumerate(SIZES)] + [
+            [blocks(1, (64, 63)), blocks(2, (20, 110)), blocks(3, (300, 200))]
         ]:
             answer = vlm.ask(shown, QUESTION, tokens=1, max_new_tokens=1)
             theirs = processor(text=answer.prompt.text, images=shown, add_special_tokens=False)
@@ -93,7 +86,7 @@ def test_the_prompt_is_the_processors(variant, tiny_bundle, tiny_checkpoint, mon
 
 
 def test_views_batches_and_several_images(tiny_bundle, hugging_face):
-    shown = [[image(2, (180, 30))], [image(3, (400, 300)), image(4, (30, 30))], [image(5, (20, 110))]]
+    shown = [[blocks(2, (180, 30))], [blocks(3, (400, 300)), blocks(4, (30, 30))], [blocks(5, (20, 110))]]
     with Pipeline.load(whole(tiny_bundle, "onevision")) as vlm:
         answers = vlm.ask_batch(shown, [QUESTION, OTHER, OTHER], tokens=12, max_new_tokens=STEPS)
         view = vlm.look(shown[1])
@@ -112,8 +105,8 @@ def test_views_batches_and_several_images(tiny_bundle, hugging_face):
 )
 def test_other_decoders(options, tiny_bundle, hugging_face):
     proportional = "attention" in options
-    shown = [[image(seed, size)] for seed, size in enumerate(SIZES)]
-    shown.append([image(2, (180, 30)), image(3, (400, 300))])
+    shown = [[blocks(seed, size)] for seed, size in enumerate(SIZES)]
+    shown.append([blocks(2, (180, 30)), blocks(3, (400, 300))])
     with Pipeline.load(tiny_bundle("onevision-tied", share=1.0, **options)) as vlm:
         answers = vlm.ask_batch(shown, [OTHER] * len(shown), tokens=6, max_new_tokens=STEPS)
     for answer, images in zip(answers, shown, strict=True):
@@ -123,7 +116,7 @@ def test_other_decoders(options, tiny_bundle, hugging_face):
 def test_half_precision(tiny_bundle, hugging_face):
     with Pipeline.load(tiny_bundle("onevision", k=7, dtype="fp16")) as vlm:
         for seed, size in [(0, (60, 50)), (5, (300, 200)), (8, (400, 300))]:
-            shown = image(seed, size)
+            shown = blocks(seed, size)
             answer = vlm.ask(shown, QUESTION, max_new_tokens=STEPS, stream=False)
             ids, text = answer.prompt.ids, answer.prompt.text_token_ids
             expected = hugging_face("onevision").pruned(
@@ -137,7 +130,7 @@ def test_the_graphs_are_portable_and_show_draws_interpolated_tokens(tiny_bundle,
     bundle = whole(tiny_bundle, "onevision")
     for used in domains(read_bundle(bundle)).values():
         assert used <= PORTABLE
-    image(5, (300, 200)).save(tmp_path / "image.png")
+    blocks(5, (300, 200)).save(tmp_path / "image.png")
     drawn = tmp_path / "kept.png"
     words = ["ask", str(bundle), str(tmp_path / "image.png"), QUESTION, "--show", str(drawn), "--tokens", "9"]
     assert main([*words, "--max-new-tokens", "1"]) == 0

@@ -22,20 +22,14 @@ from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter.hugging_face import STEPS, ImageArray
-from tests.exporter.hugging_face_qwen import HuggingFaceQwen
+from tests.exporter.hugging_face import STEPS
+from tests.exporter.hugging_face_qwen import check, picture
 from tests.exporter.portable import PORTABLE, domains
+from tests.runtime.pipelines import OTHER, QUESTION
 from tests.tiny_qwen import SPECIAL, TinyQwen, make_model
 
-QUESTION = "what colour is the square on the table?"
-OTHER = "how many red circles are there?"
 # Heights and widths in blocks of 10 pixels: more and fewer than a window, cut windows, long and thin, enlarged.
 SIZES = [(5, 7), (12, 3), (2, 17), (8, 10), (1, 9)]
-
-
-def picture(height: int, width: int, seed: int = 0) -> ImageArray:
-    blocks = np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return np.repeat(np.repeat(blocks, 10, axis=0), 10, axis=1)
 
 
 @pytest.fixture(scope="module")
@@ -46,31 +40,6 @@ def checkpoint(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], Path]:
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Callable[..., Path]) -> Callable[..., Path]:
     return tiny_bundle
-
-
-@pytest.fixture(scope="module")
-def hugging_face(checkpoint: Callable[[str], Path]) -> Callable[[str], HuggingFaceQwen]:
-    loaded: dict[str, HuggingFaceQwen] = {}
-
-    def load(variant: str) -> HuggingFaceQwen:
-        if variant not in loaded:
-            loaded[variant] = HuggingFaceQwen(checkpoint(variant))
-        return loaded[variant]
-
-    return load
-
-
-def check(
-    answer: Any, model: HuggingFaceQwen, pictures: list[ImageArray], budgets: list[int], **how: bool
-) -> None:
-    """Picks of every picture, what they count for, and the greedy tokens."""
-    expected = model.pruned(
-        pictures, answer.prompt.ids, answer.prompt.text_token_ids, budgets=budgets, steps=STEPS, **how
-    )
-    assert [picks.kept_counts.tolist() for picks in answer.images] == expected.kept_counts
-    assert [picks.pick_order.tolist() for picks in answer.images] == expected.pick_orders
-    assert answer.token_ids == expected.token_ids
-    assert len(set(answer.token_ids)) > 5, "a model that repeats itself shows nothing"
 
 
 def whole(bundle: Callable[..., Path]) -> Path:

@@ -15,25 +15,14 @@ from resprune.runtime.cli import main
 from resprune.runtime.families.qwen2_vl import Grid
 from resprune.runtime.families.qwen3_vl import position_taps
 from resprune.runtime.pipeline import Pipeline
-from tests.exporter.hugging_face_qwen import HuggingFaceQwen
+from tests.exporter.hugging_face import STEPS
+from tests.exporter.hugging_face_qwen import check, picture
 from tests.exporter.portable import PORTABLE, domains
-from tests.exporter.test_parity_qwen import OTHER, QUESTION, STEPS, check, picture
+from tests.runtime.pipelines import OTHER, QUESTION
 
 # Heights and widths in blocks of 10 pixels: enlarged, shrunk, long and thin.
 SIZES = [(5, 7), (12, 3), (2, 17), (8, 10), (1, 9), (30, 30)]
 VARIANTS = ("qwen3", "qwen3-tied")
-
-
-@pytest.fixture(scope="module")
-def judge(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], HuggingFaceQwen]:
-    loaded: dict[str, HuggingFaceQwen] = {}
-
-    def load(variant: str) -> HuggingFaceQwen:
-        if variant not in loaded:
-            loaded[variant] = HuggingFaceQwen(tiny_checkpoint(variant))
-        return loaded[variant]
-
-    return load
 
 
 def whole(tiny_bundle: Callable[..., Path], variant: str) -> Path:
@@ -41,16 +30,16 @@ def whole(tiny_bundle: Callable[..., Path], variant: str) -> Path:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_same_picks_and_tokens(variant, tiny_bundle, judge):
+def test_same_picks_and_tokens(variant, tiny_bundle, hugging_face):
     with Pipeline.load(whole(tiny_bundle, variant)) as vlm:
         for size in SIZES:
             answer = vlm.ask(picture(*size), QUESTION, tokens=5, max_new_tokens=STEPS, stream=False)
-            check(answer, judge(variant), [picture(*size)], [5])
+            check(answer, hugging_face(variant), [picture(*size)], [5])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_everything_kept_is_the_plain_model(variant, tiny_bundle, judge):
-    model = judge(variant)
+def test_everything_kept_is_the_plain_model(variant, tiny_bundle, hugging_face):
+    model = hugging_face(variant)
     with Pipeline.load(whole(tiny_bundle, variant)) as vlm:
         for shown in [[picture(*size)] for size in SIZES] + [[picture(12, 3), picture(2, 17)]]:
             answer = vlm.ask(shown, QUESTION, max_new_tokens=STEPS, stream=False)
@@ -58,14 +47,14 @@ def test_everything_kept_is_the_plain_model(variant, tiny_bundle, judge):
             assert answer.token_ids == model.unpruned(shown, answer.prompt.ids, steps=STEPS)
 
 
-def test_without_its_planes_the_answer_is_another(tiny_bundle, judge):
+def test_without_its_planes_the_answer_is_another(tiny_bundle, hugging_face):
     """What an exporter that drops DeepStack loses."""
     unlike = 0
     with Pipeline.load(whole(tiny_bundle, "qwen3")) as vlm:
         for size in SIZES:
             answer = vlm.ask(picture(*size), QUESTION, tokens=5, max_new_tokens=STEPS, stream=False)
             ids, text = answer.prompt.ids, answer.prompt.text_token_ids
-            flat = judge("qwen3").pruned(
+            flat = hugging_face("qwen3").pruned(
                 [picture(*size)], ids, text, budgets=[5], steps=STEPS, with_planes=False
             )
             assert [picks.pick_order.tolist() for picks in answer.images] == flat.pick_orders
@@ -73,7 +62,7 @@ def test_without_its_planes_the_answer_is_another(tiny_bundle, judge):
     assert unlike == len(SIZES)
 
 
-def test_views_batches_and_several_images(tiny_bundle, judge):
+def test_views_batches_and_several_images(tiny_bundle, hugging_face):
     shown = [[picture(5, 7)], [picture(2, 17), picture(6, 6)]]
     with Pipeline.load(whole(tiny_bundle, "qwen3-tied")) as vlm:
         answers = vlm.ask_batch(shown, [QUESTION, OTHER], tokens=6, max_new_tokens=STEPS)
@@ -83,7 +72,7 @@ def test_views_batches_and_several_images(tiny_bundle, judge):
         for question in (OTHER, QUESTION):
             answers.append(chat.ask(question, tokens=6, max_new_tokens=STEPS, stream=False))
     for answer, images in zip(answers, [*shown, *[shown[1]] * 3], strict=True):
-        check(answer, judge("qwen3-tied"), images, [6] * len(images))
+        check(answer, hugging_face("qwen3-tied"), images, [6] * len(images))
 
 
 @pytest.mark.parametrize(
@@ -91,20 +80,20 @@ def test_views_batches_and_several_images(tiny_bundle, judge):
     [{"k": 9, "optimize": "ort"}, {"k": 9, "attention": "proportional"}],
     ids=["ort", "proportional"],
 )
-def test_other_decoders(options, tiny_bundle, judge):
+def test_other_decoders(options, tiny_bundle, hugging_face):
     proportional = options.get("attention") == "proportional"
     with Pipeline.load(tiny_bundle("qwen3", **options)) as vlm:
         for size in SIZES:
             answer = vlm.ask(picture(*size), QUESTION, tokens=6, max_new_tokens=STEPS, stream=False)
-            check(answer, judge("qwen3"), [picture(*size)], [6], proportional=proportional)
+            check(answer, hugging_face("qwen3"), [picture(*size)], [6], proportional=proportional)
 
 
-def test_half_precision(tiny_bundle, judge):
+def test_half_precision(tiny_bundle, hugging_face):
     with Pipeline.load(tiny_bundle("qwen3", k=6, dtype="fp16")) as vlm:
         for size in SIZES[:3]:
             answer = vlm.ask(picture(*size), QUESTION, max_new_tokens=STEPS, stream=False)
             ids, text = answer.prompt.ids, answer.prompt.text_token_ids
-            expected = judge("qwen3").pruned([picture(*size)], ids, text, budgets=[6], steps=STEPS)
+            expected = hugging_face("qwen3").pruned([picture(*size)], ids, text, budgets=[6], steps=STEPS)
             assert [picks.pick_order.tolist() for picks in answer.images] == expected.pick_orders
             assert answer.token_ids[:8] == expected.token_ids[:8]
 

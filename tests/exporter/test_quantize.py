@@ -18,8 +18,9 @@ from resprune.exporter.trace.weights import write_graph, write_weights
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.bundle.precisions import TABLE
 from resprune.runtime.pipeline import Pipeline
+from tests.exporter.hugging_face import STEPS, picture
 from tests.exporter.portable import PORTABLE, domains
-from tests.exporter.test_parity_llava import QUESTION, STEPS, picture
+from tests.runtime.pipelines import QUESTION
 
 K, N = 40, 7  # K: a block of 32 and a part of one
 

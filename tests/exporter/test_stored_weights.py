@@ -22,9 +22,9 @@ from resprune.runtime.pipeline import Pipeline
 from tests import tiny
 from tests.exporter.hugging_face import HuggingFace
 from tests.exporter.hugging_face_qwen import HuggingFaceQwen
+from tests.runtime.pipelines import QUESTION
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-QUESTION = "what colour is the square on the table?"
 
 
 @pytest.fixture

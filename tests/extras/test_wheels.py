@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_base_install import VERSIONS
+from tests.interpreters import VERSIONS
 
 ROOT = Path(__file__).parent.parent.parent
 # glibc of Ubuntu 22.04 is 2.35, of Raspberry Pi OS 2.36 or newer.

@@ -24,17 +24,14 @@ from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
 from tests import tiny, tiny_qwen, tiny_tiles
 from tests.hosts import llamacpp_host
+from tests.hosts.demo import PICTURES, QUESTIONS
 from tests.hosts.gguf_model import write_gguf
 from tests.hosts.serve import served
 from tests.runtime.bundles import one_sentence
 from tests.serving.conftest import data_url
 
 ROOT = Path(__file__).parents[2]
-PICTURES = ROOT / "demo" / "pictures"
-ASKED = [
-    (PICTURES / case["image"], case["question"])
-    for case in json.loads((PICTURES / "questions.json").read_text())
-]
+ASKED = [(PICTURES / case["image"], case["question"]) for case in QUESTIONS]
 QUESTION = "what colour is the red square on the table ?"
 STEPS = 24
 SCRIPT = """

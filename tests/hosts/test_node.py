@@ -13,10 +13,8 @@ from resprune import Pipeline
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.families.image import ImageProcessor
-from tests.hosts.npm import EXAMPLES, ROOT, install, node
-
-PICTURES = ROOT / "demo" / "pictures"
-QUESTIONS = json.loads((PICTURES / "questions.json").read_text(encoding="utf-8"))
+from tests.hosts.demo import PICTURES, QUESTIONS, copy_of
+from tests.hosts.npm import EXAMPLES, install, node
 
 
 @pytest.fixture(scope="session")
@@ -185,17 +183,3 @@ def test_faults_are_one_line(
     assert (done.returncode, done.stdout) == (2, "")
     assert told in done.stderr
     assert done.stderr.count("\n") == 1
-
-
-def copy_of(bundle: Path, target: Path) -> Path:
-    """A bundle of the same files, linked but for the small ones, which a test may write to."""
-    for file in bundle.rglob("*"):
-        copy = target / file.relative_to(bundle)
-        if file.is_dir():
-            continue
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix in (".json", ".jinja"):
-            copy.write_bytes(file.read_bytes())
-        else:
-            copy.hardlink_to(file)
-    return target

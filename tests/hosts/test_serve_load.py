@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from resprune import Pipeline
-from tests.hosts.test_serve_page import PICTURES, served
+from tests.hosts.demo import PICTURES
+from tests.hosts.serve import served
 from tests.serving.conftest import data_url
 
 REQUESTS, CLIENTS = 500, 16

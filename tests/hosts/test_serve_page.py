@@ -12,10 +12,10 @@ from PIL import Image
 from resprune import Pipeline
 from tests.hosts import serve_page
 from tests.hosts.conftest import Drive
+from tests.hosts.demo import PICTURES
 from tests.hosts.serve import served
 from tests.hosts.serve_page import Step, slid
 
-PICTURES = Path(__file__).parents[2] / "demo" / "pictures"
 SQUARE, CIRCLE = "What color is the large square?", "Is there a circle?"
 SIZES = {"desk": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
 FOUND = """(() => {

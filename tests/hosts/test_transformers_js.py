@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from resprune import Pipeline
+from tests.hosts.demo import PICTURES, QUESTIONS, copy_of
 from tests.hosts.npm import EXAMPLES, install, node
-from tests.hosts.test_node import PICTURES, QUESTIONS, copy_of
 
 
 @pytest.fixture(scope="module")

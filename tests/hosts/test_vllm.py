@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,21 +18,20 @@ from resprune.runtime.backends.servers import server
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
 from tests import tiny
+from tests.hosts.demo import PICTURES, QUESTIONS
 from tests.hosts.host import Running
 from tests.hosts.vllm_host import MAX_MODEL_LEN, published, vllm
 from tests.runtime.bundles import one_sentence
 
 ROOT = Path(__file__).parents[2]
-PICTURES = ROOT / "demo" / "pictures"
-ASKED = json.loads((PICTURES / "questions.json").read_text())
-QUESTIONS = [
+FURTHER = [
     "What color is the large square?",
     "How many circles are there?",
     "Is the small square at the top or at the bottom?",
     "What is the white number?",
 ]
 PAIRS = [
-    (PICTURES / case["image"], question) for case in ASKED for question in [case["question"], *QUESTIONS]
+    (PICTURES / case["image"], question) for case in QUESTIONS for question in [case["question"], *FURTHER]
 ]
 
 
@@ -66,8 +64,8 @@ def test_every_answer_is_the_bundles(near: Pipeline, far: Pipeline) -> None:
 
 def test_two_images(near: Pipeline, far: Pipeline) -> None:
     for pair in ((0, 1), (3, 0), (5, 2)):
-        images = [PICTURES / ASKED[number]["image"] for number in pair]
-        here, there = (pipeline.ask(images, QUESTIONS[1], stream=False) for pipeline in (near, far))
+        images = [PICTURES / QUESTIONS[number]["image"] for number in pair]
+        here, there = (pipeline.ask(images, FURTHER[1], stream=False) for pipeline in (near, far))
         assert there.token_ids == here.token_ids, pair
 
 

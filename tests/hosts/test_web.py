@@ -19,9 +19,9 @@ from PIL import Image
 
 from resprune import Pipeline
 from tests.hosts.conftest import Drive
+from tests.hosts.demo import PICTURES, QUESTIONS, copy_of
 from tests.hosts.npm import EXAMPLES, install
 from tests.hosts.serve_page import Step
-from tests.hosts.test_node import PICTURES, QUESTIONS, copy_of
 
 READY = "/WASM|WebGPU/.test(document.querySelector('#status').textContent)"
 FAULT = "!document.querySelector('#fault').hidden"

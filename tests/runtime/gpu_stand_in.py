@@ -8,6 +8,7 @@ presence `tests/runtime/test_tensorrt.py` checks, and none besides. It says noth
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
@@ -15,6 +16,7 @@ from threading import RLock
 from typing import Any
 
 import numpy as np
+import pytest
 
 from resprune.exporter.tensorrt.profiles import Limits, profiles
 from resprune.runtime.backends.engines import graph_sources, set_name, target_name
@@ -247,3 +249,23 @@ def with_engines(root: Path, limits: Limits | None = None) -> Bundle:
     )
     write_manifest(root, manifest)
     return read_bundle(root)
+
+
+@dataclass
+class Place:
+    """Where engines run: their flavour, and how they come into a bundle."""
+
+    flavour: str
+    equip: Callable[[Path], Any]
+    atol: float
+    cuda: Cuda | None = None
+    trt: TensorRT | None = None
+
+
+def stand_in_for(monkeypatch: pytest.MonkeyPatch) -> Place:
+    """From now on the runtime finds a GPU, this one."""
+    cuda = Cuda()
+    trt = TensorRT(cuda)
+    monkeypatch.setattr("resprune.runtime.backends.cuda._runtime", lambda: cuda)
+    monkeypatch.setattr("resprune.runtime.backends.tensorrt.tensorrt_module", lambda flavour: trt)
+    return Place(FLAVOUR, with_engines, 1e-5, cuda, trt)

@@ -12,6 +12,7 @@ from resprune import Pipeline
 from resprune.runtime.bundle.files import read_bundle, write_manifest
 
 QUESTION = "what colour is the square on the table?"
+OTHER = "how many red circles are there?"
 
 
 def picture(seed: int, size: tuple[int, int] = (60, 50)) -> Image.Image:

@@ -13,52 +13,28 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.llava_next import PINPOINTS, AnyResolution
-from tests.runtime.images import noise
+from tests.runtime.images import SIZES, named, noise
 
 TILE, PATCH = 42, 7
 # The proportions of the real resolutions, and one that is a single tile.
-SMALL = {
+SMSIZES = {
     "image_processor_type": "LlavaNextImageProcessor",
     "image_grid_pinpoints": [[TILE * height // 336, TILE * width // 336] for height, width in PINPOINTS],
     "size": {"shortest_edge": TILE},
     "crop_size": {"height": TILE, "width": TILE},
 }
-ONE_TILE = SMALL | {"image_grid_pinpoints": [[TILE, TILE], [2 * TILE, TILE], [TILE, 4 * TILE]]}
-LLAVA_16 = SMALL | {
+ONE_TILE = SMSIZES | {"image_grid_pinpoints": [[TILE, TILE], [2 * TILE, TILE], [TILE, 4 * TILE]]}
+LLAVA_16 = SMSIZES | {
     "image_grid_pinpoints": [list(pair) for pair in PINPOINTS],
     "size": {"shortest_edge": 336},
     "crop_size": {"height": 336, "width": 336},
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
-# Width by height: ratios from 1:6 to 6:1, both ways round, at sizes below, at and above the tile's.
-RATIOS = [
-    (1, 6),
-    (1, 5),
-    (2, 9),
-    (1, 4),
-    (2, 7),
-    (1, 3),
-    (3, 8),
-    (3, 7),
-    (1, 2),
-    (5, 9),
-    (2, 3),
-    (3, 4),
-    (4, 5),
-]
-RATIOS += [(9, 10), (30, 31), (1, 1)]
-SIZES = [(7 * x, 7 * y) for x, y in RATIOS] + [(23 * y + 1, 23 * x) for x, y in RATIOS]
-DEGENERATE = [(1, 1), (1, 40), (40, 1), (1, 500), (500, 1), (2, 41), (TILE, TILE), (2 * TILE, TILE), (41, 43)]
-ALL = SIZES + DEGENERATE
 
 
-def small(config: dict[str, Any] = SMALL) -> AnyResolution:
+def small(config: dict[str, Any] = SMSIZES) -> AnyResolution:
     return AnyResolution.from_config(config, image_size=TILE, patch_size=PATCH)
-
-
-def name(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def rows_of_hugging_face(
@@ -83,10 +59,10 @@ def rows_of_hugging_face(
     return [part[:, 0].long().tolist() for part in packed]
 
 
-@pytest.mark.parametrize("size", ALL, ids=name)
-@pytest.mark.parametrize("config", [SMALL, ONE_TILE], ids=["five", "one-tile"])
+@pytest.mark.parametrize("size", SIZES, ids=named)
+@pytest.mark.parametrize("config", [SMSIZES, ONE_TILE], ids=["five", "one-tile"])
 def test_pixels_equal_hugging_face(config: dict[str, Any], size: tuple[int, int]) -> None:
-    assert len(set(ALL)) >= 30
+    assert len(set(SIZES)) >= 30
     image = noise(*size)
     theirs = LlavaNextImageProcessorPil(**config)(image, return_tensors="np")
     picture = small(config)(image)
@@ -95,15 +71,15 @@ def test_pixels_equal_hugging_face(config: dict[str, Any], size: tuple[int, int]
     np.testing.assert_array_equal(theirs["image_sizes"][0], (size[1], size[0]))
 
 
-@pytest.mark.parametrize("size", [(640, 480), (333, 2000), (1, 700), (336, 336), (1344, 224)], ids=name)
+@pytest.mark.parametrize("size", [(640, 480), (333, 2000), (1, 700), (336, 336), (1344, 224)], ids=named)
 def test_pixels_of_real_tiles_equal_hugging_face(size: tuple[int, int]) -> None:
     theirs = LlavaNextImageProcessorPil(**LLAVA_16)(noise(*size), return_tensors="np")["pixel_values"][0]
     ours = AnyResolution.from_config(LLAVA_16, image_size=336, patch_size=14)(noise(*size))
     np.testing.assert_array_equal(ours.arrays["pixel_values"], theirs)
 
 
-@pytest.mark.parametrize("size", ALL, ids=name)
-@pytest.mark.parametrize("config", [SMALL, ONE_TILE], ids=["five", "one-tile"])
+@pytest.mark.parametrize("size", SIZES, ids=named)
+@pytest.mark.parametrize("config", [SMSIZES, ONE_TILE], ids=["five", "one-tile"])
 def test_packing_equals_hugging_face(config: dict[str, Any], size: tuple[int, int]) -> None:
     picture = small(config)(Image.new("RGB", size))
     packed = small(config).batch([picture])["pack_indices"]
@@ -139,7 +115,7 @@ def test_token_count_is_that_of_the_hugging_face_processor() -> None:
         num_additional_image_tokens=1,
     )
     processor._get_unpadded_features = LlavaNextProcessor._get_unpadded_features.__get__(processor)
-    for width, height in [(20 * x, 20 * y) for x, y in ALL]:
+    for width, height in [(20 * x, 20 * y) for x, y in SIZES]:
         count = LlavaNextProcessor._get_number_of_features(processor, height, width, 336, 336)
         assert len(anyres.packed_rows((width, height))) == count - 1  # their class token
 
@@ -149,18 +125,18 @@ def test_pictures_of_a_batch_share_the_newline_row_and_are_filled_up() -> None:
     anyres = small()
     pictures = [anyres(noise(*size)) for size in sizes]
     batch = anyres.batch(pictures)
-    theirs = rows_of_hugging_face(SMALL["image_grid_pinpoints"], TILE // PATCH, PATCH, sizes)
+    theirs = rows_of_hugging_face(SMSIZES["image_grid_pinpoints"], TILE // PATCH, PATCH, sizes)
     assert batch["pack_indices"].shape == (3, max(map(len, theirs)))
     for row, want in zip(batch["pack_indices"].tolist(), theirs, strict=True):
         assert row[: len(want)] == want
         assert set(row[len(want) :]) <= {-1}
-    tiles = LlavaNextImageProcessorPil(**SMALL)([noise(*size) for size in sizes], return_tensors="np")
+    tiles = LlavaNextImageProcessorPil(**SMSIZES)([noise(*size) for size in sizes], return_tensors="np")
     counts = [len(picture.arrays["pixel_values"]) for picture in pictures]
     unpadded = [tiles["pixel_values"][row, :count] for row, count in enumerate(counts)]
     np.testing.assert_array_equal(batch["pixel_values"], np.concatenate(unpadded))
 
 
-@pytest.mark.parametrize("size", [(100, 30), (42, 42), (17, 60), (1, 500)], ids=name)
+@pytest.mark.parametrize("size", [(100, 30), (42, 42), (17, 60), (1, 500)], ids=named)
 def test_boxes_lie_where_the_tokens_looked(size: tuple[int, int]) -> None:
     """Each tile token's pixels, found by their brightness in a picture that brightens from corner to corner."""
     anyres = small()
@@ -218,13 +194,13 @@ def test_a_box_holds_the_pixels_of_its_patch() -> None:
 )
 def test_settings_that_make_no_sense(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ResPruneError, match=said.replace("[", r"\[")) as caught:
-        small(SMALL | change)
+        small(SMSIZES | change)
     assert "\n" not in str(caught.value)
 
 
 def test_sizes_are_read_as_hugging_face_reads_them() -> None:
     """A height and width in place of the shortest edge (SigLIP towers), and defaults where there is nothing."""
-    config = SMALL | {"size": {"height": TILE, "width": TILE}, "do_center_crop": False}
+    config = SMSIZES | {"size": {"height": TILE, "width": TILE}, "do_center_crop": False}
     image = noise(50, 90)
     theirs = LlavaNextImageProcessorPil(**config)(image, return_tensors="np")["pixel_values"][0]
     np.testing.assert_array_equal(small(config)(image).arrays["pixel_values"], theirs)

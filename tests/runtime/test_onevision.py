@@ -20,11 +20,10 @@ from transformers.models.llava_onevision.processing_llava_onevision import Llava
 
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.llava_onevision import PINPOINTS, LimitedResolution, bilinear, tile_limit
-from tests.runtime.images import noise
-from tests.runtime.test_anyres import ALL, name
+from tests.runtime.images import SIZES, named, noise
 
 TILE, PATCH = 42, 7
-SMALL: dict[str, Any] = {
+SMSIZES: dict[str, Any] = {
     "image_processor_type": "LlavaOnevisionImageProcessor",
     "size": {"height": TILE, "width": TILE},
     "image_grid_pinpoints": [
@@ -39,7 +38,7 @@ REAL: dict[str, Any] = {
 
 
 def small(limit: int = 4, **changes: Any) -> LimitedResolution:
-    return LimitedResolution.from_config(SMALL | changes, image_size=TILE, patch_size=PATCH, limit=limit)
+    return LimitedResolution.from_config(SMSIZES | changes, image_size=TILE, patch_size=PATCH, limit=limit)
 
 
 def real() -> LimitedResolution:
@@ -81,16 +80,16 @@ def check_packing(ours: LimitedResolution, size: tuple[int, int]) -> None:
     assert len(packed) <= ours.max_tokens
 
 
-@pytest.mark.parametrize("size", ALL, ids=name)
+@pytest.mark.parametrize("size", SIZES, ids=named)
 def test_pixels_equal_hugging_face(size: tuple[int, int]) -> None:
     image = noise(*size)
-    theirs = LlavaOnevisionImageProcessorPil(**SMALL)(image, return_tensors="np")
+    theirs = LlavaOnevisionImageProcessorPil(**SMSIZES)(image, return_tensors="np")
     picture = small()(image)
     assert picture.arrays["pixel_values"].dtype == np.float32
     np.testing.assert_array_equal(picture.arrays["pixel_values"], theirs["pixel_values"][0])
 
 
-@pytest.mark.parametrize("size", [(640, 480), (1, 700), (384, 384), (2400, 500)], ids=name)
+@pytest.mark.parametrize("size", [(640, 480), (1, 700), (384, 384), (2400, 500)], ids=named)
 def test_pixels_of_real_tiles_equal_hugging_face(size: tuple[int, int]) -> None:
     theirs = LlavaOnevisionImageProcessorPil(**REAL)(noise(*size), return_tensors="np")["pixel_values"][0]
     np.testing.assert_array_equal(real()(noise(*size)).arrays["pixel_values"], theirs)
@@ -99,9 +98,9 @@ def test_pixels_of_real_tiles_equal_hugging_face(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("limit", [1, 4, 15])
 def test_packing_equals_hugging_face(limit: int) -> None:
     ours = small(limit)
-    for size in ALL:
+    for size in SIZES:
         check_packing(ours, size)
-    past = [ours.interpolates(size) for size in ALL]
+    past = [ours.interpolates(size) for size in SIZES]
     assert any(past) == (limit < 15)
     assert not all(past)
 
@@ -159,7 +158,7 @@ def test_a_batch_is_filled_up_with_nothing() -> None:
     assert (inputs["pack_indices"][shorter, :few] >= 0).all()
 
 
-@pytest.mark.parametrize("size", ALL, ids=name)
+@pytest.mark.parametrize("size", SIZES, ids=named)
 def test_boxes_cover_the_image_once_beside_the_whole_view(size: tuple[int, int]) -> None:
     ours = small()
     boxes = ours.boxes(size)
@@ -189,7 +188,7 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], said: 
 
 
 def test_a_limit_that_leaves_no_row_is_refused() -> None:
-    ours = LimitedResolution.from_config(SMALL, image_size=TILE, patch_size=TILE, limit=1)
+    ours = LimitedResolution.from_config(SMSIZES, image_size=TILE, patch_size=TILE, limit=1)
     with pytest.raises(ResPruneError, match="a grid of 1 x 5 patches has no row left"):
         ours.taps((500, 100))
 

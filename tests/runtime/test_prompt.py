@@ -15,7 +15,7 @@ from resprune.runtime.prompt.plain_text import PlainText
 from resprune.runtime.prompt.prompter import Prompter
 from resprune.runtime.prompt.template import DEFAULT_TEMPLATE
 from tests.runtime.bundles import bundle_of_files, one_sentence
-from tests.runtime.test_template import LLAVA_15
+from tests.runtime.templates import LLAVA_15
 from tests.runtime.tokenizers_made import KINDS
 
 WITH_BOS = "{{ bos_token }}" + LLAVA_15

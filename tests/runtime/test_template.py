@@ -11,6 +11,7 @@ from resprune.runtime.errors import ResPruneError
 from resprune.runtime.prompt.messages import assistant_message, user_message
 from resprune.runtime.prompt.template import DEFAULT_TEMPLATE, chat_template, render
 from tests.runtime.bundles import bundle_of_files
+from tests.runtime.templates import LLAVA_15
 
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>", "image_token": "<image>"}
 CHAT = [
@@ -18,16 +19,6 @@ CHAT = [
     assistant_message('It\'s a "café" 🎉'),
     user_message("And\nnow?", 0),
 ]
-# llava-hf/llava-1.5-7b-hf, word for word
-LLAVA_15 = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}"
-    "{% endif %}{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', "
-    "'image') %}{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
-    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 BLOCKS = """{{ bos_token }}
 {%- for message in messages %}
     {% if loop.index > 7 %}

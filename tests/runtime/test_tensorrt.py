@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.cli import main
 from resprune.runtime.prompt.splice import Spliced
 from tests.runtime import gpu_stand_in
-from tests.runtime.gpu_stand_in import FLAVOUR, VERSION, Cuda, TensorRT, with_engines
+from tests.runtime.gpu_stand_in import FLAVOUR, VERSION, Cuda, Place, stand_in_for, with_engines
 from tests.runtime.pipelines import QUESTION, picture
 from tests.runtime.ways import PICTURES, QUESTIONS, alone, wrong_at_once
 
@@ -56,17 +56,6 @@ def bundles(
     return copy
 
 
-@dataclass
-class Place:
-    """Where engines run: their flavour, and how they come into a bundle."""
-
-    flavour: str
-    equip: Callable[[Path], Any]
-    atol: float
-    cuda: Cuda | None = None
-    trt: TensorRT | None = None
-
-
 @pytest.fixture(params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     if request.param == "gpu":
@@ -83,14 +72,6 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     assert stand_in.cuda is not None
     for address in [*stand_in.cuda.blocks]:
         stand_in.cuda.cudaFree(address)  # looks at their ends
-
-
-def stand_in_for(monkeypatch: pytest.MonkeyPatch) -> Place:
-    cuda = Cuda()
-    trt = TensorRT(cuda)
-    monkeypatch.setattr("resprune.runtime.backends.cuda._runtime", lambda: cuda)
-    monkeypatch.setattr("resprune.runtime.backends.tensorrt.tensorrt_module", lambda flavour: trt)
-    return Place(FLAVOUR, with_engines, 1e-5, cuda, trt)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,17 @@ SMALL = {"TILE": 16, "DEPTH": 16, "TOKENS": 16, "STEPS": 4}
 """Tiles and blocks so small that tiny inputs have many of each, and a last one that is not full."""
 
 
+def features(seed, n, d, dtype=torch.float32, batch=1):
+    """Rows whose scores are far enough apart that float32 never decides between two of them."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(batch, n, d, generator=generator)
+    return (rows * torch.linspace(0.5, 2.0, n)[None, :, None]).to(dtype)
+
+
+def gains(seed, n, batch=1):
+    return torch.rand(batch, n, generator=torch.Generator().manual_seed(seed)) + 0.1
+
+
 def arguments(visual, gain, k, token_mask=None):
     """What a launch takes, in the kernel's order; the scratch holds garbage, as it does everywhere."""
     B, N, _ = visual.shape

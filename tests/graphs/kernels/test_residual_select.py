@@ -7,19 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resprune.exporter.verify.reference import residual_select, text_gain
-from tests.graphs.kernels.interpreted import SMALL, alone, arguments, step_by_step, together
+from tests.graphs.kernels.interpreted import SMALL, alone, arguments, features, gains, step_by_step, together
 from tests.vectors import CASES
-
-
-def features(seed, n, d, dtype=torch.float32, batch=1):
-    """Rows whose scores are far enough apart that float32 never decides between two of them."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(batch, n, d, generator=generator)
-    return (rows * torch.linspace(0.5, 2.0, n)[None, :, None]).to(dtype)
-
-
-def gains(seed, n, batch=1):
-    return torch.rand(batch, n, generator=torch.Generator().manual_seed(seed)) + 0.1
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

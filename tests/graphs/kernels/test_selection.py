@@ -11,7 +11,7 @@ from resprune.graphs.kernels.selection import (
     programs_of_an_image,
     residual_select,
 )
-from tests.graphs.kernels.test_residual_select import features, gains
+from tests.graphs.kernels.interpreted import features, gains
 
 
 def test_equals_the_reference_without_a_mask():

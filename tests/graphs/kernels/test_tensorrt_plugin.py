@@ -14,8 +14,7 @@ from resprune.graphs.kernels.selection import scratch_words
 from resprune.graphs.kernels.tensorrt_plugin import for_plugin, register
 from resprune.method import Selection
 from tests.graphs.kernels.build_plugin import HIDDEN, PROCESSORS, SIZES, K
-from tests.graphs.kernels.interpreted import shapes_of, together
-from tests.graphs.kernels.test_residual_select import features, gains
+from tests.graphs.kernels.interpreted import features, gains, shapes_of, together
 
 
 @pytest.fixture(scope="module")
