@@ -1,4 +1,4 @@
-"""What torch.onnx does for each graph and need not: it is done once, or known from the trace.
+"""What torch does for each graph and need not: it is done once, known from the trace, or thrown away.
 
 These are private names of torch; one that has them elsewhere cannot import this module, and its exports take longer.
 """
@@ -11,7 +11,9 @@ from functools import cache
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch import fx
+from torch.fx import config
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx._internal.fx.passes import type_promotion
 from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter, get_type_promotion_rule
@@ -38,9 +40,18 @@ class _Promoter(_TypePromotionInterpreter):
 
 @contextmanager
 def shortcuts() -> Iterator[None]:
-    """While it lasts, torch.onnx takes them."""
+    """While it lasts, torch.export and torch.onnx take them."""
     with (
+        torch.no_grad(),
+        # Where it is entered again, the trace would be split, joined, and compiled at each step.
+        patch.multiple(torch.no_grad, __enter__=_nothing, __exit__=_nothing),
+        # Where in Python each of its nodes was made: the graph has it no more. Older versions do not have the switch.
+        patch.object(config, "do_not_emit_stack_traces", True, create=True),
         patch.object(ONNXRegistry, "from_torchlib", staticmethod(_registry)),
         patch.object(type_promotion, "_TypePromotionInterpreter", _Promoter),
     ):
         yield
+
+
+def _nothing(context: torch.no_grad, *error: object) -> None:
+    """Enter or leave a block without gradients, where there are none."""

@@ -11,7 +11,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import onnx
@@ -30,6 +30,11 @@ from resprune.exporter.trace.blocks import Blocks
 from resprune.exporter.trace.repeat import expand, firsts_alike, stand_in, traced_once
 from resprune.exporter.trace.translate import translate
 from resprune.runtime.bundle.manifest import TensorSpec
+
+try:
+    from resprune.exporter.trace.shortcuts import shortcuts
+except ImportError:  # of a torch without them
+    shortcuts = nullcontext  # type: ignore[assignment]
 
 OPSET = 20
 """LayerNormalization (17), Gelu (20); ONNX Runtime since 1.17 and TensorRT since 10 take all of it."""
@@ -109,7 +114,7 @@ def trace(component: Component, whole: nn.Module, mode: FakeTensorMode, *, repea
         firsts = firsts_alike(component, fakes) if repeat else range(len(component.layers))
     part = _Part(component, firsts)
     # Without gradients from the start: code that turns them off would else become a graph of its own in the program.
-    with _quiet(), torch.no_grad(), traced_once(layers, firsts):
+    with _quiet(), torch.no_grad(), traced_once(layers, firsts), shortcuts():
         program = torch.export.export(
             part.eval(),
             tuple(fakes[component.inputs.index(spec)] for spec in part.inputs),

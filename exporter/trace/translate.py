@@ -8,18 +8,12 @@ name of one that it knows: they are renamed here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.onnx import OnnxExporterError, ONNXProgram
-
-try:
-    from resprune.exporter.trace.shortcuts import shortcuts
-except ImportError:  # of a torch without them
-    shortcuts = nullcontext  # type: ignore[assignment]
 
 aten = torch.ops.aten
 DEFAULTS = (None, [1, 1], "valid")
@@ -44,8 +38,7 @@ def translate(program: ExportedProgram, **options: Any) -> ONNXProgram:
 
 
 def _export(program: ExportedProgram, **options: Any) -> ONNXProgram:
-    with shortcuts():
-        exported = torch.onnx.export(program, **options, dynamo=True, optimize=False, verbose=False)
+    exported = torch.onnx.export(program, **options, dynamo=True, optimize=False, verbose=False)
     assert exported is not None
     return exported
 
