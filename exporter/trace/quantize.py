@@ -16,6 +16,7 @@ from typing import Any
 import onnx
 import torch
 from onnx import NodeProto, TensorProto, helper
+from onnx_ir import tensor_adapters
 from torch import Tensor
 
 from resprune.exporter.checkpoint.shards import StoredTensor
@@ -100,10 +101,13 @@ def quantize(
         if biased:
             work.nodes.append(helper.make_node("Add", [product, node.input[2]], [node.output[0]]))
     used = {name for node in work.nodes for name in node.input} | set(work.added)
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.node[:], graph.initializer[:]
+    # A table in half has the name that it had, in another type.
+    kept = [tensor for tensor in graph.initializer if tensor.name in used - work.added.keys()]
+    types = [value for value in graph.value_info if value.name not in traced.weights]
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
     graph.node.extend(work.nodes)
     graph.initializer.extend([*kept, *work.added.values()])
+    graph.value_info.extend(types)
     if any(node.domain == "com.microsoft" for node in work.nodes) and not any(
         entry.domain == "com.microsoft" for entry in model.opset_import
     ):
@@ -285,8 +289,10 @@ def _lookup(
     """Embeddings packed in blocks, or in half; as they were where a row has no whole number of blocks."""
     V, D = shape
     (output,) = node.output
-    found = f"{output}.half"
-    widened = helper.make_node("Cast", [found], [output], to=TensorProto.FLOAT)
+    # What is found is half, and the graph goes on in the type that its own table was traced with.
+    found = output if weight.dtype == torch.float16 else f"{output}.half"
+    traced_type = tensor_adapters.from_torch_dtype(weight.dtype)
+    casts = [] if found == output else [helper.make_node("Cast", [found], [output], to=traced_type)]
     # The largest block that a row has a whole number of: no kernel takes one that is cut off.
     size = next((fitting for fitting in (size, 64, 32, 16) if fitting <= size and D % fitting == 0), 0)
     if row.bits and size:
@@ -311,11 +317,11 @@ def _lookup(
                 **attributes,
             )
         )
-        work.nodes.append(widened)
-    elif row.element == "float16" and weight.dtype == torch.float32:
+        work.nodes += casts
+    elif row.element == "float16" and casts:
         half = replace(weight, dtype=torch.float16, largest=HALF_MAX)
         work.weights[half.name] = half
         work.added[half.name] = unwritten(half, shape)
-        work.nodes += [helper.make_node("Gather", [half.name, node.input[1]], [found]), widened]
+        work.nodes += [helper.make_node("Gather", [half.name, node.input[1]], [found]), *casts]
     else:
         work.nodes.append(node)

@@ -11,12 +11,15 @@ import pytest
 import torch
 from onnx import ModelProto, TensorProto, helper
 
+from resprune.elements import ELEMENTS
 from resprune.exporter.trace.blocks import FITS, Blocks, fit_of
 from resprune.exporter.trace.quantize import int8_scales, packed_chunks, quantize
-from resprune.exporter.trace.tracer import Traced, Weight
+from resprune.exporter.trace.tracer import Traced, Weight, unwritten
 from resprune.exporter.trace.weights import write_graph, write_weights
+from resprune.exporter.verify.difference import difference
+from resprune.names import DECODER
 from resprune.runtime.bundle.files import read_bundle
-from resprune.runtime.bundle.precisions import TABLE
+from resprune.runtime.bundle.precisions import PRESETS, TABLE, parse_dtype
 from resprune.runtime.pipeline import Pipeline
 from tests.exporter.hugging_face import STEPS, picture
 from tests.exporter.portable import PORTABLE, domains
@@ -206,6 +209,42 @@ def test_int8_products(weights: torch.Tensor, tmp_path: Path) -> None:
     assert (y[1] - x[1] @ weights.T).abs().max() < 0.1
 
 
+@pytest.mark.parametrize(
+    ("element", "word"), [(element, row.word) for row in TABLE.values() for element in row.embeds_for]
+)
+def test_embeddings_in_each_precision_beside_each_type(element: str, word: str, tmp_path: Path) -> None:
+    """What is found is the table's, whatever type the rest was traced in."""
+    row, table = TABLE[word], drawn(11, 64)
+    weight = Weight(("w",), getattr(torch, element), transposed=False)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["w", "ids"], ["found"]),
+            helper.make_node("Cast", ["found"], ["y"], to=TensorProto.FLOAT),
+        ],
+        "embeddings",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, (2, 3))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (2, 3, 64))],
+        [unwritten(weight, table.shape)],
+        value_info=[
+            helper.make_tensor_value_info("w", ELEMENTS[element].onnx, table.shape),
+            helper.make_tensor_value_info("found", ELEMENTS[element].onnx, (2, 3, 64)),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    quantized = quantize(Traced(model, {"w": weight}), row)
+    stored: Any = {"w": InMemory(table)}
+    path = tmp_path / "embeddings.onnx"
+    write_graph(quantized, path)
+    write_weights(quantized, path, stored)
+    types = {tensor.data_type for tensor in quantized.model.graph.initializer}
+    assert types == ({ELEMENTS[row.element].onnx} if not row.bits else {2, 10})
+    ids = np.array([[0, 10, 3], [3, 5, 1]])
+    onnx.checker.check_model(path, full_check=True)
+    (found,) = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"ids": ids})
+    lost = difference("embeddings", "y", found, table[torch.from_numpy(ids)], row)
+    assert lost.within, lost.words
+
+
 def test_a_bundle_in_int4(tiny_bundle: Callable[..., Path]) -> None:
     """The decoder only; vision, embeddings and picks stay as they were."""
     plain = read_bundle(tiny_bundle("clip-llama", k=7))
@@ -249,21 +288,37 @@ def test_a_bundle_in_int8(tiny_bundle: Callable[..., Path]) -> None:
     assert len(answer.token_ids) == STEPS
 
 
-@pytest.mark.parametrize("variant", ["qwen3", "internvl-qwen3", "gemma3"])
-def test_other_families_in_three_precisions_at_once(tiny_bundle: Callable[..., Path], variant: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [
+        *((variant, PRESETS["cpu"].dtype) for variant in ("qwen3", "internvl-qwen3", "gemma3")),
+        ("clip-llama-wide", PRESETS["web"].dtype),
+        ("clip-llama-wide", "vision=q4f16,decoder=q4f16,embed=q4f16"),
+        ("clip-llama-wide", "q8"),
+    ],
+)
+def test_what_is_packed_answers(tiny_bundle: Callable[..., Path], variant: str, dtype: str) -> None:
     """The export compares each graph with PyTorch, and each packed number with the checkpoint's."""
-    bundle = read_bundle(tiny_bundle(variant, k=9, dtype="vision=int8,decoder=q4,embed=q8"))
-    packed = {
-        "vision_select": ("int8", "MatMulInteger"),
-        "decoder_model_merged": ("q4", "MatMulNBits"),
-        "embed_tokens": ("q8", "GatherBlockQuantized"),
-    }
-    for graph, (precision, operator) in packed.items():
-        assert bundle.manifest.graphs[graph].precision == precision
+    bundle = read_bundle(tiny_bundle(variant, k=9, dtype=dtype))
+    choice, parity = parse_dtype(dtype), bundle.manifest.parity
+    for graph, spec in bundle.manifest.graphs.items():
+        row = choice.of(graph)
+        assert spec.precision == row.word
         model = onnx.load(bundle.graph_path(graph), load_external_data=False)
-        kinds = [node.op_type for part in (model.graph, *model.functions) for node in part.node]
-        assert operator in kinds
-    equal, count = bundle.manifest.parity["weights"].split("/")
+        nodes = [node for part in (model.graph, *model.functions) for node in part.node]
+        packed = {node.op_type for node in nodes} & {"MatMulInteger", "MatMulNBits", "GatherBlockQuantized"}
+        if row.bits:
+            assert ("GatherBlockQuantized" if graph == "embed_tokens" else "MatMulNBits") in packed
+        else:
+            assert packed == ({"MatMulInteger"} if row.quantized else set())
+        bits = {attribute.i for node in nodes for attribute in node.attribute if attribute.name == "bits"}
+        assert bits <= {row.bits, row.head_bits}
+        assert row.bits in bits or not row.bits
+        cached = {tensor.dtype for tensor in spec.outputs if tensor.name.startswith("present.")}
+        assert cached <= {row.element}
+    equal, count = map(int, parity["text_positions"].split("/"))
+    assert equal >= choice.of(DECODER).agreement * count
+    equal, count = parity["weights"].split("/")
     assert equal == count
     with Pipeline.load(bundle.root) as vlm:
         answers = vlm.ask_batch([[picture(1)], [picture(2), picture(3)]], [QUESTION] * 2, max_new_tokens=5)
