@@ -2,7 +2,7 @@
 
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from docs.families import PAGE, page
 from resprune.exporter.language_models import LANGUAGE_MODELS
 from resprune.runtime.backends.formats import ENGINE, PYTORCH, SERVER_FORMATS
+from resprune.runtime.backends.gguf_names import ARCHITECTURES, SPLITTERS
 from resprune.runtime.bundle.manifest import ATTENTION, POSITIONS
 from resprune.runtime.families.table import FAMILIES, aliases
 
@@ -29,32 +30,57 @@ BRANDS = (
     "lfm2",
 )
 NAMED = re.compile("|".join(BRANDS), re.IGNORECASE)
-# The tables of language models, and the names of layouts that are refused.
-ELSEWHERE = (
-    "exporter/language_models.py",
-    "exporter/checkpoint/layouts.py",
-    "runtime/backends/gguf_names.py",
-)
+CODE = (".py", ".html", ".js", ".css", ".svg")
+# Language models, whose names some families share: each file's, as strings.
+LANGUAGES = {
+    "exporter/language_models.py": {
+        *LANGUAGE_MODELS,
+        *(row.causal_class for row in LANGUAGE_MODELS.values()),
+    },
+    "runtime/backends/gguf_names.py": {
+        *ARCHITECTURES,
+        *ARCHITECTURES.values(),
+        *(name for _, name in SPLITTERS),
+    },
+}
 
 
 def product_files() -> Iterator[Path]:
-    """The Python files of the product, but for the families' folders and ELSEWHERE."""
+    """The files of the product, its page as well, but for the families' folders."""
+    yield from sorted((ROOT / "resprune").glob("*.py"))
     for room in ROOMS:
-        for path in sorted((ROOT / room).rglob("*.py")):
-            if "families" not in path.parts and path.relative_to(ROOT).as_posix() not in ELSEWHERE:
+        for path in sorted((ROOT / room).rglob("*")):
+            if path.suffix in CODE and "families" not in path.parts:
                 yield path
 
 
-def families_named(text: str) -> list[str]:
-    """The lines that name a family."""
-    return [line.strip() for line in text.splitlines() if NAMED.search(line)]
+def families_named(text: str, languages: Collection[str | None] = ()) -> list[str]:
+    """The lines that name a family, apart from strings that are names of `languages`."""
+    lines = (
+        re.sub(r'"(\w+)"', lambda found: "" if found[1] in languages else found[0], line)
+        for line in text.splitlines()
+    )
+    return [line.strip() for line in lines if NAMED.search(line)]
 
 
 def test_no_other_code_names_a_family() -> None:
-    paths = list(product_files())
-    assert len(paths) > 50
-    named = {str(path.relative_to(ROOT)): families_named(path.read_text(encoding="utf-8")) for path in paths}
-    assert {path: lines for path, lines in named.items() if lines} == {}
+    paths = {path.relative_to(ROOT).as_posix(): path for path in product_files()}
+    assert len(paths) > 150
+    assert {
+        "resprune/names.py",
+        "serving/page/index.html",
+        "serving/page/script.js",
+        *LANGUAGES,
+    } <= paths.keys()
+    named = {
+        name: families_named(path.read_text(encoding="utf-8"), LANGUAGES.get(name, ()))
+        for name, path in paths.items()
+    }
+    assert {name: lines for name, lines in named.items() if lines} == {}
+
+
+def test_no_language_model_has_the_name_of_a_family() -> None:
+    assert not FAMILIES.keys() & set().union(*LANGUAGES.values())
 
 
 def test_the_search_finds_what_it_is_for() -> None:
@@ -62,6 +88,7 @@ def test_the_search_finds_what_it_is_for() -> None:
         'if kind.startswith("qwen"):',
         "# as LLaVA has it",
     ]
+    assert families_named('row("qwen3_vl"), row("qwen3")', {"qwen3"}) == ['row("qwen3_vl"), row()']
     for name in FAMILIES:
         assert families_named(f'family == "{name}"'), f"add {name} to BRANDS"
 

@@ -15,14 +15,13 @@ INSTALL = {
     "tensorrt": 'pip install "resprune[tensorrt]" --extra-index-url https://pypi.nvidia.com',
     "tensorrt-rtx": 'pip install "resprune[tensorrt-rtx]"',
 }
-# The option of resprune build that bounds an axis.
+# The option of resprune build that bounds an axis; of any other, it is an image's --tokens.
 WIDENED_BY = {
+    "batch_size": "--batch",
+    "num_tiles": "--batch",
     "text_tokens": "--nouns",
     "sequence_length": "--prompt",
     "past_sequence_length": "--context",
-    "num_tokens": "--tokens",
-    "num_patches": "--tokens",
-    "num_windows": "--tokens",
 }
 Capability = tuple[int, int]
 
@@ -109,7 +108,7 @@ def choose_profile(graph: str, engine: EngineSpec, sizes: Mapping[str, int]) -> 
     least, _, most = engine.profiles[nearest][axis]
     raise ResPruneError(
         f"the engine of {graph} takes {axis} from {least} to {most}, not {sizes[axis]}; ask for less at once, or build "
-        f"it again with a wider {WIDENED_BY.get(axis, '--batch')} (resprune build --help)"
+        f"it again with a wider {WIDENED_BY.get(axis, '--tokens')} (resprune build --help)"
     )
 
 

@@ -1,7 +1,11 @@
 """The model families, one row each, with everything that depends on the family; no other code names one.
 
 A family is one module in `runtime/families/` with a `Preprocessor` (preprocessor.py), one in `exporter/families/` with
-`split_model`, and one row here. docs/adding-a-family.md says how to write them.
+`split_model`, and one row here, which names both. docs/adding-a-family.md says how to write them.
+
+The axes of engines are the preprocessor's (`Preprocessor.axes`). The rotary rules of the language model are in the
+checkpoint's config.json, and how an answer is sampled in its generation_config.json: both are read from there, so no
+row has them.
 """
 
 from collections.abc import Callable, Mapping

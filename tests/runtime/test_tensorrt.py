@@ -20,13 +20,14 @@ from resprune.exporter.tensorrt.engines import build
 from resprune.exporter.tensorrt.profiles import Limits
 from resprune.runtime.backends.backend import Embedding
 from resprune.runtime.backends.cuda import Buffer, gpu_at_hand
-from resprune.runtime.backends.engines import choose_engines, installed_flavours
+from resprune.runtime.backends.engines import WIDENED_BY, choose_engines, installed_flavours
 from resprune.runtime.backends.onnxruntime import OrtDecoder, onnxruntime_decoder
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions
 from resprune.runtime.backends.tensorrt import Engines, TensorRTDecoder, num_bytes
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.cli import main
+from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.splice import Spliced
 from tests.runtime import gpu_stand_in
 from tests.runtime.gpu_stand_in import FLAVOUR, VERSION, Cuda, Place, stand_in_for, with_engines
@@ -233,6 +234,19 @@ def test_a_profile_exceeded_names_axis_limit_and_option(
     images = [picture(seed) for seed in range(asked.pop("images", 1))]
     with Pipeline.load(root, engines=FLAVOUR) as pipeline, pytest.raises(ResPruneError, match=says):
         _ = pipeline.ask(images, QUESTION, **asked).text
+
+
+@pytest.mark.parametrize("variant", MODELS)
+def test_an_axis_grows_with_the_option_that_is_named(variant: str, bundles: Callable[[str], Path]) -> None:
+    bundle = read_bundle(bundles(variant))
+    preprocessor = family_of(bundle).preprocessor(bundle)
+    least = preprocessor.axes((1, 1, 1), (1, 4, 8))
+    for option, more in (
+        ("--batch", preprocessor.axes((1, 1, 4), (1, 4, 8))),
+        ("--tokens", preprocessor.axes((1, 1, 1), (1, 4, 80))),
+    ):
+        wider = {axis for axis in least if more[axis] != least[axis]}
+        assert {WIDENED_BY.get(axis, "--tokens") for axis in wider} <= {option}
 
 
 def test_out_of_device_memory_is_one_sentence(stand_in: Place, bundles: Callable[[str], Path]) -> None:
