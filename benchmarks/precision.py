@@ -19,6 +19,7 @@ from benchmarks.measure import THREADS, exported, take_turns
 from benchmarks.pretrained import write_pretrained
 from resprune import Pipeline
 from resprune.exporter.verify.text import every_position
+from resprune.names import DECODER
 from resprune.runtime.backends.onnxruntime import OrtSequence, onnxruntime_decoder
 from resprune.runtime.backends.providers import CPU, new_session
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions, session_settings
@@ -194,7 +195,7 @@ def text_logits(
 
     `decoder` is another graph that takes the place of the bundle's, and has logits at every position.
     """
-    wide = decoder or every_position(bundle.graph_path("decoder_model_merged"))
+    wide = decoder or every_position(bundle.graph_path(DECODER))
     try:
         session: Any = new_session(str(wide), session_settings(THREADS), [CPU])
     finally:
@@ -210,7 +211,7 @@ def text_logits(
 
 def decoder_feeds(bundle: Bundle, prompt: Spliced) -> dict[str, NDArray[Any]]:
     """What a decoder takes of a prompt that nothing came before."""
-    feeds = {tensor.name: _empty(tensor) for tensor in bundle.graph("decoder_model_merged").inputs}
+    feeds = {tensor.name: _empty(tensor) for tensor in bundle.graph(DECODER).inputs}
     return feeds | {
         "inputs_embeds": prompt.inputs_embeds,
         "attention_mask": prompt.attention_mask,
@@ -226,7 +227,7 @@ def _empty(tensor: TensorSpec) -> NDArray[Any]:
 
 def _sizes(bundle: Bundle) -> dict[str, int]:
     """Bytes of all graphs, and of the decoder."""
-    graph = bundle.graph("decoder_model_merged").file
+    graph = bundle.graph(DECODER).file
     files = {name: spec.size for name, spec in bundle.manifest.files.items() if name.startswith("onnx/")}
     return {
         "graphs": sum(files.values()),

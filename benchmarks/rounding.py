@@ -28,6 +28,7 @@ from benchmarks.measure import exported
 from benchmarks.precision import Opened, decoder_feeds, text_ids, text_logits
 from benchmarks.pretrained import write_pretrained
 from resprune.exporter.verify.text import ENGLISH, every_position
+from resprune.names import DECODER
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.bundle.precisions import BLOCK_SIZES
 from resprune.runtime.prompt.prompter import load_tokenizer
@@ -77,7 +78,7 @@ def run(work: Path) -> dict[str, Any]:
         found.setdefault("resprune", {})[str(size)] = lost(logits, plain["logits"], plain["wanted"])
     ids = np.array(load_tokenizer(opened.bundle).encode(ENGLISH, add_special_tokens=False).ids)
     feeds = decoder_feeds(opened.bundle, opened.text_alone(ids))
-    wide = every_position(opened.bundle.graph_path("decoder_model_merged"))
+    wide = every_position(opened.bundle.graph_path(DECODER))
     try:
         for name in METHODS:
             for size in BLOCK_SIZES:

@@ -17,6 +17,7 @@ import onnxruntime as ort
 
 from benchmarks.measure import THREADS, sample_stages
 from resprune.elements import ELEMENTS
+from resprune.names import DECODER
 from resprune.runtime.backends.onnxruntime import OrtSequence, onnxruntime_decoder
 from resprune.runtime.backends.providers import CPU
 from resprune.runtime.backends.session import (
@@ -132,7 +133,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     stages = Stages(bundle, spec.get("providers", (CPU,)), selectors)
     past = [
         tensor
-        for tensor in bundle.manifest.graphs["decoder_model_merged"].inputs
+        for tensor in bundle.manifest.graphs[DECODER].inputs
         if tensor.name.startswith("past_key_values")
     ]
     return {
