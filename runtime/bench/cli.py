@@ -47,7 +47,7 @@ def register_bench(subparsers: "argparse._SubParsersAction[argparse.ArgumentPars
         "--repeats",
         type=int,
         metavar="N",
-        help="measurements of each budget (default: 5 or more, for 10 seconds)",
+        help="measurements of each budget (default: 5 or more, for 5 seconds)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     parser.add_argument(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 QUESTION = "What is in this image?"
 FILLER = " the" * 16
-LEAST_REPEATS, SECONDS = 5, 10.0
+LEAST_REPEATS, SECONDS = 5, 5.0
 DECODED = 32
 """Tokens of each answer."""
 STAGES = ("pixels", "prompt", "vision", "prefill")

@@ -16,7 +16,7 @@ from resprune.exporter.options import Options
 from resprune.runtime.answer import Answer
 from tests.runtime.ways import PICTURES, QUESTIONS, alone, wrong_at_once
 
-THREADS, ROUNDS, WARM_UP = 8, 200, 50
+THREADS, ROUNDS, WARM_UP = 8, 200, 20
 
 
 @pytest.fixture(scope="module", params=[None, "ort"])
