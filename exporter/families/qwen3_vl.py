@@ -7,6 +7,7 @@ layers of the language model, at the image's rows. They are the planes of the vi
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,6 +80,8 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
             f"{config.text_config.num_hidden_layers} layers; correct config.json"
         )
     model = weightless_model(checkpoint, Qwen3VLForConditionalGeneration, config, dtype, mode)
+    rotary: Any = model.model.language_model.rotary_emb
+    rotary.recomposition_frequencies = partial(recomposed, rotary.mrope_section)
     with config_faults(checkpoint):
         component = _vision_component(model, config, table_side(checkpoint.config), dtype)
     planes = tuple(layer + 1 for layer in taken_after)
@@ -98,6 +101,18 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
         max_tokens=processor.max_tokens,
         places=lambda inputs: places_of(grid_of(inputs, vision.spatial_merge_size)),
     )
+
+
+def recomposed(sections: list[int], values: Tensor) -> Tensor:
+    """`recomposition_frequencies` of the model's rotary embedding: values [3, B, S, W / 2] of t, h and w → [B, S, W].
+
+    Theirs writes h and w into t, for which torch.onnx would trace the whole decoder a second time.
+    """
+    place = torch.arange(values.shape[-1])
+    mixed = values[0]
+    for axis in (1, 2):
+        mixed = torch.where((place % 3 == axis) & (place < 3 * sections[axis]), values[axis], mixed)
+    return torch.cat((mixed, mixed), dim=-1)
 
 
 def _vision_component(model: Any, config: Any, side: int, dtype: torch.dtype) -> Component:

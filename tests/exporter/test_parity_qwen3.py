@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import Qwen3VLTextConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
+from resprune.exporter.families.qwen3_vl import recomposed
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.families.qwen2_vl import Grid
@@ -27,6 +30,14 @@ VARIANTS = ("qwen3", "qwen3-tied")
 
 def whole(tiny_bundle: Callable[..., Path], variant: str) -> Path:
     return tiny_bundle(variant, share=1.0, split=True)
+
+
+@pytest.mark.parametrize(("sections", "width"), [([24, 20, 20], 128), ([2, 3, 3], 16), ([8, 4, 4], 40)])
+def test_axes_are_mixed_as_theirs_are(sections, width):
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+    rotary = Qwen3VLTextRotaryEmbedding(Qwen3VLTextConfig(head_dim=width, rope_parameters=rope))
+    values = torch.randn(3, 2, 7, width // 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(recomposed(sections, values), rotary.recomposition_frequencies(values.clone()))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
