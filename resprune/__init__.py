@@ -4,17 +4,18 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from resprune.runtime.errors import ResPruneError
+    from resprune.runtime.errors import FailedError, ResPruneError, UnavailableError
     from resprune.runtime.pipeline import Pipeline
 
-__all__ = ["Pipeline", "ResPruneError", "__version__"]
+__all__ = ["FailedError", "Pipeline", "ResPruneError", "UnavailableError", "__version__"]
 __version__ = "0.2.0"
 
 # ONNX Runtime 1.32 writes a device id and a database under the home directory and looks up a host of Microsoft's. It
 # reads this once, when it is imported; every import of it in this package comes after this line.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-_LAZY = {"Pipeline": "resprune.runtime.pipeline", "ResPruneError": "resprune.runtime.errors"}
+_ERRORS = ("FailedError", "ResPruneError", "UnavailableError")
+_LAZY = {"Pipeline": "resprune.runtime.pipeline"} | dict.fromkeys(_ERRORS, "resprune.runtime.errors")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The one error type that a user can cause."""
+"""The errors that a user meets, and what they are made of."""
 
 import importlib.util
 import re

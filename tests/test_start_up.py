@@ -1,6 +1,7 @@
 """What help, `inspect` and a mistake wait for, in modules that are imported: seconds depend on the machine."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,6 +36,29 @@ def run(*words: str, folder: Path) -> tuple[int, set[str], list[str]]:
     *said, last = done.stderr.splitlines()
     status, packages = json.loads(last)
     return status, set(packages), said
+
+
+def test_the_errors_come_without_anything_large(tmp_path: Path) -> None:
+    code = (
+        "import sys; from resprune import FailedError, ResPruneError, UnavailableError; "
+        "assert issubclass(FailedError, ResPruneError) and issubclass(UnavailableError, ResPruneError); "
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert not {*done.stdout.split()} & {*LARGE, *MEDIUM}
+
+
+def test_the_folder_above_a_clone_finds_the_installed_package(tmp_path: Path) -> None:
+    """The clone is called as the package is, and is none: the folder in it is."""
+    (tmp_path / "resprune").symlink_to(Path(__file__).parents[1])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for words in (["-m", "resprune", "--help"], ["-c", "from resprune import ResPruneError"]):
+        done = subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, cwd=tmp_path, env=environment
+        )
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("command", ["", *RUNTIME, *EXPORTER])
