@@ -17,6 +17,9 @@ TASKS ?= resprune_scenes
 DEVICE ?= cpu
 COUNT ?= 5000
 DOCS ?= build/docs
+# What JetPack 6's Python 3.10 runs, the commands' modules and `resprune build` included.
+ON_DEVICES := -p resprune.runtime -p resprune.serving -p resprune.graphs -p resprune.exporter.tensorrt \
+	-m resprune.__main__ -m resprune.elements -m resprune.method -m resprune.names -m resprune.exporter.transaction
 OUT ?= build/$(notdir $(MODEL))-k$(K)$(if $(filter-out fp32,$(DTYPE)),-$(DTYPE))
 
 .PHONY: demo web export eval bench gpu-check test fuzz test-hosts test-extras lint docs wheel clean
@@ -74,6 +77,7 @@ lint: $(VENV)/with-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p resprune
+	$(BIN)/mypy --python-version 3.10 --follow-imports silent $(ON_DEVICES)
 	$(BIN)/basedpyright --pythonpath $(BIN)/python $$(find -L resprune -name '*.py')
 
 # The Python reference, from the docstrings: build/docs/index.html.

@@ -17,6 +17,24 @@ MEGABYTES = 235
 
 
 INTERPRETERS = interpreters()
+SERVER = {"fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "prometheus_client"}
+"""What the extra `serve` brings."""
+IMPORT_ALL = """
+import importlib, json, pkgutil, resprune
+missing, count = [], 0
+for room in ("runtime", "serving", ""):
+    package = importlib.import_module(f"resprune.{room}".rstrip("."))
+    walk = pkgutil.walk_packages if room else pkgutil.iter_modules
+    for module in walk(package.__path__, package.__name__ + "."):
+        if not room and module.ispkg:  # another room
+            continue
+        count += 1
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            missing.append(error.name)
+print(json.dumps([resprune.__file__, count, missing]))
+"""
 
 
 def megabytes(site_packages: Path) -> int:
@@ -55,7 +73,7 @@ def test_base_install_answers_without_torch(version, tmp_path, demo_bundle):
     environment = tmp_path / "environment"
     subprocess.run([INTERPRETERS[version], "-m", "venv", environment], check=True)
     python = environment / "bin" / "python"
-    image = tmp_path / "image"
+    image = tmp_path / "resprune"  # what runs in the folder above it finds the installed package
     image.mkdir()
     follow_the_dockerfile(image, clean | {"PATH": f"{python.parent}{os.pathsep}{clean['PATH']}"})
 
@@ -67,6 +85,14 @@ def test_base_install_answers_without_torch(version, tmp_path, demo_bundle):
     done = resprune("ask", demo_bundle, picture, "What color is the circle?", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["token_ids"]
+    imported = subprocess.run(
+        [python, "-c", IMPORT_ALL], capture_output=True, text=True, check=False, cwd=tmp_path, env=clean
+    )
+    assert imported.returncode == 0, imported.stderr
+    file, count, missing = json.loads(imported.stdout)
+    assert Path(file).is_relative_to(environment)
+    assert count > 80
+    assert {*missing} <= SERVER
     listed = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
     for heavy in ("torch", "transformers", "onnxscript", "scikit"):
         assert heavy not in listed

@@ -174,7 +174,8 @@ class Context:
     def logits(self, row: int) -> Floats:
         """[vocabulary] float32 after item `row` of the last decode; −1 is the last that has any."""
         pointer = self._lib.llama_get_logits_ith(self._pointer, row)
-        return np.ctypeslib.as_array(pointer, (self._model.vocabulary_size,)).copy()
+        values: Floats = np.ctypeslib.as_array(pointer, (self._model.vocabulary_size,)).copy()
+        return values
 
     def close(self) -> None:
         """Free it, once."""

@@ -244,7 +244,8 @@ def patch_positions(grid: Grid) -> Ints:
     """[patches, 2]: row and column of each patch, in merge order; the vision tower's rotary positions."""
     (rows, columns), m = grid.merged, grid.merge_size
     places = np.indices((grid.rows, grid.columns), dtype=np.int64)  # [2, H, W]
-    return places.reshape(2, rows, m, columns, m).transpose(1, 3, 2, 4, 0).reshape(-1, 2)
+    ordered: Ints = places.reshape(2, rows, m, columns, m).transpose(1, 3, 2, 4, 0).reshape(-1, 2)
+    return ordered
 
 
 def windows(grid: Grid, window_patches: int) -> tuple[Ints, Ints]:
