@@ -83,7 +83,7 @@ def test_pixels_and_prompt_are_the_processors(variant, tiny_bundle, tiny_checkpo
             [blocks(1, (64, 63)), blocks(2, (20, 110))]
         ]:
             for one in shown:
-                ours = vlm._walk.preprocessor(Image.fromarray(one)).arrays["pixel_values"]
+                ours = vlm._walk.preprocessor(one).arrays["pixel_values"]
                 np.testing.assert_array_equal(ours, images(images=[one])["pixel_values"][0])
             prompt = vlm.ask(shown, QUESTION, tokens=1, max_new_tokens=1).prompt
             text = processor.apply_chat_template(prompt.messages, add_generation_prompt=True)

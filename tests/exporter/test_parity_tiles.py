@@ -67,7 +67,7 @@ def test_pixels_and_prompt_are_the_processors(variant, tiny_bundle, tiny_checkpo
         token = vlm._prompter.variables["image_token"]
         for seed, size in enumerate(SIZES):
             shown = blocks(seed, size)
-            ours = vlm._walk.preprocessor(Image.fromarray(shown))
+            ours = vlm._walk.preprocessor(shown)
             answer = vlm.ask(shown, QUESTION, tokens=1, max_new_tokens=1)
             if side_by_side:
                 theirs = processor(images=[shown], return_tensors="np")["pixel_values"]
