@@ -67,7 +67,7 @@ class HuggingFace:
         """The reference's choice of `k` of `features` [N, D], or all of them."""
         if k is None:
             return keep_all(self.places, features.float().numpy())
-        text = prompt[1][prompt[0].text_positions]
+        text = self.embed(torch.tensor(prompt[0].text_token_ids))
         selection = self.manifest.selection
         gain = text_gain(features[None], text[None], alpha=selection.alpha, scale=selection.scale)
         order = residual_select(features[None], gain, k)
