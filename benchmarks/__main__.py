@@ -37,6 +37,7 @@ from benchmarks import (
     separators,
     served,
     speed,
+    taggers,
 )
 from benchmarks.measure import machine, plain
 
@@ -74,6 +75,7 @@ PARTS = {
     "precision_demo": ("Precisions and the demo model's answers", precision_demo.run, precision_demo.table),
     "ablation": ("The method's open choices", ablation.run, ablation.table),
     "reconstruction": ("Reconstruction", reconstruction.run, reconstruction.table),
+    "taggers": ("Ways to find a question's keywords", taggers.run, taggers.table),
     "counting": ("Why counting suffers from pruning", counting.run, counting.table),
 }
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGES = [HERE.parent / "docs" / name for name in ("benchmarks.md", "llama-cpp.md", "precision.md")]
+PAGES = [
+    HERE.parent / "docs" / name for name in ("benchmarks.md", "llama-cpp.md", "method.md", "precision.md")
+]
 BUDGETS = ("8", "16", "32", "64")
 Record = Mapping[str, Any]
 

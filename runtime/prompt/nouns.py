@@ -1,9 +1,10 @@
 """Which words of a question stand for things in the image (method: the text is the prompt's nouns).
 
-HanTa tags the words. On the 68 questions of `tests/runtime/nouns.json` its noun F1 is 0.986. denckring-en-pos has
-0.962, needs Python 3.11 and 13 MB of packages, where HanTa is one of 14 MB. All words but stop words have 0.829, and
-the demo model answers as well with them (docs/method.md). Loading HanTa costs 0.14 s and 39 MB of memory, a question
-0.2 ms; it knows English, is LGPL-3.0-or-later, and is used as published.
+HanTa tags the words. On the labelled questions of `tests/runtime/nouns.json` its noun F1 is 0.986. denckring-en-pos has
+0.966, needs Python 3.11 and 11 MB of packages, where HanTa is one of 15 MB. All words but stop words have 0.818. The
+demo model answers alike with each, and better without keywords (`python -m benchmarks taggers`, docs/method.md).
+Loading HanTa costs 0.14 s and 39 MB of memory, a question 0.2 ms; it knows English, is LGPL-3.0-or-later, and is used
+as published.
 """
 
 import re
