@@ -37,7 +37,7 @@ def options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str | N
             "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper()
         )
         if not action.option_strings:
-            yield f"{value}", about, "required"
+            yield f"{value}", about, default or "required"
         elif action.nargs == 0:
             yield f"{action.option_strings[-1]}", about, "off"
         else:

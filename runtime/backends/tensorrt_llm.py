@@ -75,7 +75,7 @@ def engine_backend(engine: str | Path) -> BackendFactory:
         if ENGINE not in family.servers:
             raise ResPruneError(
                 f"an engine of trtllm-build takes one row for each visual token and causal masks alone, which is not "
-                f"enough for {family.title}; leave out --engine"
+                f"enough for {family.title}; answer with another backend"
             )
         rotary = None
         if family.position_axes == 3:
