@@ -64,7 +64,7 @@ def register_eval(subparsers: Any) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="of ONNX Runtime or PyTorch (default: one a physical core)",
+        help="of ONNX Runtime or PyTorch (default: OMP_NUM_THREADS, or one a physical core)",
     )
     parser.set_defaults(run=run_eval)
 

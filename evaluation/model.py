@@ -80,7 +80,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Engine:
-    """What runs the stages, for the record; `threads` 0 is ONNX Runtime's choice, one a physical core."""
+    """What runs the stages, for the record; `threads` 0 is OMP_NUM_THREADS, or one a physical core."""
 
     device: str
     threads: int

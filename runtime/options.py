@@ -104,7 +104,11 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         help="answer from the engines that resprune build made with this TensorRT (default: none)",
     )
     parser.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="of ONNX Runtime (default: one a physical core)"
+        "--threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of ONNX Runtime (default: OMP_NUM_THREADS, or one a physical core)",
     )
     parser.add_argument("--max-pixels", type=int, metavar="N", help="largest image taken (default: 64000000)")
     hashes = parser.add_mutually_exclusive_group()

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from resprune.exporter.lineage import die_with_parent
 from resprune.runtime.backends.onnxruntime import OrtDecoder
+from resprune.runtime.backends.session import usual_threads
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.prompt.splice import Spliced
 
@@ -95,6 +96,7 @@ def _session(path: str, *, once: bool = False) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = usual_threads()
     options.log_severity_level = 3  # a warning about each initializer that it folds is of no use here
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch runs in turn with it
     # Rearranging the weights for the kernels takes longer than it saves; packed ones compute otherwise without it.

@@ -25,7 +25,8 @@ Array = npt.NDArray[Any]
 class SessionOptions:
     """`providers`: names in `providers.PROVIDERS`, best first, also as one string with commas ("cuda,cpu").
 
-    `threads`: 0 is one per physical core; at most the number of logical cores.
+    `threads`: 0 is OMP_NUM_THREADS, or one per physical core where that is not set; at most the number of logical
+    cores.
     """
 
     providers: Sequence[str] = (CPU,)
@@ -80,12 +81,18 @@ def _require_declared(bundle: Bundle, graph: str, session: "onnxruntime.Inferenc
                 )
 
 
+def usual_threads() -> int:
+    """OMP_NUM_THREADS, where it is a number, as PyTorch and NumPy take it; else 0, which is ONNX Runtime's choice."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(int(first), os.cpu_count() or 1) if first.isdecimal() else 0
+
+
 def session_settings(threads: int) -> "onnxruntime.SessionOptions":
     """ONNX Runtime's options for graphs that take turns; `threads` as in `SessionOptions`."""
     import onnxruntime as ort
 
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads = threads
+    settings.intra_op_num_threads = threads or usual_threads()
     # The stages run one after another, and a pool that spins on after its own takes cores from the next. Within a run
     # the threads do spin: a step of a billion int8 weights has hundreds of short operators, and 16 of them took 0.78 s
     # in place of 0.90 where the threads were woken up for each (two cores).

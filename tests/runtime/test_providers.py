@@ -1,5 +1,6 @@
 """Providers by short name: the CPU comes last, and one that is not here is one sentence with the way to get it."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from resprune import Pipeline, ResPruneError
 from resprune.runtime.backends import providers
 from resprune.runtime.backends.providers import PROVIDERS, cache_device, new_session
-from resprune.runtime.backends.session import SessionOptions, open_session
+from resprune.runtime.backends.session import SessionOptions, open_session, session_settings
 from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.cli import main
 from tests.runtime.pipelines import QUESTION, picture
@@ -46,6 +47,25 @@ def test_the_cpu_is_the_fallback(bundle: Bundle, monkeypatch: pytest.MonkeyPatch
         ["CPUExecutionProvider"],
         ["CPUExecutionProvider"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("said", "asked", "found"),
+    [
+        ("1", 0, 1),
+        ("1,4", 0, 1),
+        ("1", 2, 2),
+        ("", 0, 0),
+        ("many", 0, 0),
+        ("9999", 0, os.cpu_count()),
+        ("0", 0, 0),
+    ],
+)
+def test_the_environment_says_how_many_threads(
+    said: str, asked: int, found: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert session_settings(asked).intra_op_num_threads == found
 
 
 def test_the_cache_stays_on_the_device_of_a_cuda_provider(monkeypatch: pytest.MonkeyPatch) -> None:
