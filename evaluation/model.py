@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from resprune.runtime.sampling import bundle_sampling, eos_token_ids
 from resprune.runtime.walk import Encoded as EncodedImages
 from resprune.runtime.walk import Features, Walk
 
-ROOMS = ("evaluation", "exporter", "runtime")
+ROOMS = ("evaluation", "exporter", "graphs", "runtime")
 
 
 @cache
@@ -45,9 +46,8 @@ def code(root: Path = Path(__file__).parents[1]) -> str:
     Two checkouts may have one version.
     """
     digest = hashlib.sha256()
-    for room in ROOMS:
-        for path in sorted((root / room).rglob("*.py")):
-            digest.update(path.read_bytes())
+    for path in chain(sorted(root.glob("*.py")), *(sorted((root / room).rglob("*.py")) for room in ROOMS)):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from resprune.evaluation import model
+import resprune
 from resprune.evaluation.checkpoint import open_checkpoint
 from resprune.evaluation.model import code, engine, open_bundle
 from resprune.runtime.budget import Budget
@@ -231,11 +231,17 @@ def test_engines_that_are_built_leave_the_answers_key_as_it_is(tiny_bundle, tmp_
         assert (open_bundle(copy).fingerprint == before) == same
 
 
-def test_the_fingerprint_of_the_sources_changes_with_any_of_them(tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    ["method.py", "evaluation/selectors.py", "exporter/early.py", "graphs/selection.py", "runtime/walk.py"],
+)
+def test_the_fingerprint_of_the_sources_changes_with_any_of_them(name, tmp_path):
     """Though the version stays what it is."""
-    shutil.copytree(Path(model.__file__).parent, tmp_path / "evaluation")
+    source = tmp_path / name
+    source.parent.mkdir(exist_ok=True)
+    text = (Path(resprune.__file__).parent / name).read_text(encoding="utf-8")
+    source.write_text(text, encoding="utf-8")
     before = code(tmp_path)
-    source = tmp_path / "evaluation" / "selectors.py"
-    source.write_text(source.read_text().replace("0", "1", 1))
+    source.write_text(text + "\n", encoding="utf-8")
     code.cache_clear()
     assert code(tmp_path) != before
