@@ -195,7 +195,7 @@ class _TorchStages:
         from resprune.exporter.verify.early import early_reference
 
         vision = self._components.vision
-        early = Request.parse(setting).of(vision, FAMILIES[self._family].title)
+        early = Request.parse(setting).of(self._components, FAMILIES[self._family].title)
         assert vision.tower is not None
         selecting = replace(vision, reference=early_reference(vision, vision.tower, early))
         with _faults("encode an image", self._model.device), torch.inference_mode():

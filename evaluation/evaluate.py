@@ -159,7 +159,8 @@ def _ask(
 def pick(model: Model, run: Run, budget: Budget, encoded: Encoded, asked: Asked, number: int) -> Ints:
     """The tokens that a run keeps of one image for one question: indices [K] int64, in pick order.
 
-    `number` is the question's: with the run's seed it decides what a random selector draws.
+    `number` is the question's: with the run's seed it decides what a random selector draws. Protected tokens come
+    first, ascending, whatever the selector; it chooses among the others.
     """
     every = encoded.candidates
     if budget.everything or run.selector == RESIZE:
@@ -167,12 +168,18 @@ def pick(model: Model, run: Run, budget: Budget, encoded: Encoded, asked: Asked,
     k = min(budget.of(len(encoded.features)), len(every))
     if run.selector == OWN or run.selector.startswith(EARLY):
         return model.select(encoded, asked, k)
+    protected = np.zeros(len(every), dtype=bool)
+    if encoded.image.protected is not None:
+        protected = encoded.image.protected[every]
+    first, free = every[protected][:k], every[~protected]
+    if len(first) == k:
+        return first
     selection = model.manifest.selection
     candidates = Candidates(
-        encoded.features[every].astype(np.float64),
+        encoded.features[free].astype(np.float64),
         asked.text.astype(np.float64),
         selection.alpha,
         selection.scale,
         (run.seed, number),
     )
-    return every[CONTROLS[run.selector](candidates, k)]
+    return np.concatenate([first, free[CONTROLS[run.selector](candidates, k - len(first))]])

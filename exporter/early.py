@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from resprune.exporter.components import Component, Sizes, Tower
+from resprune.exporter.components import Component, Components, Sizes, Tower
 from resprune.exporter.families.tiles import PackedTiles
 from resprune.exporter.trace.tracer import OPSET
 from resprune.exporter.verify.early import early_reference
@@ -62,9 +62,13 @@ class Request:
         layer, of_layers, tokens, of_tokens = found.groups()
         return Request(int(layer), bool(of_layers), int(tokens), bool(of_tokens))
 
-    def of(self, component: Component, title: str) -> Early:
+    def of(self, components: Components, title: str) -> Early:
         """The blocks and tokens that it comes to; `ResPruneError` where the tower of family `title` cannot do it."""
-        tower, blocks = component.tower, len(component.layers)
+        if components.protected is not None:
+            raise ResPruneError(
+                f"--early would drop tokens of {title} that every selection has to keep; leave it out"
+            )
+        tower, blocks = components.vision.tower, len(components.vision.layers)
         if tower is None:
             raise ResPruneError(f"--early is not built for the vision tower of {title}; leave it out")
         layer = max(1, round(self.layer * blocks / 100)) if self.layer_share else self.layer

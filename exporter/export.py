@@ -111,7 +111,7 @@ class _Export:
         dtype = TORCH[choice.element]
         components = split_model(checkpoint, dtype, mode)
         if self.options.early is not None:
-            self.early = Request.parse(self.options.early).of(components.vision, family.title)
+            self.early = Request.parse(self.options.early).of(components, family.title)
             components = replace(components, vision=with_early(components.vision, self.early, mode))
         write_draft(checkpoint, components, self.work)
         if (self.options.attention or plain) == "proportional":

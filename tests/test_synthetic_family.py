@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from PIL import Image
 
+from resprune.evaluation.answers import Run
 from resprune.evaluation.checkpoint import open_checkpoint
-from resprune.evaluation.model import open_bundle
+from resprune.evaluation.evaluate import SELECTORS, pick
+from resprune.evaluation.model import Model, open_bundle
+from resprune.evaluation.towers import early_names
+from resprune.exporter.checkpoint.checkpoint import resolve
+from resprune.exporter.checkpoint.weightless import fake_mode
+from resprune.exporter.early import Request
 from resprune.exporter.export import export
 from resprune.exporter.language import Rows
 from resprune.exporter.options import Options
 from resprune.exporter.tensorrt.engines import build
 from resprune.exporter.verify.difference import ParityError
 from resprune.runtime.answer import Answer
+from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
@@ -54,6 +63,11 @@ def made(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
         return bundles[key]
 
     return bundle
+
+
+@pytest.fixture(scope="module")
+def in_pytorch(checkpoint: Path) -> Model:
+    return open_checkpoint(str(checkpoint))
 
 
 @pytest.fixture(scope="module")
@@ -196,10 +210,10 @@ def test_answers_are_those_of_pytorch(
             check(vlm, oracle, answer, seeds)
 
 
-def test_evaluation_of_the_bundle_and_of_the_checkpoint(made: Callable[..., Path], checkpoint: Path) -> None:
+def test_evaluation_of_the_bundle_and_of_the_checkpoint(made: Callable[..., Path], in_pytorch: Model) -> None:
     """Both give the answers of the pipeline, at the bundle's K and unpruned."""
     root = made(split=True)
-    models = [open_bundle(root), open_checkpoint(str(checkpoint))]
+    models = [open_bundle(root), in_pytorch]
     for k in (K, synthetic.NUM_TOKENS):
         texts = []
         for model in models:
@@ -222,11 +236,29 @@ def test_evaluation_of_the_bundle_and_of_the_checkpoint(made: Callable[..., Path
             assert len(set(texts[0])) == 2
 
 
-def test_a_selection_inside_a_tower_of_which_nothing_is_known_is_refused(
-    checkpoint: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ResPruneError, match="--early is not built for the vision tower of"):
-        export(str(checkpoint), tmp_path / "out", Options(k=K, early="1:9"), lambda line: None)
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_every_selector_keeps_the_protected_rows(in_pytorch: Model, selector: str) -> None:
+    """First, and as many rows as every other selector: rivals are compared at one budget."""
+    (encoded,) = in_pytorch.look([image(0)])
+    asked = in_pytorch.read(QUESTION, [encoded.image.expansion])
+    protected = np.flatnonzero(synthetic.protected_rows())
+    for k in (4, K, synthetic.NUM_TOKENS):
+        budget = Budget.parse(str(k))
+        picks = pick(in_pytorch, Run("", selector, str(k), 0), budget, encoded, asked, 0)
+        assert picks[: len(protected)].tolist() == protected[:k].tolist()
+        assert len(set(picks.tolist())) == len(picks) == k
+
+
+def test_a_selection_inside_its_tower_is_refused(checkpoint: Path, in_pytorch: Model, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ResPruneError, match="--early would drop tokens of the synthetic family that"):
+        export(str(checkpoint), out, Options(k=K, early="1:9"), lambda line: None)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(ResPruneError, match="--early would drop tokens of the synthetic family that"):
+        in_pytorch.look([image(0)], *early_names(["1:9"]))
+    components = synthetic.split_model(resolve(str(checkpoint)), torch.float32, fake_mode())
+    with pytest.raises(ResPruneError, match="--early is not built for the vision tower of the synthetic"):
+        Request.parse("1:9").of(replace(components, protected=None), synthetic.FAMILY.title)
 
 
 def test_engines(made: Callable[..., Path], tmp_path: Path) -> None:
