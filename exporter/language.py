@@ -14,10 +14,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from resprune.exporter.components import Component, Components, Reference, Sizes
-from resprune.exporter.language_models import LANGUAGE_MODELS
 from resprune.names import DECODER, IMAGE_NUMBERS, PLANE_EMBEDS
 from resprune.runtime.bundle.manifest import TensorSpec, axis_size
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.language_models import LANGUAGE_MODELS
 
 # The others rescale their angles by the length seen so far, which no static graph can do.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")

@@ -2,15 +2,13 @@
 
 import importlib.util
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from docs.families import PAGE, page
-from resprune.exporter.language_models import LANGUAGE_MODELS
 from resprune.runtime.backends.formats import ENGINE, PYTORCH, SERVER_FORMATS
-from resprune.runtime.backends.gguf_names import ARCHITECTURES, SPLITTERS
 from resprune.runtime.bundle.manifest import ATTENTION, POSITIONS
 from resprune.runtime.families.table import FAMILIES, aliases
 
@@ -31,18 +29,6 @@ BRANDS = (
 )
 NAMED = re.compile("|".join(BRANDS), re.IGNORECASE)
 CODE = (".py", ".html", ".js", ".css", ".svg")
-# Language models, whose names some families share: each file's, as strings.
-LANGUAGES = {
-    "exporter/language_models.py": {
-        *LANGUAGE_MODELS,
-        *(row.causal_class for row in LANGUAGE_MODELS.values()),
-    },
-    "runtime/backends/gguf_names.py": {
-        *ARCHITECTURES,
-        *ARCHITECTURES.values(),
-        *(name for _, name in SPLITTERS),
-    },
-}
 
 
 def product_files() -> Iterator[Path]:
@@ -54,13 +40,9 @@ def product_files() -> Iterator[Path]:
                 yield path
 
 
-def families_named(text: str, languages: Collection[str | None] = ()) -> list[str]:
-    """The lines that name a family, apart from strings that are names of `languages`."""
-    lines = (
-        re.sub(r'"(\w+)"', lambda found: "" if found[1] in languages else found[0], line)
-        for line in text.splitlines()
-    )
-    return [line.strip() for line in lines if NAMED.search(line)]
+def families_named(text: str) -> list[str]:
+    """The lines that name a family."""
+    return [line.strip() for line in text.splitlines() if NAMED.search(line)]
 
 
 def test_no_other_code_names_a_family() -> None:
@@ -70,17 +52,9 @@ def test_no_other_code_names_a_family() -> None:
         "resprune/names.py",
         "serving/page/index.html",
         "serving/page/script.js",
-        *LANGUAGES,
     } <= paths.keys()
-    named = {
-        name: families_named(path.read_text(encoding="utf-8"), LANGUAGES.get(name, ()))
-        for name, path in paths.items()
-    }
+    named = {name: families_named(path.read_text(encoding="utf-8")) for name, path in paths.items()}
     assert {name: lines for name, lines in named.items() if lines} == {}
-
-
-def test_no_language_model_has_the_name_of_a_family() -> None:
-    assert not FAMILIES.keys() & set().union(*LANGUAGES.values())
 
 
 def test_the_search_finds_what_it_is_for() -> None:
@@ -88,7 +62,6 @@ def test_the_search_finds_what_it_is_for() -> None:
         'if kind.startswith("qwen"):',
         "# as LLaVA has it",
     ]
-    assert families_named('row("qwen3_vl"), row("qwen3")', {"qwen3"}) == ['row("qwen3_vl"), row()']
     for name in FAMILIES:
         assert families_named(f'family == "{name}"'), f"add {name} to BRANDS"
 
@@ -129,7 +102,3 @@ def test_the_page_on_families_is_what_the_table_says() -> None:
 def test_an_alias_stands_for_one_model() -> None:
     assert len(aliases()) == sum(len(row.aliases) for row in FAMILIES.values())
     assert all(hub_id.count("/") == 1 for hub_id in aliases().values())
-
-
-def test_rows_of_language_models_have_their_names() -> None:
-    assert all(row.name == name for name, row in LANGUAGE_MODELS.items())

@@ -21,8 +21,8 @@ import torch
 from resprune.exporter.checkpoint.language_checkpoint import language_weights
 from resprune.exporter.checkpoint.shards import StoredTensor
 from resprune.runtime.backends.formats import GGUF_TYPES
-from resprune.runtime.backends.gguf_names import ARCHITECTURES, PERMUTED, SPLITTERS
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.language_models import GGUF_SPLITTERS, LANGUAGE_MODELS
 
 Progress = Callable[[int], object]
 TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in GGUF_TYPES}
@@ -43,7 +43,7 @@ class GgufModel:
     @property
     def kind(self) -> str:
         """What it is, for a report."""
-        return f"{ARCHITECTURES[self.config.model_type]} in GGUF, {self.precision}"
+        return f"{LANGUAGE_MODELS[self.config.model_type].gguf} in GGUF, {self.precision}"
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +56,7 @@ class GgufModel:
         `progress(count)` is called as `count` more bytes are written. Raises `OSError` if the disk is full, and
         `ResPruneError` for a weight that the precision cannot hold.
         """
-        writer = gguf.GGUFWriter(path, ARCHITECTURES[self.config.model_type])
+        writer = gguf.GGUFWriter(path, LANGUAGE_MODELS[self.config.model_type].gguf)
         try:
             _add_settings(writer, self.config, self.planes, self.precision)
             _add_tokenizer(writer, self.config, side_files, self.weights["token_embd.weight"].shape[0])
@@ -96,7 +96,7 @@ class GgufModel:
             "attn_k": getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads,
         }
         part = name.split(".")[-2]
-        if ARCHITECTURES[self.config.model_type] not in PERMUTED or part not in heads:
+        if not LANGUAGE_MODELS[self.config.model_type].permuted or part not in heads:
             return values
         halves = values.reshape(heads[part], 2, -1, *values.shape[1:])
         return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
@@ -108,7 +108,8 @@ def gguf_model(model: Any, stored: Mapping[str, StoredTensor], precision: str, p
     `planes` are those of a visual token beside its main one. `ResPruneError` for a model that llama.cpp does not have.
     """
     config = model.config.text_config
-    if config.model_type not in ARCHITECTURES:
+    architecture = LANGUAGE_MODELS[config.model_type].gguf
+    if not architecture:
         raise ResPruneError(
             f"resprune knows no GGUF architecture for the language model {config.model_type}; leave out --for gguf"
         )
@@ -118,9 +119,7 @@ def gguf_model(model: Any, stored: Mapping[str, StoredTensor], precision: str, p
         raise ResPruneError(
             f"llama.cpp attends to all tokens where this model attends to the last {window}; leave out --for gguf"
         )
-    arch = next(
-        key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[config.model_type]
-    )
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     weights: dict[str, StoredTensor] = {}
     for name, tensor in language_weights(model, stored).items():
@@ -242,7 +241,7 @@ def _kind(text: str | None, token: Mapping[str, Any] | None, unknown: str | None
 def _splitter(table: Mapping[str, Any]) -> str:
     # Prompts of resprune go in as token ids: this is for whoever else opens the file.
     text = json.dumps(table.get("pre_tokenizer"), ensure_ascii=False).replace("\\\\", "\\")
-    return next((name for part, name in SPLITTERS if part in text), "default")
+    return next((name for part, name in GGUF_SPLITTERS if part in text), "default")
 
 
 def _scores(texts: list[str], merges: list[str], listed: Any) -> list[float]:

@@ -17,8 +17,8 @@ from typing import Any
 from resprune.exporter.checkpoint.shards import DTYPES, INDEX_NAME, SINGLE_NAME, StoredTensor
 from resprune.exporter.checkpoint.side_files import write_json
 from resprune.exporter.language import decoder_prefix
-from resprune.exporter.language_models import LANGUAGE_MODELS
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.language_models import LANGUAGE_MODELS
 
 Progress = Callable[[int], object]
 SHARD_BYTES = 5 * 10**9
@@ -42,7 +42,7 @@ class LanguageCheckpoint:
     @property
     def kind(self) -> str:
         """What it is, for a report."""
-        return LANGUAGE_MODELS[self.config.model_type].causal_class or ""
+        return LANGUAGE_MODELS[self.config.model_type].causal_class
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +79,7 @@ def language_checkpoint(model: Any, stored: Mapping[str, StoredTensor]) -> Langu
     `ResPruneError` if a language model of its kind has no class of its own.
     """
     config = model.config.text_config
-    if LANGUAGE_MODELS[config.model_type].causal_class is None:
+    if not LANGUAGE_MODELS[config.model_type].causal_class:
         raise ResPruneError(
             f"the language model {config.model_type} has no class of its own: TensorRT-LLM and SGLang take it in the "
             f"whole checkpoint, so give them that, and leave out --for"

@@ -23,11 +23,11 @@ from resprune.runtime.backends.backend import (
     expanded_ids,
     require_plain_attention,
 )
-from resprune.runtime.backends.gguf_names import ARCHITECTURES
 from resprune.runtime.backends.llama_library import Context, Model
 from resprune.runtime.backends.session import SessionOptions
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError, one_line, shown
+from resprune.runtime.families.language_models import LANGUAGE_MODELS
 from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.prompter import load_tokenizer
 from resprune.runtime.prompt.splice import Floats, Ints
@@ -72,15 +72,15 @@ def check(model: Model, bundle: Bundle) -> None:
     kind = text.get("model_type") if isinstance(text, dict) else None
     if kind is None:  # a config of one level, or one that leaves out the usual kind
         flat = f"{config.get('model_type')}_text"
-        kind = flat if flat in ARCHITECTURES else "llama"
-    expected, found = ARCHITECTURES.get(str(kind)), model.metadata("general.architecture")
-    if expected is None:
+        kind = flat if flat in LANGUAGE_MODELS else "llama"
+    row, found = LANGUAGE_MODELS.get(str(kind)), model.metadata("general.architecture")
+    if row is None or not row.gguf:
         raise ResPruneError(
             f"resprune knows no GGUF architecture for the language model {one_line(kind)}; leave out --gguf"
         )
-    if found != expected:
+    if found != row.gguf:
         raise ResPruneError(
-            f"{path} has the architecture {one_line(found)} and the bundle's language model is {expected} in GGUF; "
+            f"{path} has the architecture {one_line(found)} and the bundle's language model is {row.gguf} in GGUF; "
             "give the file of that model"
         )
     width = bundle.graph("embed_tokens").outputs[0].shape[-1]

@@ -175,8 +175,8 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
         export(str(tiny_checkpoint("siglip-mistral")), tmp_path / "out", Options(k=7, gguf="f16"))
     one_sentence(caught.value)
     assert not (tmp_path / "out").exists()
-    unknown = SimpleNamespace(config=SimpleNamespace(text_config=SimpleNamespace(model_type="other")))
-    with pytest.raises(ResPruneError, match="no GGUF architecture for the language model other"):
+    unknown = SimpleNamespace(config=SimpleNamespace(text_config=SimpleNamespace(model_type="gemma3_text")))
+    with pytest.raises(ResPruneError, match="no GGUF architecture for the language model gemma3_text"):
         gguf_model(unknown, {}, "f16", 0)
 
 

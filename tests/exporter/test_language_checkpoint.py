@@ -17,12 +17,12 @@ from resprune.exporter.checkpoint.shards import open_weights
 from resprune.exporter.checkpoint.weightless import fake_mode
 from resprune.exporter.export import export
 from resprune.exporter.families import split_model
-from resprune.exporter.language_models import LANGUAGE_MODELS
 from resprune.exporter.options import Options
 from resprune.exporter.trace.weights import find_weights
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.language_models import LANGUAGE_MODELS
 from tests.tiny_qwen import VARIANTS, write_checkpoint
 
 # Llama, Mistral and Qwen2; tied heads; shards; bfloat16 and float16; names of transformers 4.
