@@ -15,7 +15,7 @@ PACKAGES = ["evaluation", "exporter", "graphs", "method", "runtime"]
 LEFT_OUT = [
     r"resprune\..*cli$",
     r"resprune\.evaluation\.lmms",
-    r"resprune\.exporter\.(?!export$|components$|tensorrt)",
+    r"resprune\.exporter\.(?!export$|options$|components$|tensorrt)",
 ]
 
 

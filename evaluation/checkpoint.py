@@ -16,7 +16,7 @@ from PIL import Image
 
 from resprune.evaluation.model import Encoded, Model, Stages, check_policies, engine, with_positions
 from resprune.evaluation.towers import smaller_pixels
-from resprune.method import Selection
+from resprune.method import Selection, Settings
 from resprune.runtime.backends.backend import Place
 from resprune.runtime.backends.session import Array
 from resprune.runtime.bundle.files import Bundle
@@ -117,13 +117,15 @@ def _without_graphs(checkpoint: Checkpoint, root: Path, attention: str) -> tuple
     from resprune.exporter.checkpoint.side_files import check_side_files
     from resprune.exporter.checkpoint.weightless import fake_mode
     from resprune.exporter.families import split_model
+    from resprune.exporter.selection import selection_of
     from resprune.exporter.trace.weights import find_weights
 
-    family_of(checkpoint)
+    family = family_of(checkpoint)
     check_side_files(checkpoint)
     components = split_model(checkpoint, torch.float32, fake_mode())
     find_weights(checkpoint, components.model)  # transformers fills those that are missing with random values
-    return write_draft(checkpoint, components, root, attention), components
+    every = selection_of(Settings(share=1.0), family, components, counts=attention == "proportional")
+    return write_draft(checkpoint, components, every, root), components
 
 
 @contextmanager
@@ -191,11 +193,11 @@ class _TorchStages:
         """With a first selection inside the tower, `setting` being what `resprune export --early` takes."""
         import torch
 
-        from resprune.exporter.early import Request
+        from resprune.exporter.options import EarlyRequest
         from resprune.exporter.verify.early import early_reference
 
         vision = self._components.vision
-        early = Request.parse(setting).of(self._components, FAMILIES[self._family].title)
+        early = EarlyRequest.parse(setting).of(self._components, FAMILIES[self._family].title)
         assert vision.tower is not None
         selecting = replace(vision, reference=early_reference(vision, vision.tower, early))
         with _faults("encode an image", self._model.device), torch.inference_mode():

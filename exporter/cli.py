@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from resprune.method import BODIES, FORMS, SCALES, Selection
+from resprune.exporter.options import VERIFY, Options
+from resprune.method import BODIES, FORMS, SCALES
 from resprune.runtime.backends.formats import GGUF_TYPE, GGUF_TYPES
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.manifest import ATTENTION, OPTIMIZE, POSITIONS
-from resprune.runtime.bundle.precisions import BLOCK, BLOCK_SIZES, PRESETS, parse_dtype, words
+from resprune.runtime.bundle.precisions import BLOCK_SIZES, PRESETS, parse_dtype, words
 from resprune.runtime.errors import ResPruneError, printable, require_packages, require_python
 
 NEEDED = (
@@ -54,6 +55,7 @@ def register_export(subparsers: Any) -> None:
     )
     parser.add_argument(
         "-k",
+        dest="tokens",
         type=_budget,
         required=True,
         metavar="K",
@@ -80,8 +82,9 @@ def register_export(subparsers: Any) -> None:
         "--block",
         type=int,
         choices=BLOCK_SIZES,
-        default=BLOCK,
-        help=f"numbers of a packed weight that share a scale: more are smaller and lose more (default: {BLOCK})",
+        default=Options.block,
+        help="numbers of a packed weight that share a scale: more are smaller and lose more (default: "
+        f"{Options.block})",
     )
     parser.add_argument(
         "--optimize",
@@ -93,14 +96,14 @@ def register_export(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--alpha",
-        type=_strength,
+        type=float,
         help="strength of the question's guidance, 0 for none (default: the family's, mostly 1)",
     )
     parser.add_argument(
         "--scale",
         choices=SCALES,
-        default=Selection.scale,
-        help=f"how relevance is scaled (default: {Selection.scale})",
+        default=Options.scale,
+        help=f"how relevance is scaled (default: {Options.scale})",
     )
     parser.add_argument(
         "--positions",
@@ -121,8 +124,8 @@ def register_export(subparsers: Any) -> None:
     parser.add_argument(
         "--body",
         choices=BODIES,
-        default=Selection.body,
-        help=f"selection in Loops, or unrolled (default: {Selection.body})",
+        default=Options.body,
+        help=f"selection in Loops, or unrolled (default: {Options.body})",
     )
     parser.add_argument(
         "--form",
@@ -143,7 +146,8 @@ def register_export(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--without-decoder",
-        action="store_true",
+        dest="decoder",
+        action="store_false",
         help="vision, selection and embeddings alone: the language model is a GGUF file, a server's or an engine's",
     )
     parser.add_argument(
@@ -161,8 +165,8 @@ def register_export(subparsers: Any) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a hub id (default: main)")
     parser.add_argument(
         "--verify",
-        choices=("auto", "full", "layers"),
-        default="auto",
+        choices=VERIFY,
+        default=Options.verify,
         help="compare text and answers with PyTorch, or the decoder by layers, without most likely tokens (default: by "
         "layers if memory is short)",
     )
@@ -179,38 +183,13 @@ def run_export(arguments: argparse.Namespace) -> int:
     from resprune.exporter.checkpoint.checkpoint import require_model
     from resprune.exporter.transaction import require_free
 
+    options = _options(arguments)
+    options.check()
     require_free(arguments.out, force=arguments.force)
     require_model(arguments.model, revision=arguments.revision)
     from resprune.exporter.export import export
-    from resprune.exporter.options import Options
     from resprune.exporter.verify.difference import ParityError
 
-    dtype, optimize = _precision(
-        arguments.preset, arguments.dtype, arguments.optimize, not arguments.without_decoder
-    )
-    options = Options(
-        **arguments.k,
-        dtype=dtype,
-        block=arguments.block,
-        optimize=optimize,
-        split=arguments.split,
-        alpha=arguments.alpha,
-        scale=arguments.scale,
-        positions=arguments.positions,
-        attention=arguments.attention,
-        early=arguments.early,
-        max_pixels=arguments.max_pixels,
-        chat_template=arguments.chat_template,
-        body=arguments.body,
-        form=arguments.form,
-        language_checkpoint=arguments.runtime == "trtllm",
-        gguf=_gguf(arguments.runtime, arguments.gguf_type),
-        decoder=not arguments.without_decoder,
-        revision=arguments.revision,
-        verify=arguments.verify,
-        force=arguments.force,
-        command=shlex.join(["resprune", *sys.argv[1:]]),
-    )
     try:
         export(arguments.model, arguments.out, options, report=_print_line)
     except ParityError as error:
@@ -236,6 +215,22 @@ def _budget(text: str) -> dict[str, Any]:
     return {"k": budget.k} if budget.k is not None else {"share": budget.share or 1.0}
 
 
+def _options(arguments: argparse.Namespace) -> Options:
+    """Those options that are fields, and what the others come to."""
+    names = {field.name for field in fields(Options)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    dtype, optimize = _precision(arguments.preset, arguments.dtype, arguments.optimize, arguments.decoder)
+    given |= {
+        **arguments.tokens,
+        "dtype": dtype,
+        "optimize": optimize,
+        "language_checkpoint": arguments.runtime == "trtllm",
+        "gguf": _gguf(arguments.runtime, arguments.gguf_type),
+        "command": shlex.join(["resprune", *sys.argv[1:]]),
+    }
+    return Options(**given)
+
+
 def _precision(
     preset: str | None, dtype: str | None, optimize: str | None, decoder: bool
 ) -> tuple[str, str | None]:
@@ -244,7 +239,7 @@ def _precision(
     `ResPruneError` for both.
     """
     if preset is None:
-        return dtype or "fp32", optimize
+        return dtype or Options.dtype, optimize
     if dtype or optimize:
         raise ResPruneError(
             f"--preset {preset} says what --dtype and --optimize are; give the preset or those, not both"
@@ -265,13 +260,3 @@ def _dtype(text: str) -> str:
     except ResPruneError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
-
-
-def _strength(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
-    return value

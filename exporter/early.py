@@ -8,17 +8,16 @@ several rows become one token they go on together, and stand together: the token
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from resprune.exporter.components import Component, Components, Sizes, Tower
+from resprune.exporter.components import Component, Sizes, Tower
 from resprune.exporter.families.tiles import PackedTiles
 from resprune.exporter.trace.tracer import OPSET
 from resprune.exporter.verify.early import early_reference
@@ -31,66 +30,13 @@ from resprune.graphs.functions import (
     kept_counts_function,
     residual_select_function,
 )
-from resprune.method import Selection, share_of
+from resprune.method import Selection
 from resprune.runtime.bundle.manifest import Early, TensorSpec
 from resprune.runtime.errors import ResPruneError
 
 RANKS = "early_ranks"
 """Input of a vision graph whose images differ in size: its length says how many tokens go on."""
 RANKS_AXIS = "num_early"
-
-SETTING = re.compile(r"(\d+)(%?):(\d+)(%?)")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `--early LAYER:TOKENS` asks for; a number with a percent sign is a share of the blocks, or of the tokens."""
-
-    layer: int
-    layer_share: bool
-    tokens: int
-    tokens_share: bool
-
-    @staticmethod
-    def parse(text: str) -> Request:
-        """`8:288` or `33%:50%`; `ResPruneError` for anything else."""
-        found = SETTING.fullmatch(text)
-        if found is None:
-            raise ResPruneError(
-                f"--early {text} is not LAYER:TOKENS, as in 8:288, or shares of both, as in 33%:50%"
-            )
-        layer, of_layers, tokens, of_tokens = found.groups()
-        return Request(int(layer), bool(of_layers), int(tokens), bool(of_tokens))
-
-    def of(self, components: Components, title: str) -> Early:
-        """The blocks and tokens that it comes to; `ResPruneError` where the tower of family `title` cannot do it."""
-        if components.protected is not None:
-            raise ResPruneError(
-                f"--early would drop tokens of {title} that every selection has to keep; leave it out"
-            )
-        tower, blocks = components.vision.tower, len(components.vision.layers)
-        if tower is None:
-            raise ResPruneError(f"--early is not built for the vision tower of {title}; leave it out")
-        layer = max(1, round(self.layer * blocks / 100)) if self.layer_share else self.layer
-        share = self.tokens / 100 if self.tokens_share else None
-        tokens = self.tokens if share is None else share_of(share, tower.tokens)
-        last = min(blocks, *tower.layers) - 1
-        if last < 1:
-            raise ResPruneError(
-                f"--early needs a block before it, and the projector takes hidden state {min(tower.layers)} of the "
-                f"tower's {blocks} blocks; leave it out"
-            )
-        if not 1 <= layer <= last:
-            taken = ", ".join(map(str, tower.layers))
-            raise ResPruneError(
-                f"--early after block {layer}: give 1 to {last}, for the tower has {blocks} blocks and the projector "
-                f"takes hidden states {taken}"
-            )
-        if self.tokens < 1 or tokens >= tower.tokens:
-            raise ResPruneError(
-                f"--early keeps {tokens} of the {tower.tokens} tokens of an image or tile; give 1 to {tower.tokens - 1}"
-            )
-        return Early(layer, tokens, tower.tokens, share if tower.varies else None)
 
 
 def with_early(component: Component, early: Early, mode: FakeTensorMode) -> Component:

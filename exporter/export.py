@@ -23,12 +23,13 @@ from resprune.exporter.checkpoint.shards import StoredTensor, passed_over, read_
 from resprune.exporter.checkpoint.side_files import check_side_files, read_template
 from resprune.exporter.checkpoint.weightless import fake_mode
 from resprune.exporter.components import Component, Components
-from resprune.exporter.early import Request, with_early
+from resprune.exporter.early import with_early
 from resprune.exporter.estimate import estimate
 from resprune.exporter.families import split_model
 from resprune.exporter.language import proportional
 from resprune.exporter.memory import available_memory
-from resprune.exporter.options import Options
+from resprune.exporter.options import EarlyRequest, Options
+from resprune.exporter.selection import selection_of
 from resprune.exporter.trace.ahead import traced_ahead
 from resprune.exporter.trace.grouped_query import optimize_decoder
 from resprune.exporter.trace.packed import pack
@@ -51,8 +52,8 @@ from resprune.exporter.verify.difference import (
 from resprune.exporter.verify.ort_worker import OrtWorker
 from resprune.exporter.verify.text import ids_of
 from resprune.exporter.verify.verifier import Verifier
-from resprune.graphs import attach_selection, choose_form, token_select_model
-from resprune.method import Selection, share_of
+from resprune.graphs import attach_selection, token_select_model
+from resprune.method import Selection
 from resprune.runtime.bundle.files import describe_files, read_bundle, write_manifest
 from resprune.runtime.bundle.manifest import COUNTS, EARLY, Early, Manifest
 from resprune.runtime.bundle.precisions import TABLE, Choice, parse_dtype
@@ -111,14 +112,15 @@ class _Export:
         dtype = TORCH[choice.element]
         components = split_model(checkpoint, dtype, mode)
         if self.options.early is not None:
-            self.early = Request.parse(self.options.early).of(components, family.title)
+            self.early = EarlyRequest.parse(self.options.early).of(components, family.title)
             components = replace(components, vision=with_early(components.vision, self.early, mode))
-        write_draft(checkpoint, components, self.work)
-        if (self.options.attention or plain) == "proportional":
+        counts = (self.options.attention or plain) == "proportional"
+        selection = selection_of(self.options, family, components, counts=counts, early=self.early)
+        write_draft(checkpoint, components, selection, self.work)
+        if counts:
             components = proportional(components)
         if self.options.optimize:
             components = optimize_decoder(components, dtype)
-        selection = self._selection(family, components)
         stored = find_weights(checkpoint, components.model)
         if (note := passed_over(checkpoint.root)) is not None:
             self.report(note)
@@ -312,31 +314,6 @@ class _Export:
                 f"{family.title} brings every image to sizes of its own; leave out --max-pixels"
             )
         return replace(checkpoint, image_processor={"max_pixels": self.options.max_pixels})
-
-    def _selection(self, family: Family, components: Components) -> Selection:
-        options, n = self.options, components.num_tokens or components.max_tokens
-        assert n is not None
-        k = options.k or share_of(options.share or 0.0, n)  # the other one is None
-        if k > n:
-            most = "the" if components.num_tokens else "the at most"
-            raise ResPruneError(f"-k {k} is more than {most} {n} visual tokens of an image; give 1 to {n}")
-        if self.early is not None and components.num_tokens:
-            left = n - self.early.of + self.early.tokens
-            if k > left:
-                raise ResPruneError(
-                    f"-k {k} is more than the {left} visual tokens that --early leaves of an image; give 1 to {left}"
-                )
-        return Selection(
-            k=k,
-            num_tokens=components.num_tokens,
-            alpha=family.defaults.alpha if options.alpha is None else options.alpha,
-            scale=options.scale,
-            body=options.body,
-            max_tokens=components.max_tokens,
-            share=options.share,
-            form=options.form or choose_form(k, n, int(components.vision.outputs[0].shape[2])),
-            counts=components.proportional,
-        )
 
     def _manifest(
         self,

@@ -4,39 +4,49 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from resprune.exporter.early import Request
-from resprune.method import Selection
+from resprune.method import SettingError, Settings, check, share_of
+from resprune.runtime.backends.formats import GGUF_TYPES
+from resprune.runtime.budget import Budget
+from resprune.runtime.bundle.manifest import ATTENTION, OPTIMIZE, POSITIONS, Early
 from resprune.runtime.bundle.precisions import BLOCK, BLOCK_SIZES, parse_dtype
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, shown
+
+if TYPE_CHECKING:
+    from resprune.exporter.components import Components
+
+VERIFY = ("auto", "full", "layers")
+CHOICES: dict[str, tuple[object, ...]] = {
+    "block": BLOCK_SIZES,
+    "optimize": OPTIMIZE,
+    "positions": POSITIONS,
+    "attention": ATTENTION,
+    "gguf": GGUF_TYPES,
+    "verify": VERIFY,
+}
+"""What a field can be beside its default; those of `Settings` have their rules there."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the user may choose: `k` tokens an image, or a `share` of its tokens, above 0 and at most 1.
+@dataclass(frozen=True, kw_only=True)
+class Options(Settings):
+    """What the user may choose: the selection's `Settings`, with either `k` or `share`, and how it is exported.
 
     A field is the option of `resprune export` of its name (docs/options.md). `early` is a first selection inside the
-    vision tower, as `early.Request.parse` reads it. `alpha`, `positions` and `attention` None mean the family's
-    default, `max_pixels` None the checkpoint's own limit, `form` None what `choose_form` says; `chat_template` is a
-    file that takes the place of the checkpoint's template; `language_checkpoint` writes the language model once more as
-    a plain Hugging Face checkpoint, `gguf` as a GGUF file of f32, f16 or q8_0. Without a `decoder` the bundle has
-    vision, selection and embeddings alone. `verify` "full" compares whole answers, "layers" the decoder layer by layer,
-    "auto" whichever fits in memory.
+    vision tower, as `EarlyRequest.parse` reads it. `positions` and `attention` None mean the family's default,
+    `max_pixels` None the checkpoint's own limit; `chat_template` is a file that takes the place of the checkpoint's
+    template; `language_checkpoint` writes the language model once more as a plain Hugging Face checkpoint, `gguf` as a
+    GGUF file of f32, f16 or q8_0. Without a `decoder` the bundle has vision, selection and embeddings alone. `verify`
+    "full" compares whole answers, "layers" the decoder layer by layer, "auto" whichever fits in memory.
     """
 
-    k: int | None = None
-    share: float | None = None
     dtype: str = "fp32"
     block: int = BLOCK
     optimize: str | None = None
     split: bool = False
-    alpha: float | None = None
-    scale: str = Selection.scale
     positions: str | None = None
     attention: str | None = None
     early: str | None = None
-    body: str = Selection.body
-    form: str | None = None
     language_checkpoint: bool = False
     gguf: str | None = None
     decoder: bool = True
@@ -49,22 +59,23 @@ class Options:
 
     def check(self) -> None:
         """Raise `ResPruneError` for a value that makes no sense, and for two that exclude each other."""
+        try:
+            check(**vars(self))
+        except SettingError as error:
+            raise ResPruneError(f"{error.name} should be {error.wanted}, not {shown(error.got)}") from None
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if value != getattr(Options, name) and value not in known:
+                words = ", ".join(map(str, known))
+                raise ResPruneError(f"{name} should be one of {words}, not {shown(value)}")
         if (self.k is None) == (self.share is None):
             raise ResPruneError("give the tokens to keep either as a number or as a share")
-        if self.k is not None and self.k < 1:
-            raise ResPruneError(f"-k {self.k} keeps no visual token; give 1 or more")
-        if self.share is not None and not 0 < self.share <= 1:
-            raise ResPruneError(
-                f"-k {100 * self.share:g}% is no share of the visual tokens to keep; give more than 0% and at most 100%"
-            )
-        if self.block not in BLOCK_SIZES:
-            raise ResPruneError(f"--block {self.block}: the sizes are {', '.join(map(str, BLOCK_SIZES))}")
         if self.max_pixels is not None and self.max_pixels < 1:
             raise ResPruneError(
                 f"--max-pixels {self.max_pixels} is no size of an image; give a number from 1"
             )
         if self.early is not None:
-            Request.parse(self.early)
+            EarlyRequest.parse(self.early)
         if parse_dtype(self.dtype).element == "bfloat16" and self.optimize:
             raise ResPruneError(
                 "--optimize ort makes a decoder of ONNX Runtime's operators, and its CPU kernels of them know no bf16; "
@@ -77,3 +88,55 @@ class Options:
                 "--for writes the language model for runtimes that attend to every row alike, which is not what "
                 "--attention proportional is for; leave out one of the two"
             )
+
+
+@dataclass(frozen=True)
+class EarlyRequest:
+    """What `--early LAYER:TOKENS` asks for: each a number, or a share of the blocks, or of the tokens."""
+
+    layer: Budget
+    tokens: Budget
+
+    @staticmethod
+    def parse(text: str) -> EarlyRequest:
+        """`8:288` or `33%:50%`; `ResPruneError` for anything else."""
+        layer, _, tokens = text.partition(":")
+        try:
+            request = EarlyRequest(Budget.parse(layer), Budget.parse(tokens))
+        except ResPruneError:
+            request = None
+        if request is None or request.layer.everything or request.tokens.everything:
+            raise ResPruneError(
+                f"--early {text} is not LAYER:TOKENS; give numbers from 1, as in 8:288, or shares, as in 33%:50%"
+            )
+        return request
+
+    def of(self, components: Components, title: str) -> Early:
+        """The blocks and tokens that it comes to; `ResPruneError` where the tower of family `title` cannot do it."""
+        if components.protected is not None:
+            raise ResPruneError(
+                f"--early would drop tokens of {title} that every selection has to keep; leave it out"
+            )
+        tower, blocks = components.vision.tower, len(components.vision.layers)
+        if tower is None:
+            raise ResPruneError(f"--early is not built for the vision tower of {title}; leave it out")
+        layer = self.layer.k or max(1, round((self.layer.share or 0.0) * blocks))  # the other one is None
+        share = self.tokens.share
+        tokens = self.tokens.k or share_of(share or 0.0, tower.tokens)
+        last = min(blocks, *tower.layers) - 1
+        if last < 1:
+            raise ResPruneError(
+                f"--early needs a block before it, and the projector takes hidden state {min(tower.layers)} of the "
+                f"tower's {blocks} blocks; leave it out"
+            )
+        if layer > last:
+            taken = ", ".join(map(str, tower.layers))
+            raise ResPruneError(
+                f"--early after block {layer}: give 1 to {last}, for the tower has {blocks} blocks and the projector "
+                f"takes hidden states {taken}"
+            )
+        if tokens >= tower.tokens:
+            raise ResPruneError(
+                f"--early keeps {tokens} of the {tower.tokens} tokens of an image or tile; give 1 to {tower.tokens - 1}"
+            )
+        return Early(layer, tokens, tower.tokens, share if tower.varies else None)

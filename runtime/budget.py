@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from resprune.method import share_of
+from resprune.method import check, share_of
 from resprune.runtime.arguments import text as require_text
 from resprune.runtime.arguments import whole
 from resprune.runtime.errors import ResPruneError, shown
@@ -20,6 +20,10 @@ class Budget:
     k: int | None = None
     share: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raise `SettingError` for what no selection keeps."""
+        check(k=self.k, share=self.share)
+
     @staticmethod
     def parse(text: str) -> "Budget":
         """From "16", "11%" or "all"; `ResPruneError` for anything else."""
@@ -27,14 +31,11 @@ class Budget:
         try:
             if word == "all":
                 return Budget()
-            budget = Budget(share=float(word[:-1]) / 100) if word.endswith("%") else Budget(k=int(word))
+            return Budget(share=float(word[:-1]) / 100) if word.endswith("%") else Budget(k=int(word))
         except ValueError:
-            budget = Budget(k=0)
-        if not (0 < budget.share <= 1 if budget.share is not None else (budget.k or 0) >= 1):
             raise ResPruneError(
                 f"{shown(word)} is no number of tokens to keep; give a number from 1, a share like 11%, or all"
-            )
-        return budget
+            ) from None
 
     @property
     def everything(self) -> bool:

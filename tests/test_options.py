@@ -37,4 +37,4 @@ def test_export_lists_the_aliases() -> None:
     ("word", "asked"), [("16", {"k": 16}), ("11%", {"share": 0.11}), ("all", {"share": 1.0})]
 )
 def test_export_takes_a_number_a_share_or_all(word: str, asked: dict[str, float]) -> None:
-    assert commands()["export"].parse_args(["demo", "out", "-k", word]).k == asked
+    assert commands()["export"].parse_args(["demo", "out", "-k", word]).tokens == asked

@@ -21,10 +21,9 @@ from resprune.evaluation.model import Model, open_bundle
 from resprune.evaluation.towers import early_names
 from resprune.exporter.checkpoint.checkpoint import resolve
 from resprune.exporter.checkpoint.weightless import fake_mode
-from resprune.exporter.early import Request
 from resprune.exporter.export import export
 from resprune.exporter.language import Rows
-from resprune.exporter.options import Options
+from resprune.exporter.options import EarlyRequest, Options
 from resprune.exporter.tensorrt.engines import build
 from resprune.exporter.verify.difference import ParityError
 from resprune.runtime.answer import Answer
@@ -258,7 +257,7 @@ def test_a_selection_inside_its_tower_is_refused(checkpoint: Path, in_pytorch: M
         in_pytorch.look([image(0)], *early_names(["1:9"]))
     components = synthetic.split_model(resolve(str(checkpoint)), torch.float32, fake_mode())
     with pytest.raises(ResPruneError, match="--early is not built for the vision tower of the synthetic"):
-        Request.parse("1:9").of(replace(components, protected=None), synthetic.FAMILY.title)
+        EarlyRequest.parse("1:9").of(replace(components, protected=None), synthetic.FAMILY.title)
 
 
 def test_engines(made: Callable[..., Path], tmp_path: Path) -> None:

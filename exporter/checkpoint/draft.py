@@ -28,10 +28,8 @@ PROMPTS: dict[str, tuple[int, tuple[Turn, ...]]] = {
 }
 
 
-def write_draft(
-    checkpoint: Checkpoint, components: Components, root: Path, attention: str = "plain"
-) -> Bundle:
-    """Write what a bundle has beside its graphs into the directory `root`; the bundle that it is, K as large as N.
+def write_draft(checkpoint: Checkpoint, components: Components, selection: Selection, root: Path) -> Bundle:
+    """Write what a bundle has beside its graphs into the directory `root`; the bundle that it is.
 
     `ResPruneError` for a tokenizer, image token, end token or chat template that the runtime could not use, and where
     its prompts would be others than those of transformers.
@@ -42,21 +40,13 @@ def write_draft(
     _check_image_token(checkpoint, tokenizer, components.image_token_id)
     _check_end_tokens(checkpoint, tokenizer, vocabulary)
     copy_side_files(checkpoint, tokenizer, root)
-    most = components.num_tokens or components.max_tokens
-    assert most is not None
     family = family_of(checkpoint)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         family=family.name,
         model=checkpoint.name,
         revision=checkpoint.revision,
-        selection=Selection(
-            k=most,
-            num_tokens=components.num_tokens,
-            alpha=family.defaults.alpha,
-            max_tokens=components.max_tokens,
-            counts=attention == "proportional",
-        ),
+        selection=selection,
         positions=family.policy(None),
         image_token_id=components.image_token_id,
         context_length=components.context_length,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resprune.method import EXHAUSTED, SCALES, TIE, Selection
+from resprune.method import EXHAUSTED, TIE, Selection, check
 
 ROUNDING = 1e-5
 """What float32 leaves in doubt of a score, as a part of the best score before any pick; and of a cosine."""
@@ -45,13 +45,10 @@ def text_gain(
         [B, N] float32 in [0, 1]; all ones for a row of the batch without text; 0 at padding.
 
     Raises:
-        ValueError: an unknown scale or a negative alpha.
+        SettingError: an unknown scale or a negative alpha.
 
     """
-    if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    if alpha < 0:
-        raise ValueError(f"alpha must be at least 0, got {alpha}")
+    check(scale=scale, alpha=alpha)
     B, N, _ = visual.shape
     valid = _mask(token_mask, (B, N), visual)
     text_valid = _mask(text_mask, (B, text.shape[1]), visual)
@@ -88,11 +85,10 @@ def residual_select(visual: Tensor, gain: Tensor, k: int, token_mask: Tensor | N
         j picks are the picks for j.
 
     Raises:
-        ValueError: k below 1.
+        SettingError: k below 1.
 
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    check(k=k)
     V = visual.float()
     B, N, _ = V.shape
     available = _mask(token_mask, (B, N), V).clone()

@@ -9,12 +9,13 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
 from resprune.elements import ELEMENTS
-from resprune.method import BODIES, FORMS, SCALES, Selection, share_of
+from resprune.method import Selection, SettingError, check, share_of
 from resprune.names import DECODER
 from resprune.runtime.bundle import fields, precisions
 from resprune.runtime.errors import ResPruneError, shown
@@ -265,26 +266,20 @@ def _selection(table: dict[str, Any], attention: str) -> Selection:
         None if table.get(key) is None else fields.whole(table, key, where, least=1, most=MAX_TOKENS)
         for key in ("num_tokens", "max_tokens")
     )
-    for name, most in (("num_tokens", num_tokens), ("max_tokens", max_tokens)):
-        if most is not None and k > most:
-            raise fields.fault("selection.k", f"at most {name} = {most}", k)
-    share = _share(table, where)
-    alpha = fields.member(table, "alpha", float, where)
-    if alpha < 0:
-        raise fields.fault("selection.alpha", "0 or more", alpha)
-    return Selection(
-        k=k,
-        num_tokens=num_tokens,
-        alpha=alpha,
-        scale=fields.choice(table, "scale", SCALES, where),
-        body=fields.choice(table, "body", BODIES, where),
-        max_tokens=max_tokens,
-        share=share,
-        form=fields.choice(table, "form", FORMS, where)
-        if "form" in table
-        else "quadratic",  # which old ones do not name
-        counts=attention == "proportional",
-    )
+    with _setting_faults(where):
+        return Selection(
+            k=k,
+            num_tokens=num_tokens,
+            alpha=fields.member(table, "alpha", float, where),
+            scale=fields.member(table, "scale", str, where),
+            body=fields.member(table, "body", str, where),
+            max_tokens=max_tokens,
+            share=_share(table, where),
+            form=fields.member(table, "form", str, where)
+            if "form" in table
+            else "quadratic",  # which old ones do not name
+            counts=attention == "proportional",
+        )
 
 
 def _early(table: dict[str, Any]) -> Early:
@@ -295,11 +290,19 @@ def _early(table: dict[str, Any]) -> Early:
 
 
 def _share(table: dict[str, Any], where: str) -> float | None:
-    """`share`, above 0 and at most 1; None where there is none."""
+    """`share`, None where there is none."""
     share = None if table.get("share") is None else fields.member(table, "share", float, where)
-    if share is not None and not 0 < share <= 1:
-        raise fields.fault(f"{where}share", "above 0 and at most 1", share)
+    with _setting_faults(where):
+        check(share=share)
     return share
+
+
+@contextmanager
+def _setting_faults(where: str) -> Iterator[None]:
+    try:
+        yield
+    except SettingError as error:
+        raise fields.fault(f"{where}{error.name}", error.wanted, error.got) from None
 
 
 def _graph_spec(name: str, value: object, files: Mapping[str, FileSpec]) -> GraphSpec:

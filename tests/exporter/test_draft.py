@@ -17,6 +17,8 @@ from resprune.exporter.checkpoint.weightless import fake_mode
 from resprune.exporter.export import export
 from resprune.exporter.families import split_model
 from resprune.exporter.options import Options
+from resprune.exporter.selection import selection_of
+from resprune.method import Settings
 from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.prompt.prompter import Prompter
@@ -30,10 +32,12 @@ TEXT_ONLY = (
 
 def draft(root: Path, out: Path) -> Bundle:
     checkpoint = resolve(str(root))
-    family_of(checkpoint)
+    family = family_of(checkpoint)
     check_side_files(checkpoint)
     out.mkdir()
-    return write_draft(checkpoint, split_model(checkpoint, torch.float32, fake_mode()), out)
+    components = split_model(checkpoint, torch.float32, fake_mode())
+    every = selection_of(Settings(share=1.0), family, components, counts=False)
+    return write_draft(checkpoint, components, every, out)
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

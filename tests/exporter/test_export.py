@@ -351,14 +351,6 @@ def test_a_file_that_may_not_be_read_is_named(name, tiny_checkpoint, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("misspelled", "says"), [({"early": "8"}, "LAYER:TOKENS"), ({"dtype": "fp12"}, "fp12 is no precision")]
-)
-def test_what_is_misspelled_is_told_before_a_checkpoint_is_looked_for(misspelled, says, tmp_path):
-    with pytest.raises(ResPruneError, match=says):
-        export(str(tmp_path / "none"), tmp_path / "out", Options(k=3, **misspelled))
-
-
 def test_a_disk_too_small_is_known_beforehand(tiny_checkpoint, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))

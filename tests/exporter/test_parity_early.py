@@ -114,10 +114,11 @@ def test_other_precisions(variant, early, dtype, tiny_bundle):
 @pytest.mark.parametrize(
     ("variant", "early", "says"),
     [
-        ("clip-llama", "0:9", "give 1 to 1"),
+        ("clip-llama", "0:9", "0:9 is not LAYER:TOKENS; give numbers from 1"),
+        ("clip-llama", "50%:all", "50%:all is not LAYER:TOKENS"),
         ("clip-llama", "2:9", "takes hidden states 2"),
         ("clip-llama", "1:16", "give 1 to 15"),
-        ("clip-llama", "1:0", "give 1 to 15"),
+        ("clip-llama", "3:9", "give 1 to 1"),
         ("clip-llama", "1:5", "-k 7 is more than the 5 visual tokens that --early leaves"),
         ("clip-list", "1:9", "the projector takes hidden state 1 of the tower's 3 blocks"),
         ("qwen25", "1:109", "give 1 to 108"),

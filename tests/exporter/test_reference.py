@@ -206,5 +206,5 @@ def test_arguments_out_of_range_are_refused():
         text_gain(visual, visual, scale="softmax")
     with pytest.raises(ValueError, match="alpha"):
         text_gain(visual, visual, alpha=-1.0)
-    with pytest.raises(ValueError, match="k must"):
+    with pytest.raises(ValueError, match="k should"):
         residual_select(visual, torch.ones(1, 2), 0)
