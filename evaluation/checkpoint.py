@@ -21,7 +21,8 @@ from resprune.runtime.backends.backend import Place
 from resprune.runtime.backends.session import Array
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError, one_line, permission_faults, require_packages
-from resprune.runtime.families.preprocessor import FixedGrid, PreparedImage, Preprocessor
+from resprune.runtime.families.fixed_grid import FixedGrid
+from resprune.runtime.families.preprocessor import PreparedImage, Preprocessor
 from resprune.runtime.families.table import FAMILIES
 from resprune.runtime.prompt.splice import Bools, Floats, Ints, Spliced
 from resprune.runtime.walk import Features, Walk

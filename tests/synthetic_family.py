@@ -32,8 +32,9 @@ from resprune.exporter.split import assemble, read_config, weightless_model
 from resprune.exporter.verify.reference import keep, kept_counts, protected_first, residual_select, text_gain
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range, TensorSpec
+from resprune.runtime.families.fixed_grid import FixedGrid
 from resprune.runtime.families.image import Box
-from resprune.runtime.families.preprocessor import Arrays, FixedGrid, PreparedImage
+from resprune.runtime.families.preprocessor import Arrays, PreparedImage
 from resprune.runtime.families.table import FAMILIES, Family
 from tests import tiny
 
@@ -175,7 +176,7 @@ class InSpans:
     @staticmethod
     def from_bundle(bundle: Bundle) -> InSpans:
         """From the bundle's image processor."""
-        return InSpans(FixedGrid.from_bundle(bundle))
+        return InSpans(FixedGrid.from_bundle(bundle, SHAPE.patch_size))
 
     def __call__(self, image: Image.Image) -> PreparedImage:
         """As `FixedGrid`."""
@@ -201,24 +202,26 @@ class InSpans:
         return self.grid.boxes(image_size)
 
 
-FAMILY = Family(NAME, "the synthetic family", NAME, InSpans.from_bundle, plain_prompt=True)
+FAMILY = Family(NAME, "the synthetic family", NAME, plain_prompt=True)
 
 
 @contextmanager
 def registered() -> Iterator[Family]:
-    """While it lasts, the family is one of the table's and of transformers', and the exporter finds its module."""
-    module = ModuleType(f"resprune.exporter.families.{NAME}")
-    module.__dict__["split_model"] = split_model
+    """While it lasts, the family is one of the table's and of transformers', and both rooms find its module."""
+    modules = {f"resprune.{room}.families.{NAME}": ModuleType(NAME) for room in ("exporter", "runtime")}
+    for module in modules.values():
+        vars(module).update(split_model=split_model, preprocessor=InSpans.from_bundle)
     with (
         patch.dict(FAMILIES, {NAME: FAMILY}),
         patch.dict(CONFIG_MAPPING._extra_content, {NAME: SyntheticConfig}),
         patch.dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING._extra_content, {SyntheticConfig: SyntheticModel}),
     ):
-        sys.modules[module.__name__] = module
+        sys.modules.update(modules)
         try:
             yield FAMILY
-        finally:  # it alone: what was imported meanwhile stays, or it would be there twice
-            del sys.modules[module.__name__]
+        finally:  # these alone: what was imported meanwhile stays, or it would be there twice
+            for name in modules:
+                del sys.modules[name]
 
 
 class Oracle:

@@ -26,6 +26,7 @@ from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.qwen2_vl import DynamicResolution, Grid, patch_positions
 from resprune.runtime.families.qwen3_vl import position_taps, table_side
+from resprune.runtime.families.rotary import interleaved
 
 
 class _Vision(nn.Module):
@@ -108,10 +109,10 @@ def recomposed(sections: list[int], values: Tensor) -> Tensor:
 
     Theirs writes h and w into t, for which torch.onnx would trace the whole decoder a second time.
     """
-    place = torch.arange(values.shape[-1])
+    axes = torch.from_numpy(interleaved(sections, values.shape[-1]))
     mixed = values[0]
     for axis in (1, 2):
-        mixed = torch.where((place % 3 == axis) & (place < 3 * sections[axis]), values[axis], mixed)
+        mixed = torch.where(axes == axis, values[axis], mixed)
     return torch.cat((mixed, mixed), dim=-1)
 
 

@@ -28,6 +28,7 @@ from resprune.runtime.backends.formats import ENGINE, PYTORCH
 from resprune.runtime.backends.session import SessionOptions
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError, one_line
+from resprune.runtime.families.rotary import Rotary
 from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.prompter import Prompt, load_tokenizer
 from resprune.runtime.prompt.splice import Floats, Ints
@@ -77,10 +78,8 @@ def engine_backend(engine: str | Path) -> BackendFactory:
                 f"an engine of trtllm-build takes one row for each visual token and causal masks alone, which is not "
                 f"enough for {family.title}; answer with another backend"
             )
-        rotary = None
-        if family.position_axes == 3:
-            rotary = Rotary(bundle)
-        else:
+        rotary = None if family.rotary is None else Angles(bundle, family.rotary)
+        if rotary is None:
             _require_contiguous(bundle)
         with _faults(f"open {engine}"):
             runner = _package().runtime.ModelRunnerCpp.from_dir(engine_dir=str(engine))
@@ -148,7 +147,7 @@ class PyTorchBackend:
 class EngineBackend:
     """`ModelRunnerCpp`: visual token i of a prompt is the id vocab_size + i, and row i of its prompt table."""
 
-    def __init__(self, runner: Any, bundle: Bundle, rotary: "Rotary | None") -> None:
+    def __init__(self, runner: Any, bundle: Bundle, rotary: "Angles | None") -> None:
         self._runner = runner
         self._image_token_id = bundle.manifest.image_token_id
         self._eos = sorted(eos_token_ids(bundle))
@@ -214,21 +213,21 @@ class EngineBackend:
                 read = lengths
 
 
-class Rotary:
+class Angles:
     """M-RoPE as an engine takes it: cosine and sine of every place of the context, by the place's true position.
 
     An engine turns place s of the prompt by row s of this table, whatever stands there, so the tokens that were kept
     and the text behind them get the positions they had unpruned; what is generated goes on `deltas` after its place.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, rotary: Rotary) -> None:
         config = bundle.json("config.json")
         text = config.get("text_config") or config
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         try:
             width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
             theta = float(rope.get("rope_theta") or text["rope_theta"])
-            self._axes = np.repeat(np.arange(3), rope["mrope_section"])  # [width / 2], as transformers has it
+            self._axes = rotary(rope["mrope_section"], width // 2)
         except (KeyError, TypeError, ValueError) as error:
             raise ResPruneError(
                 f"config.json in {bundle.root} does not say how positions turn ({error}); export it again"

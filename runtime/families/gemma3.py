@@ -9,13 +9,10 @@ from PIL import Image
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families import llava
+from resprune.runtime.families.fixed_grid import FixedGrid
 from resprune.runtime.families.image import Box, ImageProcessor
-from resprune.runtime.families.preprocessor import (
-    Arrays,
-    FixedGrid,
-    PreparedImage,
-    image_processor_config,
-)
+from resprune.runtime.families.preprocessor import Arrays, PreparedImage, image_processor_config
 
 START, IMAGE_TOKEN, END = "<start_of_image>", "<image_soft_token>", "<end_of_image>"
 # As Gemma3Processor of transformers writes it in the place of the template's START.
@@ -33,7 +30,7 @@ class Pooled:
     def from_bundle(bundle: Bundle) -> "Pooled":
         """From the bundle's image processor, and the number of tokens of its manifest."""
         check_processor(image_processor_config(bundle))
-        return Pooled(FixedGrid.from_bundle(bundle))
+        return Pooled(llava.preprocessor(bundle))
 
     def __call__(self, image: Image.Image) -> PreparedImage:
         """`pixel_values` [3, H, W] float32."""
@@ -55,6 +52,9 @@ class Pooled:
         side = size[1] // self.grid.patch_size  # patches of a row
         patches = side // round(self.grid.num_tokens**0.5)  # of a token, each way
         return [*self.grid.processor.patch_boxes(image_size, patches * self.grid.patch_size)]
+
+
+preprocessor = Pooled.from_bundle
 
 
 def check_processor(config: Mapping[str, Any]) -> None:

@@ -124,6 +124,9 @@ class Thumbnailed:
         return best
 
 
+preprocessor = Thumbnailed.from_bundle
+
+
 def tower_side(config: dict[str, Any]) -> dict[str, int]:
     """`tile` in pixels and `side` in tokens of the vision tower, from a config.json."""
     vision = config.get("vision_config")

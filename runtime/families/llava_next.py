@@ -19,7 +19,8 @@ from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.image import Box, ImageProcessor
-from resprune.runtime.families.preprocessor import Arrays, PreparedImage, image_processor_config, tower_size
+from resprune.runtime.families.llava import tower_size
+from resprune.runtime.families.preprocessor import Arrays, PreparedImage, image_processor_config
 from resprune.runtime.families.tiles import FURTHER, MAX_TILES, pack
 
 PROCESSOR = "LlavaNextImageProcessor"
@@ -199,6 +200,9 @@ class AnyResolution:
             return grid[padding : rows - padding]
         padding = (columns - int(round(width * (rows / height), 7))) // 2
         return grid[:, padding : columns - padding]
+
+
+preprocessor = AnyResolution.from_bundle
 
 
 def grid_resolutions(value: object, tile: int) -> tuple[tuple[int, int], ...]:

@@ -22,8 +22,9 @@ from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.image import OPENAI_CLIP, Box
+from resprune.runtime.families.llava import tower_size
 from resprune.runtime.families.llava_next import NEWLINE, AnyResolution, Size, grid_resolutions
-from resprune.runtime.families.preprocessor import Arrays, PreparedImage, image_processor_config, tower_size
+from resprune.runtime.families.preprocessor import Arrays, PreparedImage, image_processor_config
 from resprune.runtime.families.tiles import tile_pixels
 
 Ints = npt.NDArray[np.int64]
@@ -183,6 +184,9 @@ class LimitedResolution:
                 "correct vision_aspect_ratio or image_grid_pinpoints in config.json"
             )
         return int(rows // ratio), int(columns // ratio)
+
+
+preprocessor = LimitedResolution.from_bundle
 
 
 def bilinear(size: int, wanted: int) -> tuple[Ints, Floats]:

@@ -223,6 +223,9 @@ class DynamicResolution:
         ]
 
 
+preprocessor = DynamicResolution.from_bundle
+
+
 def smart_resize(
     height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:

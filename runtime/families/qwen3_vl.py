@@ -68,6 +68,9 @@ class InterpolatedResolution:
         return self.resolution.boxes(image_size)
 
 
+preprocessor = InterpolatedResolution.from_bundle
+
+
 def table_side(config: dict[str, Any]) -> int:
     """The side of the square table of learned positions, from a config.json."""
     vision = config.get("vision_config")

@@ -114,6 +114,9 @@ class SplitImage:
         return Grid(canvas[0] // tile, canvas[1] // tile)
 
 
+preprocessor = SplitImage.from_bundle
+
+
 def tower_side(config: dict[str, Any]) -> int:
     """Tokens a side of one tile, from a config.json."""
     vision = config.get("vision_config")

@@ -1,21 +1,18 @@
-"""The model families, one row each, with everything that depends on the family; no other code names one.
+"""The model families, one row each, with everything that other code asks of the family; no other code names one.
 
-A family is one module in `runtime/families/` with a `Preprocessor` (preprocessor.py), one in `exporter/families/` with
-`split_model`, and one row here, which names both. docs/adding-a-family.md says how to write them.
-
-The axes of engines are the preprocessor's (`Preprocessor.axes`). The rotary rules of the language model are in the
-checkpoint's config.json, and how an answer is sampled in its generation_config.json: both are read from there, so no
-row has them.
+A family is one module in `runtime/families/`, one of the same name in `exporter/families/`, and one row here.
+docs/adding-a-family.md says how to write them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 
 from resprune.runtime.backends.formats import ENGINE, PYTORCH, SGLANG, TRTLLM, VLLM
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.families.preprocessor import FixedGrid, Preprocessor
+from resprune.runtime.families.preprocessor import Preprocessor
+from resprune.runtime.families.rotary import Rotary, blocks, interleaved
 
 
 @dataclass(frozen=True)
@@ -67,18 +64,19 @@ M_ROPE = Defaults(
 
 @dataclass(frozen=True)
 class Family:
-    """One row. `name` is the `model_type` of the checkpoint's config.json, and the manifest's `family`."""
+    """One row. `name` is the `model_type` of the checkpoint's config.json, and the manifest's `family`.
+
+    How an answer is sampled depends on no family: it is the checkpoint's generation_config.json (`bundle_sampling`).
+    """
 
     name: str
     title: str
     """For people: what the errors and reports call it."""
     module: str
-    """The module of `exporter/families/` whose `split_model` splits such a checkpoint."""
-    preprocessor: Callable[[Bundle], Preprocessor]
-    """Makes the image preprocessor of a bundle."""
+    """Of `runtime/families/`, with `preprocessor(bundle)`, and of `exporter/families/`, with `split_model`."""
     defaults: Defaults = UNMEASURED
-    position_axes: int = 1
-    """1 for `position_ids` [B, S], 3 for M-RoPE's [3, B, S]."""
+    rotary: Rotary | None = None
+    """Which of the three axes of M-RoPE's `position_ids` [3, B, S] turns each angle; None for [B, S]."""
     any_size: bool = False
     """Whether an image has as many tokens as its pixels ask for, up to --max-pixels."""
     servers: tuple[str, ...] = ()
@@ -95,25 +93,25 @@ class Family:
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Short names for the command line, each with the hub id that it stands for."""
 
+    @property
+    def position_axes(self) -> int:
+        """1 for `position_ids` [B, S], 3 for M-RoPE's [3, B, S]."""
+        return 1 if self.rotary is None else 3
+
+    def preprocessor(self, bundle: Bundle) -> Preprocessor:
+        """The image preprocessor of a bundle, and with it the axes of its engines (`Preprocessor.axes`).
+
+        The module loads only now: ten of which a device needs one were 3 % of its start.
+        """
+        made: Preprocessor = import_module(f"{__package__}.{self.module}").preprocessor(bundle)
+        return made
+
     def policy(self, asked: str | None) -> str:
         """The position policy that was asked for, or the default; `ResPruneError` for one that is not legal."""
         legal = self.defaults.positions
         if asked is not None and asked not in legal:
             raise ResPruneError(f"{self.title} allows --positions {' or '.join(legal)}, not {asked}")
         return asked or legal[0]
-
-
-def _made_by(module: str, name: str) -> Callable[[Bundle], Preprocessor]:
-    """`from_bundle` of a class in a module beside this one, imported for the first bundle that needs it.
-
-    Seven modules of which a device needs one were 3 % of its start.
-    """
-
-    def preprocessor(bundle: Bundle) -> Preprocessor:
-        made: Preprocessor = getattr(import_module(f"{__package__}.{module}"), name).from_bundle(bundle)
-        return made
-
-    return preprocessor
 
 
 FAMILIES = {
@@ -123,7 +121,6 @@ FAMILIES = {
             "llava",
             "LLaVA-1.5",
             "llava",
-            FixedGrid.from_bundle,
             defaults=PUBLISHED,
             servers=(VLLM, TRTLLM, PYTORCH, ENGINE),
             plain_prompt=True,
@@ -142,7 +139,6 @@ FAMILIES = {
             "llava_next",
             "LLaVA-NeXT",
             "llava_next",
-            _made_by("llava_next", "AnyResolution"),
             defaults=PUBLISHED,
             servers=(VLLM, TRTLLM, PYTORCH, ENGINE),
             research={"mm_vision_tower": ".*", "image_aspect_ratio": "anyres"},
@@ -156,7 +152,6 @@ FAMILIES = {
             "llava_onevision",
             "LLaVA-OneVision",
             "llava_onevision",
-            _made_by("llava_onevision", "LimitedResolution"),
             research={"mm_vision_tower": ".*", "image_aspect_ratio": "anyres_max_.*"},
             verified=("tests/exporter/test_parity_onevision.py",),
             aliases={
@@ -168,9 +163,8 @@ FAMILIES = {
             "qwen2_5_vl",
             "Qwen2.5-VL",
             "qwen2_vl",
-            _made_by("qwen2_vl", "DynamicResolution"),
             defaults=M_ROPE,
-            position_axes=3,
+            rotary=blocks,
             any_size=True,
             servers=(SGLANG, ENGINE),
             verified=(
@@ -187,9 +181,8 @@ FAMILIES = {
             "qwen2_vl",
             "Qwen2-VL",
             "qwen2_vl",
-            _made_by("qwen2_vl", "DynamicResolution"),
             defaults=M_ROPE,
-            position_axes=3,
+            rotary=blocks,
             any_size=True,
             servers=(SGLANG, ENGINE),
             verified=("tests/exporter/test_parity_qwen.py",),
@@ -198,9 +191,8 @@ FAMILIES = {
             "qwen3_vl",
             "Qwen3-VL",
             "qwen3_vl",
-            _made_by("qwen3_vl", "InterpolatedResolution"),
             defaults=M_ROPE,
-            position_axes=3,
+            rotary=interleaved,
             any_size=True,
             verified=("tests/exporter/test_parity_qwen3.py",),
             aliases={
@@ -213,7 +205,6 @@ FAMILIES = {
             "internvl",
             "InternVL",
             "internvl",
-            _made_by("internvl", "Thumbnailed"),
             research={"model_type": "internvl_chat"},
             verified=("tests/exporter/test_parity_tiles.py", "benchmarks/families.py"),
             aliases={
@@ -230,7 +221,6 @@ FAMILIES = {
             "smolvlm",
             "SmolVLM",
             "smolvlm",
-            _made_by("smolvlm", "SplitImage"),
             verified=("tests/exporter/test_parity_tiles.py", "benchmarks/families.py"),
             aliases={
                 "smolvlm2-256m": "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
@@ -242,14 +232,12 @@ FAMILIES = {
             "idefics3",
             "Idefics3",
             "smolvlm",
-            _made_by("smolvlm", "SplitImage"),
             verified=("tests/exporter/test_parity_tiles.py",),
         ),
         Family(
             "gemma3",
             "Gemma 3",
             "gemma3",
-            _made_by("gemma3", "Pooled"),
             placeholder="<start_of_image>",
             verified=("tests/exporter/test_parity_gemma.py", "benchmarks/families.py"),
             aliases={

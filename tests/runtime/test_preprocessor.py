@@ -10,7 +10,8 @@ from transformers import CLIPVisionConfig, Dinov2Config, LlavaConfig, SiglipVisi
 
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.families.preprocessor import LLAVA_TOWER, TOWER_DEFAULTS, FixedGrid, tower_size
+from resprune.runtime.families.fixed_grid import FixedGrid
+from resprune.runtime.families.llava import LLAVA_TOWER, TOWER_DEFAULTS, preprocessor, tower_size
 from resprune.runtime.families.table import FAMILIES, family_of
 from tests.runtime.bundles import bundle_of_files
 
@@ -32,7 +33,7 @@ def of_family(made: Bundle, family: str, num_tokens: int | None = 9) -> Bundle:
 
 
 def test_a_fixed_grid_stacks_pictures_and_places_their_tokens(tmp_path: Path) -> None:
-    grid = FixedGrid.from_bundle(bundle(tmp_path, {"patch_size": 8}))
+    grid = preprocessor(bundle(tmp_path, {"patch_size": 8}))
     pictures = [grid(Image.new("RGB", size, (200, 10, 10))) for size in ((60, 30), (24, 24))]
     assert [picture.num_tokens for picture in pictures] == [9, 9]
     np.testing.assert_array_equal(pictures[0].offsets, np.arange(9))
@@ -45,14 +46,14 @@ def test_a_fixed_grid_stacks_pictures_and_places_their_tokens(tmp_path: Path) ->
 
 def test_a_class_token_lies_nowhere(tmp_path: Path) -> None:
     made = bundle(tmp_path, {"patch_size": 8})
-    boxes = FixedGrid.from_bundle(of_family(made, "llava", num_tokens=10)).boxes((24, 24))
+    boxes = preprocessor(of_family(made, "llava", num_tokens=10)).boxes((24, 24))
     assert boxes[:2] == [None, (0, 0, 8, 8)]
 
 
 def test_a_manifest_without_the_number_of_tokens(tmp_path: Path) -> None:
     made = bundle(tmp_path, {"patch_size": 8})
     with pytest.raises(ResPruneError, match="how many visual tokens"):
-        FixedGrid.from_bundle(of_family(made, "llava", num_tokens=None))
+        preprocessor(of_family(made, "llava", num_tokens=None))
 
 
 @pytest.mark.parametrize(
@@ -83,10 +84,10 @@ def test_a_patch_size_that_is_none(tmp_path: Path, value: object) -> None:
 def test_the_nested_image_processor_goes_first(tmp_path: Path) -> None:
     nested = PROCESSOR | {"crop_size": {"height": 16, "width": 16}}
     made = bundle(tmp_path, {"patch_size": 8}, **{"processor_config.json": {"image_processor": nested}})
-    picture = FixedGrid.from_bundle(made)(Image.new("RGB", (40, 40)))
+    picture = preprocessor(made)(Image.new("RGB", (40, 40)))
     assert picture.arrays["pixel_values"].shape == (3, 16, 16)
     plain = bundle(tmp_path, {"patch_size": 8}, **{"processor_config.json": {"image_token": "<image>"}})
-    assert FixedGrid.from_bundle(plain)(Image.new("RGB", (40, 40))).arrays["pixel_values"].shape[1] == 24
+    assert preprocessor(plain)(Image.new("RGB", (40, 40))).arrays["pixel_values"].shape[1] == 24
 
 
 def test_each_family_reads_its_own_bundle(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """The settings of sampling: what a checkpoint says, what may be changed, what is refused."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from transformers import GenerationConfig
 
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.table import FAMILIES
 from resprune.runtime.sampling import (
     Sampling,
     bundle_sampling,
@@ -67,6 +69,14 @@ def test_where_it_is_said(tmp_path) -> None:
     )
     said = silent | {"generation_config.json": "{}"}
     assert bundle_sampling(bundle_of_files(tmp_path, said)) == Sampling(top_k=50)
+
+
+def test_nothing_of_it_depends_on_the_family(tmp_path) -> None:
+    made = bundle_of_files(tmp_path, {"generation_config.json": '{"do_sample": true, "top_p": 0.8}'})
+    found = {
+        bundle_sampling(replace(made, manifest=replace(made.manifest, family=name))) for name in FAMILIES
+    }
+    assert found == {Sampling(temperature=1.0, top_k=50, top_p=0.8)}
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from resprune import Pipeline, ResPruneError
 from resprune.runtime.backends.backend import BackendFactory
-from resprune.runtime.backends.tensorrt_llm import PyTorchBackend, Rotary, engine_backend, pytorch_backend
+from resprune.runtime.backends.tensorrt_llm import Angles, PyTorchBackend, engine_backend, pytorch_backend
 from resprune.runtime.bundle.files import Bundle, read_bundle
+from resprune.runtime.families.rotary import blocks
+from resprune.runtime.families.table import FAMILIES, Family
 from tests.runtime.bundles import bundle_of_files
 from tests.runtime.fake_tensorrt_llm import install
 from tests.runtime.pipelines import QUESTION, picture, with_manifest
@@ -25,6 +31,11 @@ STEPS = 16
 BACKENDS: dict[str, Callable[[str], BackendFactory]] = {
     "pytorch": pytorch_backend,
     "engine": engine_backend,
+}
+EMBEDDINGS: dict[str, Callable[[Any], Any]] = {
+    "qwen2_vl": Qwen2VLRotaryEmbedding,
+    "qwen2_5_vl": Qwen2_5_VLRotaryEmbedding,
+    "qwen3_vl": Qwen3VLTextRotaryEmbedding,
 }
 
 
@@ -166,26 +177,36 @@ def test_wrong_positions_and_a_missing_package_are_one_sentence(
 
 
 @pytest.mark.parametrize("layout", ["today's", "of transformers 4"])
-def test_the_angles_are_those_of_the_model(
-    tiny_qwen: tuple[Path, Model], tmp_path: Path, layout: str
-) -> None:
-    model = tiny_qwen[1]
-    config = model.whole.config.to_dict()
+@pytest.mark.parametrize("family", [row for row in FAMILIES.values() if row.rotary], ids=lambda row: row.name)
+def test_the_angles_are_those_of_the_model(family: Family, tmp_path: Path, layout: str) -> None:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "head_dim": 16, "rope_parameters": rope}
+    made = AutoConfig.for_model(family.name, text_config=sizes)
+    turned = EMBEDDINGS[family.name](made.text_config)
+    config = made.to_dict()
     if layout == "of transformers 4":
         rope = dict(config["text_config"].pop("rope_parameters"))
         config = config["text_config"] | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
-    made = bundle_of_files(tmp_path, {"config.json": json.dumps(config)})
-    bundle = Bundle(made.root, replace(made.manifest, context_length=32))
+    written = bundle_of_files(tmp_path, {"config.json": json.dumps(config)})
+    bundle = Bundle(written.root, replace(written.manifest, context_length=32))
     positions = torch.tensor([[0, 1, 2, 2, 2, 9, 10], [0, 1, 2, 3, 5, 9, 10], [0, 1, 4, 2, 3, 9, 10]])
-    cosine, sine = model.whole.model.language_model.rotary_emb(torch.zeros(1), positions[:, None])
-    table = Rotary(bundle).table(positions.numpy())
-    assert table.shape == (32, cosine.shape[-1] // 2, 2)
+    cosine, sine = turned(torch.zeros(1), positions[:, None])
+    assert family.rotary is not None
+    table = Angles(bundle, family.rotary).table(positions.numpy())
+    assert table.shape == (32, 8, 2)
     for part, expected in enumerate((cosine, sine)):
-        half = expected[0, :, : table.shape[1]].numpy()
-        np.testing.assert_allclose(table[:7, :, part], half, atol=1e-6)
+        np.testing.assert_allclose(table[:7, :, part], expected[0, :, :8].numpy(), atol=1e-6)
     np.testing.assert_array_equal(table[7:, :, 0], 1)
 
 
-def test_a_config_without_angles_is_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"hidden_size": 8},
+        {"head_dim": 16, "rope_theta": 1e4, "rope_scaling": {"mrope_section": [4, 4, 4]}},
+    ],
+    ids=["none", "too many"],
+)
+def test_a_config_without_angles_is_one_sentence(config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ResPruneError, match="does not say how positions turn"):
-        Rotary(bundle_of_files(tmp_path, {"config.json": '{"hidden_size": 8}'}))
+        Angles(bundle_of_files(tmp_path, {"config.json": json.dumps(config)}), blocks)
