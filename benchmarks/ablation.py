@@ -15,11 +15,12 @@ from benchmarks.accuracy import export_demo
 from resprune.evaluation.answers import Answers, Run
 from resprune.evaluation.data import DataSet, Question, load_data
 from resprune.evaluation.evaluate import Plan
-from resprune.evaluation.model import Asked, Encoded, Model, open_bundle
+from resprune.evaluation.model import Asked, Model, open_bundle
 from resprune.evaluation.selectors import Candidates, Ints, resprune, unit
 from resprune.evaluation.statistics import paired, wilson
 from resprune.method import SCALES, Selection
 from resprune.runtime.bundle.manifest import POSITIONS
+from resprune.runtime.walk import Encoded
 
 PUBLISHED = Path(__file__).parent / "ABLATION.md"
 MARK = "<!-- What follows is written by `python -m benchmarks ablation`. -->"
@@ -45,7 +46,7 @@ class Variant:
 
     def picks(self, encoded: Encoded, nouns: Asked, words: Asked) -> Ints:
         """The picks for the largest budget; those for a smaller one are their beginning."""
-        visual = encoded.features.astype(np.float64)
+        visual = encoded.tokens.rows.astype(np.float64)
         text = (nouns if self.text == "nouns" else words).text.astype(np.float64)
         rows = unit(visual) if self.visual == "normalised" else visual
         return resprune(Candidates(rows, text, self.alpha, self.scale), max(BUDGETS))
@@ -99,7 +100,7 @@ def _ask(model: Model, data: DataSet, questions: Sequence[Question], answers: An
         pictures = [looked[question.image] for question in batch]
         asked = [model.read(question.text) for question in batch]
         words = [model.read(question.text, about=[question.text]) for question in batch]
-        kept = {whole: [np.arange(len(one.features)) for one in pictures]}
+        kept = {whole: [np.arange(one.image.num_tokens) for one in pictures]}
         for variant in tried:
             orders = [variant.picks(*candidates) for candidates in zip(pictures, asked, words, strict=True)]
             kept |= {runs[variant, k]: [order[:k] for order in orders] for k in BUDGETS}

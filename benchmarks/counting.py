@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks.accuracy import export_demo
 from demo.scenes import draw_with_patches, sample_scene
 from resprune.evaluation.data import Question, load_data
-from resprune.evaluation.model import Asked, Encoded, Model, open_bundle
+from resprune.evaluation.model import Asked, Model, open_bundle
 from resprune.evaluation.selectors import (
     Candidates,
     Ints,
@@ -32,6 +32,7 @@ from resprune.evaluation.selectors import (
     without_text,
 )
 from resprune.evaluation.statistics import wilson
+from resprune.runtime.walk import Encoded, Features
 
 LIMIT = 600
 K = 16
@@ -51,7 +52,7 @@ class Case:
     def candidates(self) -> Candidates:
         """What a selector sees."""
         return Candidates(
-            self.encoded.features.astype(np.float64),
+            self.encoded.tokens.rows.astype(np.float64),
             self.asked.text.astype(np.float64),
             seed=(0, self.question.number),
         )
@@ -112,10 +113,10 @@ def _answers(model: Model, cases: list[Case], kept: list[Ints], in_all_places: b
         orders = kept[part]
         if in_all_places:
             encoded = [
-                Encoded(one.image, one.features[order[stands_for(one.features, order)]])
+                Encoded(one.image, Features(one.tokens.rows[order[stands_for(one.tokens.rows, order)]]))
                 for one, order in zip(encoded, orders, strict=True)
             ]
-            orders = [np.arange(len(one.features)) for one in encoded]
+            orders = [np.arange(one.image.num_tokens) for one in encoded]
         asked = [case.asked for case in cases[part]]
         texts += model.answer(asked, [[one] for one in encoded], [[order] for order in orders], 16)
     return texts

@@ -18,6 +18,7 @@ from benchmarks.measure import THREADS, exported, take_turns, timing
 from benchmarks.shapes import LLAVA, QUESTION, Shape, write_picture
 from benchmarks.speed import checkpoint_of
 from benchmarks.stages import Stages
+from resprune.runtime.backends.backend import Embedding
 from resprune.runtime.backends.providers import CPU, new_session
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions, session_settings
 from resprune.runtime.bundle.files import read_bundle
@@ -102,7 +103,7 @@ def first_token(work: Path, options: tuple[str, ...] = ()) -> dict[str, Any]:
 
     def select(walk: Walk) -> KeptTokens:
         image = walk.preprocessor(load_image(picture))
-        return walk.select(Encoded([image], None), [stages.walk.keywords(*prompt)], [K])[0]
+        return walk.select([Encoded(image)], [stages.walk.keywords(*prompt)], [K])[0]
 
     def ask(walk: Walk) -> None:
         stages.prefill(stages.prompt(QUESTION), select(walk))
@@ -171,7 +172,8 @@ def _tower(checkpoint: Path, work: Path, setting: str, options: tuple[str, ...])
     bundle = read_bundle(
         _export(checkpoint, work, setting, (*options, "--without-decoder")), check_hashes=False
     )
-    return Walk(bundle, OrtGraphs(bundle, SessionOptions((CPU,), THREADS)))
+    graphs = OrtGraphs(bundle, SessionOptions((CPU,), THREADS))
+    return Walk(bundle, graphs, Embedding(graphs))
 
 
 def _export(checkpoint: Path, work: Path, setting: str, options: tuple[str, ...]) -> Path:

@@ -20,6 +20,7 @@ from benchmarks.pretrained import write_pretrained
 from resprune import Pipeline
 from resprune.exporter.verify.text import every_position
 from resprune.names import DECODER
+from resprune.runtime.backends.backend import Embedding
 from resprune.runtime.backends.onnxruntime import OrtSequence, onnxruntime_decoder
 from resprune.runtime.backends.providers import CPU, new_session
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions, session_settings
@@ -82,7 +83,8 @@ class Opened:
         options = SessionOptions(threads=THREADS)
         self.bundle = bundle
         self.prompter = Prompter(bundle)
-        self.walk = Walk(bundle, OrtGraphs(bundle, options))
+        graphs = OrtGraphs(bundle, options)
+        self.walk = Walk(bundle, graphs, Embedding(graphs))
         self.decoder = onnxruntime_decoder(bundle, self.walk.embed_tokens, options)
         self.sequence: OrtSequence | None = None
 
@@ -92,8 +94,8 @@ class Opened:
         embeds = self.walk.embed([prompt])[0]
         pixels = self.walk.preprocessor(load_image(DEMO_PICTURES / f"{picture}.png"))
         words = self.walk.keywords(prompt, embeds)
-        (kept,) = self.walk.select(Encoded([pixels], None), [words], [K])
-        return self.walk.splice([embeds], [prompt], [[kept]])
+        (kept,) = self.walk.select([Encoded(pixels)], [words], [K])
+        return self.walk.splice([embeds], [prompt], [[kept]]).spliced
 
     def with_text(self, picture: str, ids: NDArray[np.int64]) -> Spliced:
         """The same, and text after it."""

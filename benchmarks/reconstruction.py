@@ -13,11 +13,12 @@ from tqdm import tqdm
 from benchmarks.accuracy import HERE, export_demo
 from resprune.evaluation.data import load_data
 from resprune.evaluation.evaluate import OWN, SELECTORS
-from resprune.evaluation.model import Asked, Encoded, open_bundle
+from resprune.evaluation.model import Asked, open_bundle
 from resprune.evaluation.plot import Line, Panel
 from resprune.evaluation.plot import draw as plot
 from resprune.evaluation.reconstruction import energy_outside, svd_bound
 from resprune.evaluation.selectors import CONTROLS, Candidates, Doubles, resprune
+from resprune.runtime.walk import Encoded
 
 LARGEST = 64
 SHOWN = (4, 8, 16, 32, 64)
@@ -61,7 +62,7 @@ def draw(result: Mapping[str, Any]) -> None:
 
 
 def _curves(encoded: Encoded, asked: Asked, number: int) -> dict[str, Doubles]:
-    visual = encoded.features.astype(np.float64)
+    visual = encoded.tokens.rows.astype(np.float64)
     candidates = Candidates(visual, asked.text.astype(np.float64), seed=(0, number))
     curves = {}
     for name in SELECTORS:

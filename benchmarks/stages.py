@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 
 from benchmarks.measure import THREADS, sample_stages
 from resprune.elements import ELEMENTS
 from resprune.names import DECODER
-from resprune.runtime.backends.onnxruntime import OrtSequence, onnxruntime_decoder
+from resprune.runtime.backends.backend import Embedding, LocalBackend, Piece
+from resprune.runtime.backends.onnxruntime import onnxruntime_decoder
 from resprune.runtime.backends.providers import CPU
 from resprune.runtime.backends.session import (
     Array,
@@ -32,7 +32,8 @@ from resprune.runtime.families.image import load_image
 from resprune.runtime.families.preprocessor import PreparedImage
 from resprune.runtime.prompt.prompter import Prompt, Prompter
 from resprune.runtime.prompt.splice import Floats, KeptTokens, keep_all
-from resprune.runtime.walk import Encoded, Features, Walk
+from resprune.runtime.sampling import Sampling
+from resprune.runtime.walk import Encoded, Walk, step
 
 
 class Selector:
@@ -64,22 +65,24 @@ class Stages:
         self.manifest = bundle.manifest
         self.prompter = Prompter(bundle)
         graphs = OrtGraphs(bundle, options)
-        self.walk = Walk(bundle, graphs)
-        self.decoder = onnxruntime_decoder(bundle, self.walk.embed_tokens, options)
+        embedding = Embedding(graphs)
+        self.walk = Walk(bundle, graphs, embedding)
+        # No token ends an answer: there are as many steps as are asked for.
+        decoder = onnxruntime_decoder(bundle, embedding, options)
+        self.backend = LocalBackend(decoder, frozenset(), bundle.manifest.image_token_id)
         self.selecting = {
-            k: Walk(of_budget(bundle, k), Selector(graphs, path)) for k, path in (selectors or {}).items()
+            k: Walk(of_budget(bundle, k), Selector(graphs, path), embedding)
+            for k, path in (selectors or {}).items()
         }
-        self.sequence: OrtSequence | None = None
+        self.answer: Iterator[list[Piece]] = iter(())
 
     def pixels(self, picture: Path) -> PreparedImage:
         """The image, decoded and ready for the encoder."""
         return self.walk.preprocessor(load_image(picture))
 
-    def encode(self, pixels: PreparedImage) -> Floats:
-        """All its tokens [N, D]."""
-        features = self.walk.encode([pixels]).features
-        assert features is not None  # the benchmarks export with --split
-        return features[0].rows
+    def encode(self, pixels: PreparedImage) -> Encoded:
+        """All its tokens: the benchmarks export with --split."""
+        return self.walk.encode([pixels])[0]
 
     def prompt(self, question: str) -> tuple[Prompt, Floats]:
         """The prompt of a question about one image, and its embeddings [S, D]."""
@@ -87,36 +90,38 @@ class Stages:
         return prompt, self.walk.embed([prompt])[0]
 
     def select(
-        self, pixels: PreparedImage, features: Floats, prompt: tuple[Prompt, Floats], k: int | None
+        self, pixels: PreparedImage, features: Encoded, prompt: tuple[Prompt, Floats], k: int | None
     ) -> KeptTokens:
-        """`k` of `features` [N, D] by the selector for that K, or all of them."""
+        """`k` of its tokens by the selector for that K, or all of them."""
         if k is None:
-            return keep_all(pixels, features)
-        encoded = Encoded([pixels], [Features(features)])
-        return self.selecting[k].select(encoded, [self.walk.keywords(*prompt)], [k])[0]
+            return keep_all(pixels, features.tokens.rows)
+        return self.selecting[k].select([features], [self.walk.keywords(*prompt)], [k])[0]
 
     def prefill(self, prompt: tuple[Prompt, Floats], kept: KeptTokens) -> tuple[int, int]:
         """The length of the prompt, and the first token."""
-        self.sequence = None  # the cache before goes before the new one is made
-        spliced = self.walk.splice([prompt[1]], [prompt[0]], [[kept]])
-        self.sequence = self.decoder.start(spliced)
-        return spliced.inputs_embeds.shape[1], int(self.sequence.logits[0].argmax())
+        self.answer = iter(())  # the cache before goes before the new one is made
+        request = self.walk.splice([prompt[1]], [prompt[0]], [[kept]])
+        self.answer, _ = self.walk.prefill(
+            self.backend, request, Sampling(max_new_tokens=self.manifest.context_length)
+        )
+        pieces = step(self.answer)
+        assert pieces is not None
+        ((token,),) = pieces
+        return request.spliced.inputs_embeds.shape[1], token
 
     def decode(self, token: int, steps: int) -> None:
-        """`steps` tokens after `token`, whatever they are."""
-        assert self.sequence is not None
+        """`steps` tokens after `token`, the first, whatever they are."""
         for _ in range(steps):
-            self.sequence.step(np.array([token], dtype=np.int64))
-            token = int(self.sequence.logits[0].argmax())
+            assert step(self.answer) is not None
 
     def first_token(self, picture: Path, question: str, tokens: int | None) -> int:
         """Image and question to the first token, as `resprune ask` goes."""
         prompt = self.prompt(question)
         pixels = self.pixels(picture)
         if tokens is None:
-            kept = keep_all(pixels, self.encode(pixels))
+            kept = keep_all(pixels, self.encode(pixels).tokens.rows)
         else:
-            (kept,) = self.walk.select(Encoded([pixels], None), [self.walk.keywords(*prompt)], [tokens])
+            (kept,) = self.walk.select([Encoded(pixels)], [self.walk.keywords(*prompt)], [tokens])
         return self.prefill(prompt, kept)[1]
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from benchmarks.accuracy import DATA, export_demo
 from resprune.evaluation.data import load_data
-from resprune.evaluation.model import Asked, Encoded, Model, open_bundle
+from resprune.evaluation.model import Asked, Model, open_bundle
 from resprune.evaluation.statistics import wilson
 from resprune.runtime.prompt.nouns import WORD, question_terms
+from resprune.runtime.walk import Encoded
 
 LABELLED = Path(__file__).parents[1] / "tests" / "runtime" / "nouns.json"
 BUDGETS = (8, 16)

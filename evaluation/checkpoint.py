@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from resprune.evaluation.model import Encoded, Model, Stages, check_policies, engine, with_positions
+from resprune.evaluation.model import Model, Stages, check_policies, engine, with_positions
 from resprune.evaluation.towers import smaller_pixels
 from resprune.method import Selection, Settings
 from resprune.runtime.backends.backend import Place
-from resprune.runtime.backends.session import Array
+from resprune.runtime.backends.session import OrtGraphs, SessionOptions
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError, one_line, permission_faults, require_packages
 from resprune.runtime.families.fixed_grid import FixedGrid
 from resprune.runtime.families.preprocessor import PreparedImage, Preprocessor
 from resprune.runtime.families.table import FAMILIES
 from resprune.runtime.prompt.splice import Bools, Floats, Ints, Spliced
-from resprune.runtime.walk import Features, Walk
+from resprune.runtime.walk import Encoded, Features, Walk
 
 if TYPE_CHECKING:
     from resprune.exporter.checkpoint.checkpoint import Checkpoint
@@ -83,7 +83,7 @@ def open_checkpoint(
         return Model(
             bundle,
             Stages(
-                Walk(bundle, stages),
+                Walk(bundle, OrtGraphs(bundle, SessionOptions()), stages.embed),  # there are no graphs
                 stages.encode,
                 stages.select,
                 _TorchDecoder(model, components),
@@ -142,10 +142,7 @@ def _faults(what: str, device: Any) -> Iterator[None]:
 
 
 class _TorchStages:
-    """Encoder, embedding and selection of a Hugging Face model; arrays in, arrays out.
-
-    To the walk it is the `GraphRunner` of `embed_tokens`, the one graph that prompts need.
-    """
+    """Encoder, embedding and selection of a Hugging Face model; arrays in, arrays out."""
 
     def __init__(
         self,
@@ -163,24 +160,21 @@ class _TorchStages:
         self._components = components
         self._preprocessor = preprocessor
 
-    def encode(self, images: Sequence[Image.Image], prepared: Sequence[PreparedImage]) -> list[Features]:
+    def encode(self, images: Sequence[Image.Image], prepared: Sequence[PreparedImage]) -> list[Encoded]:
         import torch
 
-        rows: list[Features] = []
+        encoded: list[Encoded] = []
         # One by one: images differ in size, and what one needs is bounded.
         for image, one in zip(images, prepared, strict=True):
             with _faults("encode an image", self._model.device), torch.inference_mode():
                 if self._components.planes:
-                    rows.append(self._with_planes(one))
+                    # Only the family knows how its model gives them: its reference for the vision graph does it.
+                    encoded.append(_encoded(one, self._reference(self._components.vision, one)))
                     continue
                 inputs = self._processor(images=[np.asarray(image)], return_tensors="pt")
                 tiles = self._model.get_image_features(**inputs.to(self._model.device)).pooler_output
-                rows.append(Features(torch.cat(list(tiles)).float().cpu().numpy()))
-        return rows
-
-    def _with_planes(self, image: PreparedImage) -> Features:
-        """Only the family knows how its model gives planes: its reference for the vision graph does it."""
-        return _features(self._reference(self._components.vision, image))
+                encoded.append(_encoded(one, [torch.cat(list(tiles))[None]]))
+        return encoded
 
     def _reference(self, vision: Component, image: PreparedImage) -> tuple[Any, ...]:
         import torch
@@ -190,7 +184,7 @@ class _TorchStages:
         inputs = tuple(one.to(self._model.dtype) if one.is_floating_point() else one for one in tensors)
         return vision.reference(self._model, inputs)
 
-    def early(self, images: Sequence[PreparedImage], setting: str) -> list[Features]:
+    def early(self, images: Sequence[PreparedImage], setting: str) -> list[Encoded]:
         """With a first selection inside the tower, `setting` being what `resprune export --early` takes."""
         import torch
 
@@ -202,10 +196,10 @@ class _TorchStages:
         assert vision.tower is not None
         selecting = replace(vision, reference=early_reference(vision, vision.tower, early))
         with _faults("encode an image", self._model.device), torch.inference_mode():
-            found = [self._reference(selecting, image) for image in images]
-        return [_features(planes, left[0].cpu().numpy()) for *planes, left, _ in found]
+            found = [(image, *self._reference(selecting, image)) for image in images]
+        return [_encoded(image, planes, left[0].cpu().numpy()) for image, *planes, left, _ in found]
 
-    def smaller(self, image: PreparedImage, k: int) -> tuple[PreparedImage, Features]:
+    def smaller(self, image: PreparedImage, k: int) -> Encoded:
         """The image of a tower of one size with about `k` tokens: its table of positions is interpolated."""
         import torch
 
@@ -216,49 +210,41 @@ class _TorchStages:
         how = {"interpolate_pos_encoding": True} if fixed else {}
         with _faults("encode an image", self._model.device), torch.inference_mode():
             rows = self._model.get_image_features(pixels.to(self._model.device, self._model.dtype), **how)
-            features = Features(torch.cat(list(rows.pooler_output)).float().cpu().numpy())
-        count = len(features.rows)
-        return PreparedImage.one_span({}, np.arange(count), count), features
+            features = torch.cat(list(rows.pooler_output))[None]
+        count = features.shape[1]
+        return _encoded(PreparedImage.one_span({}, np.arange(count), count), [features])
 
-    def open(self, graph: str) -> None:
-        assert graph == "embed_tokens"
-
-    def run(self, graph: str, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+    def embed(self, input_ids: Ints) -> Floats:
         import torch
 
         with _faults("embed a question", self._model.device), torch.inference_mode():
-            ids = torch.from_numpy(feeds["input_ids"]).to(self._model.device)
-            return [self._model.get_input_embeddings()(ids).float().cpu().numpy()]
-
-    def close(self) -> None:
-        """Nothing is held beside the model."""
+            ids = torch.from_numpy(input_ids).to(self._model.device)
+            embeds: Floats = self._model.get_input_embeddings()(ids).float().cpu().numpy()
+        return embeds
 
     def select(self, encoded: Encoded, text: Floats, k: int) -> Ints:
         import torch
 
-        from resprune.exporter.verify.reference import protected_first, residual_select, text_gain
+        from resprune.exporter.verify.reference import select
 
+        image, tokens = encoded.image, encoded.tokens
         with _faults("select tokens", self._model.device):
             visual, words = (
-                torch.from_numpy(rows)[None].to(self._model.device) for rows in (encoded.features, text)
+                torch.from_numpy(rows)[None].to(self._model.device) for rows in (tokens.rows, text)
             )
-            protected = torch.zeros(visual.shape[:2], dtype=torch.bool, device=visual.device)
-            if encoded.image.protected is not None:
-                protected[0] = torch.from_numpy(encoded.image.protected)
-            candidates = ~protected
-            if encoded.left is not None:
-                candidates &= torch.from_numpy(encoded.left).to(visual.device)
-            alpha, scale = self._selection.alpha, self._selection.scale
-            gain = text_gain(visual, words, None, candidates, alpha=alpha, scale=scale)
-            greedy = residual_select(visual, gain, k, candidates)
-            picks: Ints = protected_first(protected, greedy)[0].cpu().numpy()
+            left, protected = (
+                None if mask is None else torch.from_numpy(mask)[None].to(self._model.device)
+                for mask in (tokens.left, image.protected)
+            )
+            _, order = select(visual, words, None, replace(self._selection, k=k), left, protected)
+            picks: Ints = order[0].cpu().numpy()
         return picks[picks >= 0]
 
 
-def _features(planes: Sequence[Any], left: Bools | None = None) -> Features:
+def _encoded(image: PreparedImage, planes: Sequence[Any], left: Bools | None = None) -> Encoded:
     """Of an image's planes [1, N, D], tensors."""
     first, *further = (plane[0].float().cpu().numpy() for plane in planes)
-    return Features(first, tuple(further), left)
+    return Encoded(image, Features(first, tuple(further), left))
 
 
 _ANSWER = "go on with an answer"

@@ -11,13 +11,14 @@ import numpy as np
 
 from resprune.evaluation.answers import Answers, Run
 from resprune.evaluation.data import DataSet, Question
-from resprune.evaluation.model import Asked, Encoded, Model
+from resprune.evaluation.model import Asked, Model
 from resprune.evaluation.progress import progress
 from resprune.evaluation.selectors import CONTROLS, Candidates
 from resprune.evaluation.towers import EARLY, RESIZE, changes_tower
 from resprune.runtime.budget import Budget
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.prompt.splice import Ints
+from resprune.runtime.walk import Encoded
 
 OWN = "resprune"
 SELECTORS = (OWN, *CONTROLS)
@@ -138,7 +139,7 @@ def _ask(
             budget = runs[run]
             prepared = prepare(
                 {
-                    image: model.look([load()], run.selector, budget.of(len(encoded[image].features)))[0]
+                    image: model.look([load()], run.selector, budget.of(encoded[image].image.num_tokens))[0]
                     for image, load in loads.items()
                 }
             )
@@ -162,10 +163,10 @@ def pick(model: Model, run: Run, budget: Budget, encoded: Encoded, asked: Asked,
     `number` is the question's: with the run's seed it decides what a random selector draws. Protected tokens come
     first, ascending, whatever the selector; it chooses among the others.
     """
-    every = encoded.candidates
+    every = encoded.tokens.candidates
     if budget.everything or run.selector == RESIZE:
         return every
-    k = min(budget.of(len(encoded.features)), len(every))
+    k = min(budget.of(encoded.image.num_tokens), len(every))
     if run.selector == OWN or run.selector.startswith(EARLY):
         return model.select(encoded, asked, k)
     protected = np.zeros(len(every), dtype=bool)
@@ -176,7 +177,7 @@ def pick(model: Model, run: Run, budget: Budget, encoded: Encoded, asked: Asked,
         return first
     selection = model.manifest.selection
     candidates = Candidates(
-        encoded.features[free].astype(np.float64),
+        encoded.tokens.rows[free].astype(np.float64),
         asked.text.astype(np.float64),
         selection.alpha,
         selection.scale,

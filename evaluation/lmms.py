@@ -20,12 +20,13 @@ from PIL import Image
 from resprune.evaluation.answers import Answers, Run
 from resprune.evaluation.cli import open_model
 from resprune.evaluation.evaluate import OWN
-from resprune.evaluation.model import Asked, Encoded
+from resprune.evaluation.model import Asked
 from resprune.evaluation.progress import progress
 from resprune.runtime.budget import Budget
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.prompt.nouns import question_terms
 from resprune.runtime.prompt.splice import Ints
+from resprune.runtime.walk import Encoded
 
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
@@ -125,7 +126,7 @@ class ResPrune(lmms):  # type: ignore[misc]
         return text
 
     def _keep(self, image: Encoded, asked: Asked) -> Ints:
-        count = len(image.features)
+        count = image.image.num_tokens
         if self.budget.everything:
             return np.arange(count)
         return self._model.select(image, asked, self.budget.of(count))

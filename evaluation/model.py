@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -19,7 +18,8 @@ from PIL import Image
 from resprune.evaluation.selectors import stands_for
 from resprune.evaluation.towers import EARLY, RESIZE, refused, smaller_image
 from resprune.names import DECODER
-from resprune.runtime.backends.backend import Decoder, Request, expanded_ids
+from resprune.runtime.answer import Batch, Row
+from resprune.runtime.backends.backend import Decoder, Embedding, local_backend
 from resprune.runtime.backends.onnxruntime import onnxruntime_decoder
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions
 from resprune.runtime.budget import Budget
@@ -29,12 +29,11 @@ from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.image import ImageSource, load_image
 from resprune.runtime.families.preprocessor import PreparedImage
 from resprune.runtime.families.table import FAMILIES
-from resprune.runtime.generate import TextStream, generate
+from resprune.runtime.generate import TextStream
 from resprune.runtime.prompt.prompter import Prompt, Prompter
-from resprune.runtime.prompt.splice import Bools, Floats, Ints, KeptTokens, keep
-from resprune.runtime.sampling import bundle_sampling, eos_token_ids
-from resprune.runtime.walk import Encoded as EncodedImages
-from resprune.runtime.walk import Features, Walk
+from resprune.runtime.prompt.splice import Floats, Ints, KeptTokens, keep
+from resprune.runtime.sampling import bundle_sampling
+from resprune.runtime.walk import Encoded, Walk
 
 ROOMS = ("evaluation", "exporter", "graphs", "runtime")
 
@@ -49,24 +48,6 @@ def code(root: Path = Path(__file__).parents[1]) -> str:
     for path in chain(sorted(root.glob("*.py")), *(sorted((root / room).rglob("*.py")) for room in ROOMS)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """An image after the vision tower: all its tokens [N, D] float32, and their further planes [N, D].
-
-    `left` [N] bool as in `Features`: what a selection inside the tower left; None: everything.
-    """
-
-    image: PreparedImage
-    features: Floats
-    planes: tuple[Floats, ...] = ()
-    left: Bools | None = None
-
-    @property
-    def candidates(self) -> Ints:
-        """The tokens that a selection chooses from, ascending."""
-        return np.arange(len(self.features)) if self.left is None else np.flatnonzero(self.left)
 
 
 @dataclass(frozen=True)
@@ -102,15 +83,15 @@ class Stages:
     """
 
     walk: Walk
-    encode: Callable[[Sequence[Image.Image], Sequence[PreparedImage]], list[Features]]
+    encode: Callable[[Sequence[Image.Image], Sequence[PreparedImage]], list[Encoded]]
     select: Callable[[Encoded, Floats, int], Ints]
     decoder: Decoder
     most: int
     """The largest K that `select` takes."""
     engine: Engine
-    early: Callable[[Sequence[PreparedImage], str], list[Features]] | None = None
-    """Images and what `--early` asks for → their features; None where the tower is what it is."""
-    smaller: Callable[[PreparedImage, int], tuple[PreparedImage, Features]] | None = None
+    early: Callable[[Sequence[PreparedImage], str], list[Encoded]] | None = None
+    """As `encode`, with what `--early` asks for; None where the tower is what it is."""
+    smaller: Callable[[PreparedImage, int], Encoded] | None = None
     """An image and K → the same image with about K tokens, for towers of one size; None as above."""
 
 
@@ -125,7 +106,7 @@ class Model:
         self._stages = stages
         self._prompter = Prompter(bundle)
         self._walk = stages.walk
-        self._eos = eos_token_ids(bundle)
+        self._backend = local_backend(bundle, stages.decoder)
         self._greedy = replace(bundle_sampling(bundle), temperature=0)
 
     @property
@@ -156,24 +137,17 @@ class Model:
         if selector.startswith(EARLY):
             if self._stages.early is None:
                 raise refused(selector, "this model")
-            encoded = self._stages.early(prepared, selector.removeprefix(EARLY))
-        else:
-            encoded = self._stages.encode(images, prepared)
-        return [
-            Encoded(one, features.rows, features.planes, features.left)
-            for one, features in zip(prepared, encoded, strict=True)
-        ]
+            return self._stages.early(prepared, selector.removeprefix(EARLY))
+        return self._stages.encode(images, prepared)
 
     def _smaller(self, image: Image.Image, prepared: PreparedImage, k: int) -> Encoded:
         if FAMILIES[self.manifest.family].any_size:
             image = smaller_image(image, lambda shown: self._walk.preprocessor(shown).num_tokens, k)
-            prepared = self._walk.preprocessor(image)
-            (features,) = self._stages.encode([image], [prepared])
-        elif self._stages.smaller is None:
+            (encoded,) = self._stages.encode([image], [self._walk.preprocessor(image)])
+            return encoded
+        if self._stages.smaller is None:
             raise refused(RESIZE, "this model")
-        else:
-            prepared, features = self._stages.smaller(prepared, k)
-        return Encoded(prepared, features.rows, features.planes, features.left)
+        return self._stages.smaller(prepared, k)
 
     def read(
         self,
@@ -207,38 +181,25 @@ class Model:
 
         What of the checkpoint's settings `generate` applies without drawing is applied here.
         """
-        prompts = [one.prompt for one in asked]
         rows_kept = [
             [self._keep(image, order) for image, order in zip(images, orders, strict=True)]
             for images, orders in zip(encoded, kept, strict=True)
         ]
-        spliced = self._walk.splice([one.embeds for one in asked], prompts, rows_kept)
-        room = spliced.room(self.manifest.context_length)
-        sampling = replace(self._greedy, max_new_tokens=min(max_new_tokens, room))
-        request = Request(prompts, rows_kept, spliced)
-        ids = [expanded_ids(request, row, self.manifest.image_token_id) for row in range(len(prompts))]
-        rows: list[list[int]] = [[] for _ in asked]
-        with closing(self._stages.decoder.start(spliced)) as sequence:
-            for tokens in generate(sequence, sampling, self._eos, ids):
-                for row, token in zip(rows, tokens, strict=True):
-                    if token is not None:
-                        row.append(token)
-        return [self.decode(row) for row in rows]
+        request = self._walk.splice([one.embeds for one in asked], [one.prompt for one in asked], rows_kept)
+        sampling = replace(self._greedy, max_new_tokens=max_new_tokens)
+        steps, _ = self._walk.prefill(self._backend, request, sampling)
+        rows = [Row(TextStream(self._prompter.tokenizer)) for _ in asked]
+        Batch(steps, rows, {}).finish()
+        return ["".join(row.pieces) for row in rows]
 
     def _keep(self, encoded: Encoded, order: Ints) -> KeptTokens:
         """The rows that stay of an image, ascending by index whatever the order they were picked in."""
-        counts = None
+        tokens, counts = encoded.tokens, None
         if self.manifest.attention == "proportional":
-            kept = np.sort(order)
-            every = encoded.candidates
-            places = stands_for(encoded.features[every], np.searchsorted(every, kept))
+            kept, every = np.sort(order), tokens.candidates
+            places = stands_for(tokens.rows[every], np.searchsorted(every, kept))
             counts = np.bincount(places, minlength=len(kept))
-        return keep(encoded.image, encoded.features, order, counts, encoded.planes, encoded.left)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of generated ids, as an answer has it."""
-        stream = TextStream(self._prompter.tokenizer)
-        return "".join([*map(stream.push, tokens), stream.finish()])
+        return keep(encoded.image, tokens.rows, order, counts, tokens.planes, tokens.left)
 
     def check(self, budgets: Sequence[Budget], own: bool) -> None:
         """`ResPruneError` for a budget above N, or above what the model's own selection takes if that is asked for.
@@ -263,7 +224,7 @@ class Model:
 
     def close(self) -> None:
         """Free the language model."""
-        self._stages.decoder.close()
+        self._backend.close()
 
 
 def check_policies(positions: str | None, attention: str | None) -> None:
@@ -287,19 +248,16 @@ def open_bundle(
     bundle = with_positions(read_bundle(path), positions)
     bundle.graph(DECODER)  # one that was exported without is told so first
     options = SessionOptions(threads=threads)
-    walk = Walk(bundle, OrtGraphs(bundle, options))
+    graphs = OrtGraphs(bundle, options)
+    walk = Walk(bundle, graphs, Embedding(graphs))
     if not walk.splits:
         raise ResPruneError(f"{path} has no encoder apart from its selection; export it with --split")
 
-    def encode(images: Sequence[Image.Image], prepared: Sequence[PreparedImage]) -> list[Features]:
-        features = walk.encode(prepared).features
-        assert features is not None  # the graphs were looked for above
-        return list(features)
+    def encode(images: Sequence[Image.Image], prepared: Sequence[PreparedImage]) -> list[Encoded]:
+        return walk.encode(prepared)
 
     def select(encoded: Encoded, text: Floats, k: int) -> Ints:
-        features = Features(encoded.features, encoded.planes, encoded.left)
-        image = EncodedImages([encoded.image], [features])
-        (kept,) = walk.select(image, [text], [k])
+        (kept,) = walk.select([encoded], [text], [k])
         return kept.picks.pick_order
 
     stages = Stages(

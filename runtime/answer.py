@@ -12,6 +12,7 @@ from resprune.runtime.errors import ResPruneError
 from resprune.runtime.generate import TextStream
 from resprune.runtime.prompt.prompter import Prompt
 from resprune.runtime.prompt.splice import Picks
+from resprune.runtime.walk import step
 
 
 @dataclass
@@ -81,7 +82,7 @@ class Batch:
             start = perf_counter()
             try:
                 self._require_open()
-                self._take(next(self._steps, None))
+                self._take(step(self._steps))
             except Exception as error:
                 self._end(error)
                 raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +15,7 @@ import numpy as np
 
 from resprune.runtime.answer import Answer, Batch, Row
 from resprune.runtime.arguments import choice, flag, instance, items, whole
-from resprune.runtime.backends.backend import BackendFactory, Request, closed_early
+from resprune.runtime.backends.backend import BackendFactory, Embedding, closed_early
 from resprune.runtime.backends.onnxruntime import onnxruntime_backend
 from resprune.runtime.backends.providers import CPU
 from resprune.runtime.backends.session import GraphRunner, OrtGraphs, SessionOptions, already_closed
@@ -67,12 +66,13 @@ class Pipeline:
         self._graphs = graphs(bundle, options)
         with ExitStack() as undo:
             undo.callback(self._graphs.close)
-            self._walk = Walk(bundle, self._graphs)
+            embedding = Embedding(self._graphs)
+            self._walk = Walk(bundle, self._graphs, embedding)
             self._sampling = bundle_sampling(bundle)
             # ONNX Runtime packs a session's weights on one core; the tower and the language model open side by side.
             with ThreadPoolExecutor(1) as thread:
                 vision = [thread.submit(self._graphs.open, graph) for graph in self._walk.vision_graphs]
-                self._backend = generator(bundle, self._walk.embed_tokens, options)
+                self._backend = generator(bundle, embedding, options)
                 undo.callback(self._backend.close)
                 for opened in vision:
                     opened.result()
@@ -153,10 +153,9 @@ class Pipeline:
         flag(stream, "stream")
         timings: dict[str, float] = {}
         with _stage(timings, "pixels"):
-            encoded = Encoded(self._prepared(_listed(image)), None)
+            encoded = list(map(Encoded, self._prepared(_listed(image))))
         with _stage(timings, "prompt"):
-            messages = as_messages(question, len(encoded.images))
-            prompt = self._prompt(messages, encoded.images, about, plain_text)
+            prompt = self._prompt(as_messages(question, len(encoded)), encoded, about, plain_text)
         settings = self._sampling.changed(sampling)
         (answer,) = self._answer([prompt], [encoded], timings, tokens, settings)
         return answer if stream else answer.finish()
@@ -192,10 +191,10 @@ class Pipeline:
             return []
         timings: dict[str, float] = {}
         with _stage(timings, "pixels"):
-            encoded = [Encoded(self._prepared(row), None) for row in listed]
+            encoded = [list(map(Encoded, self._prepared(row))) for row in listed]
         with _stage(timings, "prompt"):
             prompts = [
-                self._prompt(as_messages(question, len(row.images)), row.images, words, plain_text)
+                self._prompt(as_messages(question, len(row)), row, words, plain_text)
                 for question, row, words in zip(questions, encoded, terms, strict=True)
             ]
         answers = self._answer(prompts, encoded, timings, tokens, self._sampling.changed(sampling))
@@ -213,7 +212,7 @@ class Pipeline:
     def without_images(self) -> View:
         """A view of no image: the language model alone answers, and there is nothing to select."""
         self._require_open()
-        return View(self, Encoded([], None))
+        return View(self, [])
 
     def boxes(self, image_size: tuple[int, int]) -> list[Box | None]:
         """Where each visual token lies in an image of `image_size` (width, height): left, top, right, bottom in pixels.
@@ -268,11 +267,11 @@ class Pipeline:
     def _prompt(
         self,
         messages: Sequence[Message],
-        images: Sequence[PreparedImage],
+        encoded: Sequence[Encoded],
         about: Sequence[str] | None,
         plain_text: bool,
     ) -> Prompt:
-        expansions = [image.expansion for image in images]
+        expansions = [one.image.expansion for one in encoded]
         return self._prompter.conversation(
             messages, about=about, expansions=expansions, plain_text=flag(plain_text, "plain_text")
         )
@@ -280,14 +279,14 @@ class Pipeline:
     def _answer(
         self,
         prompts: Sequence[Prompt],
-        encoded: Sequence[Encoded],
+        encoded: Sequence[Sequence[Encoded]],
         timings: dict[str, float],
         tokens: Tokens,
         sampling: Sampling,
     ) -> list[Answer]:
         """Answers to prompts, each about the images of its own entry of `encoded`."""
         self._require_open()
-        counts = [len(row.images) for row in encoded]
+        counts = [len(row) for row in encoded]
         with _stage(timings, "vision"):
             embeds = self._walk.embed(prompts)
             text = [
@@ -295,21 +294,16 @@ class Pipeline:
                 for prompt, row, count in zip(prompts, embeds, counts, strict=True)
                 for keywords in [self._walk.keywords(prompt, row)] * count
             ]
-            together = Encoded.joined(encoded)
-            budgets = wanted(tokens, [image.num_tokens for image in together.images])
+            together = [one for row in encoded for one in row]
+            budgets = wanted(tokens, [one.image.num_tokens for one in together])
             kept = iter(self._walk.select(together, text, budgets))
             kept_rows = [[next(kept) for _ in range(count)] for count in counts]
         with _stage(timings, "prefill"):
-            spliced = self._walk.splice(embeds, prompts, kept_rows)
-            room = spliced.room(self.manifest.context_length)
-            if room < sampling.max_new_tokens:
-                sampling = replace(sampling, max_new_tokens=room)
-            steps = self._backend.start(Request(prompts, kept_rows, spliced), sampling)
-        rows = [
-            Row(TextStream(self._prompter.tokenizer), self._eos, sampling.max_new_tokens) for _ in prompts
-        ]
+            request = self._walk.splice(embeds, prompts, kept_rows)
+            steps, limit = self._walk.prefill(self._backend, request, sampling)
+        rows = [Row(TextStream(self._prompter.tokenizer), self._eos, limit) for _ in prompts]
         batch = Batch(steps, rows, timings, self._require_open_to_read)
-        lengths = (spliced.attention_mask > 0).sum(axis=1).tolist()
+        lengths = (request.spliced.attention_mask > 0).sum(axis=1).tolist()
         return [
             Answer(batch, row, prompt, [image.picks for image in of_row], length)
             for row, prompt, of_row, length in zip(rows, prompts, kept_rows, lengths, strict=True)
@@ -319,7 +313,7 @@ class Pipeline:
 class View:
     """Encoded images, to be asked about any number of times, from any thread."""
 
-    def __init__(self, pipeline: Pipeline, encoded: Encoded) -> None:
+    def __init__(self, pipeline: Pipeline, encoded: Sequence[Encoded]) -> None:
         self._pipeline = pipeline
         self._encoded = encoded
 
@@ -333,21 +327,22 @@ class View:
         pipelines = {id(view._pipeline) for view in listed}
         if len(pipelines) != 1:
             raise ResPruneError(f"views should be of one pipeline, not of {len(pipelines)}")
-        return View(listed[0]._pipeline, Encoded.joined([view._encoded for view in listed]))
+        return View(listed[0]._pipeline, [one for view in listed for one in view._encoded])
 
     @property
     def num_tokens(self) -> list[int]:
         """How many visual tokens each image has unpruned."""
-        return [image.num_tokens for image in self._encoded.images]
+        return [one.image.num_tokens for one in self._encoded]
 
     def budgets(self, tokens: Tokens = None) -> list[int]:
         """How many visual tokens of each image `tokens` keeps; `ResPruneError` where `ask` raises one for it."""
-        return self._pipeline._walk.budgets(self._encoded.images, wanted(tokens, self.num_tokens))
+        images = [one.image for one in self._encoded]
+        return self._pipeline._walk.budgets(images, wanted(tokens, self.num_tokens))
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that it holds: pixels, and encoded tokens."""
-        return self._encoded.nbytes
+        return sum(one.nbytes for one in self._encoded)
 
     def ask(
         self,
@@ -364,7 +359,7 @@ class View:
 
         `history` is what was said about these images before.
         """
-        messages = as_messages(question, len(self._encoded.images), history)
+        messages = as_messages(question, len(self._encoded), history)
         return self._answer(
             messages, about=about, tokens=tokens, plain_text=plain_text, stream=stream, **sampling
         )
@@ -385,7 +380,7 @@ class View:
         `{"type": "text", "text": …}` and `{"type": "image"}`, one for each image of the view, in order.
         """
         return self._answer(
-            checked_messages(messages, len(self._encoded.images)),
+            checked_messages(messages, len(self._encoded)),
             about=about,
             tokens=tokens,
             plain_text=plain_text,
@@ -405,7 +400,7 @@ class View:
         flag(stream, "stream")
         timings: dict[str, float] = {}
         with _stage(timings, "prompt"):
-            prompt = self._pipeline._prompt(messages, self._encoded.images, about, plain_text)
+            prompt = self._pipeline._prompt(messages, self._encoded, about, plain_text)
         settings = self._pipeline._sampling.changed(sampling)
         (answer,) = self._pipeline._answer([prompt], [self._encoded], timings, tokens, settings)
         return answer if stream else answer.finish()

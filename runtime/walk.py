@@ -1,27 +1,26 @@
-"""The one walk from images to logits: prepare, encode, embed, select, splice; then a decoder prefills and steps.
+"""The one walk from images to answers: encode, embed, select, splice, prefill, step.
 
-The pipeline, the evaluation and the benchmarks all take it, and differ in what they put between two stages. The
-PyTorch oracle of the exporter is the only second implementation.
+The pipeline, the evaluation, the benchmarks and the export's own proof all take it, and differ in what they put
+between two stages. The PyTorch oracle of the exporter is the only second implementation.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from resprune.names import KEPT_PLANES, PLANE_FEATURES
-from resprune.runtime.backends.backend import Embedding
+from resprune.runtime.backends.backend import Backend, EmbedTokens, Piece, Request
 from resprune.runtime.backends.session import GraphRunner
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Manifest
 from resprune.runtime.errors import ResPruneError, shown
-from resprune.runtime.families.preprocessor import PreparedImage, Preprocessor
+from resprune.runtime.families.preprocessor import Arrays, PreparedImage, Preprocessor
 from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.prompter import Prompt
-from resprune.runtime.prompt.splice import Bools, Floats, KeptTokens, Spliced, cut_picks, keep_all, splice
+from resprune.runtime.prompt.splice import Bools, Floats, Ints, KeptTokens, cut_picks, keep_all, splice
+from resprune.runtime.sampling import Sampling
 
 SPLIT = ("vision_encoder", "token_select")
 CANDIDATES = "token_mask"
@@ -40,44 +39,41 @@ class Features:
     planes: tuple[Floats, ...] = ()
     left: Bools | None = None
 
+    @property
+    def candidates(self) -> Ints:
+        """The tokens that a selection chooses from, ascending; those that are protected are kept whatever it does."""
+        return np.arange(len(self.rows)) if self.left is None else np.flatnonzero(self.left)
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """Images that are ready to be selected from.
+    """An image that is ready to be selected from.
 
-    `features[i]` are all tokens of image i where the bundle can encode it apart from a question; None where the fused
-    graph encodes and selects at once.
+    `features` are all of its tokens where the bundle can encode it apart from a question; None where they are not made
+    yet, or the fused graph encodes and selects at once.
     """
 
-    images: Sequence[PreparedImage]
-    features: Sequence[Features] | None
+    image: PreparedImage
+    features: Features | None = None
 
-    @staticmethod
-    def joined(parts: Sequence["Encoded"]) -> "Encoded":
-        """The images of several, in order; with features if all have them."""
-        images = [image for part in parts for image in part.images]
-        if any(part.features is None for part in parts):
-            return Encoded(images, None)
-        return Encoded(images, [features for part in parts for features in part.features or ()])
-
-    def apart(self) -> "list[Encoded]":
-        """Each image alone, in order."""
-        features = [None] * len(self.images) if self.features is None else [[one] for one in self.features]
-        return [Encoded([image], one) for image, one in zip(self.images, features, strict=True)]
+    @property
+    def tokens(self) -> Features:
+        """`features` of an image that was encoded."""
+        assert self.features is not None
+        return self.features
 
     @property
     def nbytes(self) -> int:
         """Bytes of its arrays."""
-        pixels = sum(array.nbytes for image in self.images for array in image.arrays.values())
-        features = self.features or ()
-        arrays = (array for one in features for array in (one.rows, *one.planes, one.left))
-        return pixels + sum(array.nbytes for array in arrays if array is not None)
+        one = self.features
+        arrays = [*self.image.arrays.values(), *((one.rows, *one.planes, one.left) if one else ())]
+        return sum(array.nbytes for array in arrays if array is not None)
 
 
 class Walk:
     """The stages of one bundle. It keeps nothing of a question: any number of threads may use it at once."""
 
-    def __init__(self, bundle: Bundle, graphs: GraphRunner) -> None:
+    def __init__(self, bundle: Bundle, graphs: GraphRunner, embed_tokens: EmbedTokens) -> None:
         self.manifest: Manifest = bundle.manifest
         family = family_of(bundle)
         self.preprocessor: Preprocessor = family.preprocessor(bundle)
@@ -87,7 +83,7 @@ class Walk:
         names = {tensor.name for tensor in encoder.outputs} if encoder else set()
         self._early = self.manifest.early is not None
         self._planes = sum(name.startswith(PLANE_FEATURES.format("")) for name in names)
-        self.embed_tokens = Embedding(graphs)
+        self.embed_tokens = embed_tokens
 
     @property
     def splits(self) -> bool:
@@ -99,22 +95,26 @@ class Walk:
         """The graphs from pixels to kept tokens: a split bundle's fused one, a second tower in memory, is not run."""
         return SPLIT if self.splits else ("vision_select",)
 
-    def encode(self, images: Sequence[PreparedImage]) -> Encoded:
+    def pixels(self, images: Sequence[PreparedImage]) -> Arrays:
+        """What the vision graph takes of images that go through it together."""
+        return self.preprocessor.batch(images)
+
+    def encode(self, images: Sequence[PreparedImage]) -> list[Encoded]:
         """Encode images, if the bundle has the encoder apart; else only hold them, with `features` None."""
         if not self.splits:
-            return Encoded(images, None)
+            return list(map(Encoded, images))
         outputs = ["image_features", *map(PLANE_FEATURES.format, range(self._planes))]
         outputs += [CANDIDATES] * self._early
-        features: list[Features] = []
+        encoded: list[Encoded] = []
         for start, stop in self._batches(len(images)):
             batch = images[start:stop]
-            arrays = self._graphs.run("vision_encoder", self.preprocessor.batch(batch), outputs)
+            arrays = self._graphs.run("vision_encoder", self.pixels(batch), outputs)
             masks = arrays.pop() if self._early else [None] * len(batch)
             for image, mask, *planes in zip(batch, masks, *arrays, strict=True):
                 rows, *further = (plane[: image.num_tokens] for plane in planes)
                 left = None if mask is None else mask[: image.num_tokens]
-                features.append(Features(rows, tuple(further), left))
-        return Encoded(images, features)
+                encoded.append(Encoded(image, Features(rows, tuple(further), left)))
+        return encoded
 
     def embed(self, prompts: Sequence[Prompt]) -> list[Floats]:
         """Input embeddings [S_b, D] float32 of each prompt; the rows of its image tokens are placeholders.
@@ -143,34 +143,31 @@ class Walk:
         return np.concatenate([rows, further])
 
     def select(
-        self, encoded: Encoded, text: Sequence[Floats], tokens: Sequence[int | None]
+        self, encoded: Sequence[Encoded], text: Sequence[Floats], tokens: Sequence[int | None]
     ) -> list[KeptTokens]:
         """The tokens of each image that its question keeps.
 
         `text[i]` [M_i, D] float32 are the embeddings of the keywords asked about image i, M_i may be 0; `tokens[i]` is
         how many are kept of it (see `budgets`).
         """
-        if not encoded.images:
+        if not encoded:
             return []
-        if encoded.features is None:
-            encoded = self.encode(encoded.images)
-        budgets = self.budgets(encoded.images, tokens)
-        whole = [budget > self.manifest.selection.k for budget in budgets]
-        if all(whole):
-            return self._keep_whole(encoded)
+        budgets = self.budgets([one.image for one in encoded], tokens)
+        if self.splits and any(one.features is None for one in encoded):
+            encoded = self.encode([one.image for one in encoded])
         kept: list[KeptTokens] = []
-        if any(whole):  # only some go through the selector
-            for image, words, wanted in zip(encoded.apart(), text, budgets, strict=True):
-                kept += self.select(image, [words], [wanted])
+        if any(
+            budget > self.manifest.selection.k for budget in budgets
+        ):  # those are kept whole, without the selector
+            for one, words, budget in zip(encoded, text, budgets, strict=True):
+                if budget > self.manifest.selection.k:
+                    kept.append(_whole(one))
+                else:
+                    kept += self._select_batch([one], [words], [budget])
             return kept
-        for start, stop in self._batches(len(encoded.images)):
+        for start, stop in self._batches(len(encoded)):
             of_batch = slice(start, stop)
-            kept += self._select_batch(
-                encoded.images[of_batch],
-                None if encoded.features is None else encoded.features[of_batch],
-                text[of_batch],
-                budgets[of_batch],
-            )
+            kept += self._select_batch(encoded[of_batch], text[of_batch], budgets[of_batch])
         return kept
 
     def budgets(self, images: Sequence[PreparedImage], tokens: Sequence[int | None]) -> list[int]:
@@ -191,63 +188,51 @@ class Walk:
             budgets.append(budget)
         return budgets
 
-    def _keep_whole(self, encoded: Encoded) -> list[KeptTokens]:
-        """Every token of each image: the unpruned prompt, of a bundle that has the encoder apart."""
-        return [
-            keep_all(image, one.rows, one.planes, one.left)
-            for image, one in zip(encoded.images, encoded.features or (), strict=True)
-        ]
-
     def _select_batch(
-        self,
-        images: Sequence[PreparedImage],
-        features: Sequence[Features] | None,
-        text: Sequence[Floats],
-        budgets: Sequence[int],
+        self, encoded: Sequence[Encoded], text: Sequence[Floats], budgets: Sequence[int]
     ) -> list[KeptTokens]:
+        images = [one.image for one in encoded]
+        features = [one.features for one in encoded if one.features is not None]
         text_embeds, text_mask = pad_rows(text)
-        feeds: dict[str, npt.NDArray[Any]] = {"text_embeds": text_embeds, "text_mask": text_mask}
-        if features is None:
-            graph, rows, planes = "vision_select", "image_features", PLANE_FEATURES
-            feeds |= self.preprocessor.batch(images)
-        else:
+        feeds: Arrays = {"text_embeds": text_embeds, "text_mask": text_mask}
+        left: Sequence[Bools | None] = [one.left for one in features]
+        if features:
             graph, rows, planes = "token_select", "kept_features", KEPT_PLANES
             feeds["image_features"], mask = pad_rows([one.rows for one in features])
-            for row, one in zip(mask, features, strict=True):
-                if one.left is not None:
-                    row[: len(one.left)] &= one.left
+            for row, of_image in zip(mask, left, strict=True):
+                if of_image is not None:
+                    row[: len(of_image)] &= of_image
             feeds[CANDIDATES] = mask
             for plane in range(self._planes):
                 feeds[PLANE_FEATURES.format(plane)], _ = pad_rows([one.planes[plane] for one in features])
-        inputs = {tensor.name: tensor for tensor in self.manifest.graphs[graph].inputs}
-        if "protected_mask" in inputs:
+        else:
+            graph, rows, planes = "vision_select", "image_features", PLANE_FEATURES
+            feeds |= self.pixels(images)
+        if any(tensor.name == "protected_mask" for tensor in self.manifest.graphs[graph].inputs):
             feeds["protected_mask"] = _protected(images)
         outputs = [rows, "kept_indices", "pick_order", *map(planes.format, range(self._planes))]
         proportional = self.manifest.attention == "proportional"
         if proportional:
             feeds["num_kept"] = np.array(budgets, np.int64)
             outputs.append("kept_counts")
-        if self._early and features is None:
-            outputs.append(CANDIDATES)
+        early = self._early and not features
+        outputs += [CANDIDATES] * early
         arrays = self._graphs.run(graph, feeds, outputs)
-        left: Sequence[Bools | None] = [None] * len(images)
-        if features is not None:
-            left = [one.left for one in features]
-        elif self._early:
+        if early:
             left = [mask[: one.num_tokens] for mask, one in zip(arrays.pop(), images, strict=True)]
         counts = arrays.pop() if proportional else [None] * len(images)
         return [
             cut_picks(image, rows_of, indices, order, budget, counts_of, planes_of, left_of)
             for image, budget, counts_of, left_of, rows_of, indices, order, *planes_of in zip(
-                images, budgets, counts, left, *arrays, strict=True
+                images, budgets, counts, left or [None] * len(images), *arrays, strict=True
             )
         ]
 
     def splice(
         self, embeds: Sequence[Floats], prompts: Sequence[Prompt], kept: Sequence[Sequence[KeptTokens]]
-    ) -> Spliced:
-        """Prompts with the kept rows of their images, ready for the decoder."""
-        return splice(
+    ) -> Request:
+        """Prompts with the kept rows of their images, ready for the language model; `embeds` as from `embed`."""
+        spliced = splice(
             embeds,
             [prompt.ids for prompt in prompts],
             kept,
@@ -255,11 +240,29 @@ class Walk:
             positions=self.manifest.positions,
             axes=self._axes,
         )
+        return Request(prompts, kept, spliced)
+
+    def prefill(
+        self, backend: Backend, request: Request, sampling: Sampling
+    ) -> tuple[Iterator[list[Piece]], int]:
+        """Let a language model read the prompts; its answers, to `step` by, and the most tokens that each may have.
+
+        That is what `sampling` says, or what the context leaves room for; `ResPruneError` where it leaves none.
+        """
+        room = request.spliced.room(self.manifest.context_length)
+        if room < sampling.max_new_tokens:
+            sampling = replace(sampling, max_new_tokens=room)
+        return backend.start(request, sampling), sampling.max_new_tokens
 
     def _batches(self, count: int) -> list[tuple[int, int]]:
         """Which images go through a graph together."""
         step = self.preprocessor.max_batch or count
         return [(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def step(answers: Iterator[list[Piece]]) -> list[Piece] | None:
+    """What each answer gains by one more step of the language model, one entry a prompt; None: all have ended."""
+    return next(answers, None)
 
 
 def pad_rows(rows: Sequence[Floats]) -> tuple[Floats, Bools]:
@@ -273,6 +276,12 @@ def pad_rows(rows: Sequence[Floats]) -> tuple[Floats, Bools]:
         padded[index, : len(row)] = row
         mask[index, : len(row)] = True
     return padded, mask
+
+
+def _whole(encoded: Encoded) -> KeptTokens:
+    """Every token: the unpruned prompt, of a bundle that has the encoder apart."""
+    tokens = encoded.tokens
+    return keep_all(encoded.image, tokens.rows, tokens.planes, tokens.left)
 
 
 def _protected(images: Sequence[PreparedImage]) -> Bools:

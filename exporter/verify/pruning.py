@@ -12,7 +12,7 @@ import onnx
 import torch
 
 from resprune.exporter.verify.ort_worker import OrtWorker
-from resprune.exporter.verify.reference import picks_within_rounding, residual_select, text_gain
+from resprune.exporter.verify.reference import picks_within_rounding, select
 from resprune.graphs import token_select_model
 from resprune.method import Selection
 
@@ -32,8 +32,7 @@ def pruned_picks(worker: OrtWorker, folder: Path, selection: Selection, hidden_s
     visual = torch.randn(1, 2 * k, hidden_size, generator=generator)
     text = torch.randn(1, TEXT_TOKENS, hidden_size, generator=generator)
     every = torch.ones(1, TEXT_TOKENS, dtype=torch.bool)
-    gain = text_gain(visual, text, every, None, alpha=selection.alpha, scale=selection.scale)
-    picks = residual_select(visual, gain, k, None)
+    gain, picks = select(visual, text, every, replace(selection, k=k))
     path = folder / "token_select.pruning.onnx"
     onnx.save(token_select_model(replace(selection, k=k, counts=False)), path)
     try:

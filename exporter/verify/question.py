@@ -14,12 +14,11 @@ from resprune.exporter.components import Components
 from resprune.exporter.verify.feeds import array, feeds
 from resprune.exporter.verify.pruning import TEXT_TOKENS
 from resprune.exporter.verify.reference import (
+    choice,
     keep,
     picks_after_protected,
     picks_within_rounding,
-    protected_first,
-    residual_select,
-    text_gain,
+    select,
 )
 from resprune.method import Selection
 
@@ -59,13 +58,6 @@ class Question:
         candidates = self.candidates(left)
         return protected if candidates is None else protected & candidates
 
-    def open(self, left: Tensor | None = None) -> Tensor | None:
-        """Which of the N tokens the choice is between, [B, N] bool; None: all of them."""
-        candidates, protected = self.candidates(left), self.protected(left)
-        if protected is None:
-            return candidates
-        return ~protected if candidates is None else candidates & ~protected
-
     def select(self, model: Any, selection: Selection, early: Tensor | None = None) -> Selected:
         """What the reference selects; `early` [T, C] takes the place of its picks inside the tower."""
         vision = self.components.vision
@@ -74,13 +66,8 @@ class Question:
         count = len(self.components.features)
         planes, further = outputs[:count], outputs[count:]
         left, early = further if vision.early else (None, None)
-        open_ = self.open(left)
-        gain = text_gain(
-            planes[0], self.nouns, self.mask, open_, alpha=selection.alpha, scale=selection.scale
-        )
-        picks = residual_select(planes[0], gain, selection.k, open_)
-        if (protected := self.protected(left)) is not None:
-            picks = protected_first(protected, picks)
+        masks = self.candidates(left), self.protected(left)
+        gain, picks = select(planes[0], self.nouns, self.mask, selection, *masks)
         return Selected(self, list(planes), gain, picks, left, early)
 
 
@@ -115,12 +102,12 @@ class Selected:
 
     def _within_rounding(self, order: Tensor) -> Tensor:
         """Which picks float32 cannot tell from the reference's; of protected rows, which go by index, it can any."""
-        features, open_ = self.planes[0], self.question.open(self.left)
         protected = self.question.protected(self.left)
+        free = choice(self.candidates, protected)
         if protected is None:
-            return picks_within_rounding(features, self.gain, order, open_)
+            return picks_within_rounding(self.planes[0], self.gain, order, free)
         greedy, counts = picks_after_protected(order, protected)
-        within = picks_within_rounding(features, self.gain, greedy, open_)
+        within = picks_within_rounding(self.planes[0], self.gain, greedy, free)
         places = torch.arange(order.shape[1]) - counts[:, None]
         return within.gather(1, places.clamp(min=0)) & (places >= 0)
 

@@ -116,6 +116,32 @@ def residual_select(visual: Tensor, gain: Tensor, k: int, token_mask: Tensor | N
     return picks
 
 
+def select(
+    visual: Tensor,
+    text: Tensor,
+    text_mask: Tensor | None,
+    selection: Selection,
+    candidates: Tensor | None = None,
+    protected: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gain [B, N] and pick order [B, k] of the whole selection, protected rows first.
+
+    `candidates` [B, N] bool are an image's tokens, None for all; `protected` [B, N] bool those that are always kept.
+    The others are as in `text_gain`.
+    """
+    free = choice(candidates, protected)
+    gain = text_gain(visual, text, text_mask, free, alpha=selection.alpha, scale=selection.scale)
+    picks = residual_select(visual, gain, selection.k, free)
+    return gain, picks if protected is None else protected_first(protected, picks)
+
+
+def choice(candidates: Tensor | None, protected: Tensor | None) -> Tensor | None:
+    """Which of the N tokens the greedy choice is between, [B, N] bool; None: all of them. As in `select`."""
+    if protected is None:
+        return candidates
+    return ~protected if candidates is None else candidates & ~protected
+
+
 def protected_first(protected: Tensor, picks: Tensor) -> Tensor:
     """Rows that are always kept and counted in k, ascending, then the `picks` [B, k] as far as there is room: [B, k].
 

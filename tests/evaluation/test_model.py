@@ -14,6 +14,7 @@ from resprune.evaluation.model import code, engine, open_bundle
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.files import describe_file, read_bundle, write_manifest
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.generate import TextStream
 from resprune.runtime.pipeline import Pipeline
 from tests.exporter.hugging_face import HuggingFace, with_positions
 from tests.exporter.hugging_face_qwen import HuggingFaceQwen
@@ -61,7 +62,7 @@ def test_a_bundle_of_pictures_of_any_size_answers_as_its_pipeline(variant, optio
     model, budget = open_bundle(path), Budget.parse("20%")
     encoded = [model.look([shown])[0] for shown in pictures]
     asked = [model.read(question) for question in ASKED]
-    counts = [budget.of(len(one.features)) for one in encoded]
+    counts = [budget.of(one.image.num_tokens) for one in encoded]
     assert counts[0] != counts[1]
     kept = [model.select(*each) for each in zip(encoded, asked, counts, strict=True)]
     texts = model.answer(asked, [[one] for one in encoded], [[order] for order in kept], STEPS)
@@ -93,12 +94,17 @@ def test_a_bundle_of_proportional_attention_answers_as_its_pipeline(tiny_bundle,
         open_bundle(bundle, attention="proportional")
 
 
+def text_of(model, tokens):
+    stream = TextStream(model._prompter.tokenizer)
+    return "".join([*map(stream.push, tokens), stream.finish()])
+
+
 def expected(model, hugging_face, pictures, **options):
     made = []
     for question, shown in zip(ASKED, pictures, strict=True):
         prompt = model.read(question).prompt
         made.append(hugging_face.pruned([shown], prompt.ids, prompt.text_token_ids, steps=STEPS, **options))
-    return [model.decode(one.token_ids) for one in made], [one.pick_orders[0] for one in made]
+    return [text_of(model, one.token_ids) for one in made], [one.pick_orders[0] for one in made]
 
 
 @pytest.mark.parametrize("attention", ["plain", "proportional"])

@@ -28,16 +28,16 @@ def test_a_checkpoint_selects_inside_its_tower_as_a_bundle_does(
 ):
     bundle = open_bundle(tiny_bundle(variant, k=k, early=early, split=True))
     checkpoint = open_checkpoint(str(tiny_checkpoint(variant)))
-    (exported,) = bundle.look([blocks(3)])
-    (selected,) = checkpoint.look([blocks(3)], *early_names([early]))
+    looked = bundle.look([blocks(3)]), checkpoint.look([blocks(3)], *early_names([early]))
+    exported, selected = (one.tokens for (one,) in looked)
     assert exported.candidates.tolist() == selected.candidates.tolist()
     assert len(selected.candidates) == left
-    np.testing.assert_allclose(exported.features, selected.features, atol=1e-4)
+    np.testing.assert_allclose(exported.rows, selected.rows, atol=1e-4)
     for one, other in zip(exported.planes, selected.planes, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
     picks = [
         model.select(one, model.read(QUESTION), k)
-        for model, one in ((bundle, exported), (checkpoint, selected))
+        for model, (one,) in zip((bundle, checkpoint), looked, strict=True)
     ]
     assert picks[0].tolist() == picks[1].tolist()
 
@@ -57,7 +57,7 @@ def test_what_a_tower_cannot_do_is_refused(tiny_checkpoint, tiny_bundle):
 def test_a_smaller_image_of_a_tower_of_one_size(variant, k, tokens, tiny_checkpoint):
     model = open_checkpoint(str(tiny_checkpoint(variant)))
     (small,) = model.look([blocks(3)], RESIZE, k)
-    assert len(small.features) == small.image.num_tokens == tokens
+    assert len(small.tokens.rows) == small.image.num_tokens == tokens
     assert model.answer([model.read(QUESTION)], [[small]], [[np.arange(tokens)]], 3)
 
 
@@ -65,7 +65,7 @@ def test_a_smaller_image_where_tokens_go_by_its_area(tiny_checkpoint):
     model = open_checkpoint(str(tiny_checkpoint("qwen25")))
     shown = blocks(3, (320, 240))
     (whole,), (small,) = model.look([shown]), model.look([shown], RESIZE, 20)
-    assert 14 <= len(small.features) <= 26 < 40 < len(whole.features)
+    assert 14 <= small.image.num_tokens <= 26 < 40 < whole.image.num_tokens
     assert smaller_image(shown, lambda _: 100, 400).size == shown.size, "never larger"
 
 

@@ -182,9 +182,8 @@ def test_half_precision_stands_activations_past_its_range(bundle, hugging_face):
     with Pipeline.load(path) as vlm:
         ours = vlm.look(picture(8, 10))
         answer = ours.ask(QUESTION, max_new_tokens=4, stream=False)
-    assert ours._encoded.features is not None
     theirs = hugging_face("outliers").features([picture(8, 10)])[0]
-    got = torch.from_numpy(ours._encoded.features[0].rows)
+    got = torch.from_numpy(ours._encoded[0].tokens.rows)
     cosine = nn.functional.cosine_similarity(got.flatten(), theirs.flatten(), dim=0)
     assert cosine > 0.999
     assert len(answer.images[0].kept_indices) == 6

@@ -117,7 +117,7 @@ def test_what_is_prepared_is_not_computed_again(
     verifier = Verifier(components, find_weights(checkpoint, components.model), FP32, TEXT, "layers")
     selection = Selection(k=5, num_tokens=16)
     verifier.prepare(selection)
-    monkeypatch.delattr(question, "residual_select")
+    monkeypatch.delattr(question, "select")
     for name in ("reference_of", "blank"):
         monkeypatch.delattr(verify, name)
     zeros = dict.fromkeys(("pick_order", "kept_indices"), np.zeros((1, 5), np.int64))

@@ -235,9 +235,7 @@ def test_a_split_bundle_keeps_all_tokens_too(vlm: Pipeline, tiny_bundle: Callabl
         assert [picks.kept_indices.tolist() for picks in answer.images] == [list(range(16))] * 2
     view = vlm.look(images)
     assert (view.budgets(), view.budgets("all"), view.budgets(3)) == ([7, 7], [16, 16], [3, 3])
-    features = view._encoded.features
-    assert features is not None
-    words = [features[0].rows[:1]] * 2
+    words = [view._encoded[0].tokens.rows[:1]] * 2
     mixed = vlm._walk.select(view._encoded, words, [16, 3])
     assert [len(image.picks.kept_indices) for image in mixed] == [16, 3]
     fused = Pipeline.load(tiny_bundle("clip-llama", k=7))
