@@ -7,33 +7,33 @@ from typing import Any
 from torch import nn
 
 from resprune.exporter.components import Components
-from resprune.exporter.memory import available_memory
 from resprune.runtime.bundle.precisions import Choice
 from resprune.runtime.console import bytes_text
 
 GB = 1e9
-# Fitted to benchmarks/results/export_size.json: checkpoints of 7 B and 3 B parameters in fp16 and q4, on two cores.
+# Fitted to benchmarks/results/export_size.json and families.json, checkpoints of 2 B to 7 B parameters in fp16 and q4,
+# and to the demo, which has next to no weights: 11 s of processor time, 4 to 6 s on two cores.
 BASE_BYTES = 0.8 * GB
-BASE_SECONDS, SECONDS_PER_GB, SECONDS_PER_PACKED_GB = 20, 4, 7
+BASE_SECONDS, SECONDS_PER_GB, SECONDS_PER_PACKED_GB = 5, 6, 7
 FLOAT = 4  # bytes of a number, as graphs are compared
 
 
-def estimate(components: Components, choice: Choice, disk: int, stored: int, level: str) -> str:
-    """Disk, memory and time of an export in words; `stored` are the checkpoint's bytes, `disk` is an upper bound."""
-    total = _numbers(components.model)
+def estimate(components: Components, choice: Choice, disk: int, stored: int, whole: int | None) -> str:
+    """Disk, memory and time of an export in words.
+
+    `disk` is an upper bound, `stored` are the checkpoint's bytes, `whole` what `bytes_whole` says.
+    """
     packed = choice.of(components.decoder.name).bits is not None
     config: Any = components.model.config
     seconds, memory = needs(
         stored,
         packed,
-        total,
+        _numbers(components.model),
         _numbers(components.vision.module),
         _numbers(components.embed.module),
         config.text_config.num_hidden_layers,
     )
-    # As `Verifier` decides: the whole model twice, where there is room.
-    whole = (8 if choice.element == "float32" else 10) * total
-    if level == "full" or (level == "auto" and whole < available_memory()):
+    if whole is not None:
         memory = BASE_BYTES + whole
     needed = f"{bytes_text(memory)} of memory and {_time(seconds)}"
     return f"needs up to {bytes_text(disk)} of disk; on two cores about {needed}"
@@ -57,4 +57,8 @@ def _numbers(module: nn.Module) -> int:
 
 
 def _time(seconds: float) -> str:
-    return f"{round(seconds, -1):.0f} s" if seconds < 180 else f"{seconds / 60:.0f} min"
+    """Rounded to 5 s and 10 s, then to tens of seconds, then to minutes."""
+    if seconds >= 180:
+        return f"{seconds / 60:.0f} min"
+    step = 10 if seconds > 10 else 5
+    return f"{max(step, step * round(seconds / step))} s"

@@ -27,7 +27,7 @@ from resprune.exporter.early import with_early
 from resprune.exporter.estimate import estimate
 from resprune.exporter.families import split_model
 from resprune.exporter.language import proportional
-from resprune.exporter.memory import available_memory
+from resprune.exporter.memory import available_memory, bytes_whole
 from resprune.exporter.options import EarlyRequest, Options
 from resprune.exporter.selection import selection_of
 from resprune.exporter.trace.ahead import traced_ahead
@@ -130,7 +130,8 @@ class _Export:
         require_space(self.work.parent, needed + extra)
         parameters = sum(tensor.numel() for tensor in components.model.parameters())
         size = sum(tensor.nbytes for tensor in checkpoint.weights.values())
-        self.report(estimate(components, choice, needed + extra, size, self.options.verify))
+        whole = bytes_whole(components.model, choice.element, self.options.verify)
+        self.report(estimate(components, choice, needed + extra, size, whole))
         self._line("checkpoint", size, f"{family.title}, {parameters / 1e6:,.1f} M parameters")
 
         parts = (components.embed, components.vision, components.decoder)[: 2 + self.options.decoder]
@@ -147,7 +148,7 @@ class _Export:
             written = in_turn(partial(write, part) for part in parts)
             tokenizer = Tokenizer.from_file(str(self.work / "tokenizer.json"))
             text = ids_of(tokenizer, int(components.decoder.outputs[0].shape[2]))
-            verifier = Verifier(components, stored, choice, text, self.options.verify)
+            verifier = Verifier(components, stored, choice, text, whole=whole is not None)
             verifier.prepare(selection)  # while the first graphs are traced
             self._embed(next(written), components, verifier, worker)
             self._vision(next(written), components, selection, verifier, worker)

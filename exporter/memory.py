@@ -1,10 +1,12 @@
-"""How much memory there is to take: it decides what is compared at once, and how far is read ahead."""
+"""How much memory there is to take, and what is therefore compared at once."""
 
 from __future__ import annotations
 
 import os
 from contextlib import suppress
 from pathlib import Path
+
+from torch import nn
 
 CONTAINERS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
@@ -26,6 +28,17 @@ def available_memory() -> int:
             taken = int((folder / used).read_text()) - _cached(folder / "memory.stat")
             free = min(free, int((folder / limit).read_text()) - taken)
     return max(0, free)
+
+
+def bytes_whole(model: nn.Module, element: str, level: str) -> int | None:
+    """Bytes that it takes to compare a whole model at once; None where the decoder is compared by layers.
+
+    `element` is what the model is traced in, `level` "full", "layers", or "auto": by layers where memory is short.
+    """
+    # Held twice, here in float32 and by ONNX Runtime, which keeps half a weight beside it widened.
+    needed = (8 if element == "float32" else 10) * sum(tensor.numel() for tensor in model.parameters())
+    whole = needed < available_memory() if level == "auto" else level == "full"
+    return needed if whole else None
 
 
 def _cached(statistics: Path) -> int:

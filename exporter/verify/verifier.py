@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from resprune.exporter.checkpoint.shards import StoredTensor
 from resprune.exporter.checkpoint.weightless import blank, fill, lay_over
 from resprune.exporter.components import Component, Components
-from resprune.exporter.memory import available_memory
 from resprune.exporter.verify.answer import Where, generate, splice
 from resprune.exporter.verify.difference import (
     TEXT,
@@ -60,7 +58,7 @@ COUNTED = (*SELECTED, "greedy tokens")
 
 
 class Verifier:
-    """The Hugging Face model with its real weights, filled in as far as memory allows, beside ONNX Runtime."""
+    """The Hugging Face model with its real weights, all or a part at a time, beside ONNX Runtime."""
 
     def __init__(
         self,
@@ -68,9 +66,10 @@ class Verifier:
         stored: Mapping[str, StoredTensor],
         choice: Choice,
         text: Tensor,
-        level: str = "auto",
+        *,
+        whole: bool,
     ) -> None:
-        """`text` are token ids [T] of running text for the decoder."""
+        """`text` are token ids [T] of running text for the decoder, which is compared `whole` or by layers."""
         self._components, self._stored = components, stored
         self._choice, self._text = choice, text
         self.exact: Collection[str] = ()
@@ -84,11 +83,8 @@ class Verifier:
         self._model: Any = None
         self._held: set[str] = set()
         parts = (components.vision, components.embed, components.decoder)
-        self._names = names = {component.name: _parameter_names(component, components) for component in parts}
-        # The decoder is held twice, here in float32 and by ONNX Runtime, which keeps half a weight beside it widened.
-        width = 8 if choice.element == "float32" else 10
-        needed = width * sum(math.prod(stored[name].shape) for name in set().union(*names.values()))
-        self.has_decoder = needed < available_memory() if level == "auto" else level == "full"
+        self._names = {component.name: _parameter_names(component, components) for component in parts}
+        self.has_decoder = whole
         # Where memory is short an image at a time is enough: the graphs were traced with two.
         self._images = SIZES["batch_size"] if self.has_decoder else 1
         self._selected: dict[int, Selected] = {}

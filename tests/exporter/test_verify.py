@@ -114,7 +114,7 @@ def test_what_is_prepared_is_not_computed_again(
     """And what ONNX Runtime returns, here zeros, is compared with it all the same."""
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
     components = split_model(checkpoint, torch.float32, mode)
-    verifier = Verifier(components, find_weights(checkpoint, components.model), FP32, TEXT, "layers")
+    verifier = Verifier(components, find_weights(checkpoint, components.model), FP32, TEXT, whole=False)
     selection = Selection(k=5, num_tokens=16)
     verifier.prepare(selection)
     monkeypatch.delattr(question, "select")
@@ -140,7 +140,7 @@ def test_the_runtime_splices_the_prompt_of_the_graphs(
     graphs = {name: bundle.graph_path(name) for name in bundle.manifest.graphs}
     checkpoint = resolve(str(tiny_checkpoint("clip-llama")))
     components = split_model(checkpoint, torch.float32, fake_mode())
-    verifier = Verifier(components, find_weights(checkpoint, components.model), FP32, TEXT)
+    verifier = Verifier(components, find_weights(checkpoint, components.model), FP32, TEXT, whole=True)
     splice = verify.runtime_splice
     monkeypatch.setattr(verify, "SEEDS", SEEDS[:1])
     monkeypatch.setattr(verify, "GREEDY_TOKENS", 8)
@@ -168,7 +168,7 @@ def test_another_picture_is_tried_before_picks_and_counts_count_as_wrong(
     """The stand-in for ONNX Runtime reverses them in its first runs, as ties within rounding would."""
     checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
     components = proportional(split_model(checkpoint, torch.float32, mode))
-    verifier = Verifier(components, find_weights(checkpoint, components.model), FP32, TEXT)
+    verifier = Verifier(components, find_weights(checkpoint, components.model), FP32, TEXT, whole=True)
     selection = Selection(k=5, num_tokens=16)
     runs: list[Path] = []
 
