@@ -8,7 +8,6 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
-from functools import cache
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
@@ -18,7 +17,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.onnx._internal.exporter import _decomp
 from transformers import PreTrainedConfig
 
 from resprune.exporter import export
@@ -52,11 +50,6 @@ def kept(made_once: Make) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ahead, "trace", trace)
         patch.setattr(export, "traced_ahead", _in_turn)
-        # For each graph it would list anew what 500 operators leave to be decomposed.
-        table = cache(_decomp.create_onnx_friendly_decomposition_table)
-        patch.setattr(
-            _decomp, "create_onnx_friendly_decomposition_table", lambda ops: dict(table(frozenset(ops)))
-        )
         yield
 
 

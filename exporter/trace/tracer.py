@@ -129,7 +129,8 @@ def trace(component: Component, whole: nn.Module, mode: FakeTensorMode, *, repea
         ).model
     names = {id(tensor): name for name, tensor in whole.named_parameters(remove_duplicate=False)}
     pending = _weights_to_inputs(model.graph, part, names)
-    optimize_ir(model)
+    with shortcuts():
+        optimize_ir(model)
     _divide_by_roots(model.graph)
     _drop_reshapes(model.graph)
     RemoveUnusedNodesPass()(model)
