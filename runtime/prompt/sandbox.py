@@ -90,8 +90,10 @@ def _factor(value: object) -> int:
 def _checked(first: object, others: Iterable[object]) -> None:
     """`BudgetError` if `first` might become larger than `SIZE` by an operation with `others`."""
     _spend()
-    if _size(first) * max(map(_factor, others), default=1) > SIZE:
-        raise BudgetError("it builds a value that is too large")
+    size = _size(first)
+    for other in others:
+        if size * _factor(other) > SIZE:
+            raise BudgetError("it builds a value that is too large")
 
 
 def _checked_format(form: object) -> None:
@@ -111,16 +113,19 @@ def _listed(values: Any) -> Any:
 
 def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that is checked before and after; wraps keeps the marks by which Jinja passes it its environment."""
+    writes_widths = function.__name__ == "do_format"
 
     @wraps(function)
     def filtered(*arguments: Any, **options: Any) -> Any:
         arguments = tuple(map(_listed, arguments))
         known = [value for value in (*arguments, *options.values()) if not isinstance(value, _OF_JINJA)]
-        if function.__name__ == "do_format":
+        if writes_widths:
             _checked_format(known[0])
-        _checked(known[0] if known else "", known[1:])
+        if known:
+            _checked(known[0], known[1:])
         result = function(*arguments, **options)
-        _size(result)
+        if result is not True and result is not False:  # as most tests say
+            _size(result)
         return result
 
     return filtered

@@ -102,8 +102,8 @@ def render(
 
     compiled = _compile(template)
     fault = f"it gave no {image_token} for an image"
-    forms = [messages, [as_string(message, image_token) for message in messages]]
-    for form in forms if plain else forms[:1]:
+    for as_text in (False, True)[: 1 + plain]:
+        form = [as_string(message, image_token) for message in messages] if as_text else messages
         try:
             # What transformers gives where there are none of them: a template may ask whether they `is none`.
             with budget():

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.prompt import nouns
 from resprune.runtime.prompt.nouns import question_terms, split_keywords
 
 QUESTIONS = json.loads((Path(__file__).parent / "nouns.json").read_text())
@@ -112,3 +113,9 @@ def test_a_question_of_any_length_is_tagged() -> None:
     spans = question_terms(question)
     assert len(spans) == 40_000
     assert {question[start:end] for start, end in spans} == {"square"}
+
+
+def test_a_question_that_is_asked_again_is_not_tagged_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = terms("Which vegetable is left of the kettle?")
+    monkeypatch.setattr(nouns, "_tagger", lambda: pytest.fail("it is known"))
+    assert terms("Which vegetable is left of the kettle?") == first == ["vegetable", "kettle"]
