@@ -232,11 +232,11 @@ class _TorchStages:
             visual, words = (
                 torch.from_numpy(rows)[None].to(self._model.device) for rows in (tokens.rows, text)
             )
-            left, protected = (
-                None if mask is None else torch.from_numpy(mask)[None].to(self._model.device)
-                for mask in (tokens.left, image.protected)
+            rules = (
+                None if rule is None else torch.from_numpy(rule)[None].to(self._model.device)
+                for rule in (tokens.left, image.protected, image.attached_to)
             )
-            _, order = select(visual, words, None, replace(self._selection, k=k), left, protected)
+            _, order = select(visual, words, None, replace(self._selection, k=k), *rules)
             picks: Ints = order[0].cpu().numpy()
         return picks[picks >= 0]
 

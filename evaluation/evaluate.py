@@ -17,7 +17,7 @@ from resprune.evaluation.selectors import CONTROLS, Candidates
 from resprune.evaluation.towers import EARLY, RESIZE, changes_tower
 from resprune.runtime.budget import Budget
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.prompt.splice import Ints
+from resprune.runtime.prompt.splice import Ints, whole_groups
 from resprune.runtime.walk import Encoded
 
 OWN = "resprune"
@@ -161,7 +161,7 @@ def pick(model: Model, run: Run, budget: Budget, encoded: Encoded, asked: Asked,
     """The tokens that a run keeps of one image for one question: indices [K] int64, in pick order.
 
     `number` is the question's: with the run's seed it decides what a random selector draws. Protected tokens come
-    first, ascending, whatever the selector; it chooses among the others.
+    first, ascending, whatever the selector; it chooses among the others that are attached to none.
     """
     every = encoded.tokens.candidates
     if budget.everything or run.selector == RESIZE:
@@ -169,18 +169,20 @@ def pick(model: Model, run: Run, budget: Budget, encoded: Encoded, asked: Asked,
     k = min(budget.of(encoded.image.num_tokens), len(every))
     if run.selector == OWN or run.selector.startswith(EARLY):
         return model.select(encoded, asked, k)
-    protected = np.zeros(len(every), dtype=bool)
-    if encoded.image.protected is not None:
-        protected = encoded.image.protected[every]
-    first, free = every[protected][:k], every[~protected]
-    if len(first) == k:
-        return first
-    selection = model.manifest.selection
-    candidates = Candidates(
-        encoded.tokens.rows[free].astype(np.float64),
-        asked.text.astype(np.float64),
-        selection.alpha,
-        selection.scale,
-        (run.seed, number),
-    )
-    return np.concatenate([first, free[CONTROLS[run.selector](candidates, k - len(first))]])
+    said, to = encoded.image.protected, encoded.image.attached_to
+    owners = every if to is None else every[to[every] < 0]
+    always = np.zeros(len(owners), dtype=bool) if said is None else said[owners]
+    order, free = owners[always][:k], owners[~always]
+    if left := min(k - len(order), len(free)):
+        selection = model.manifest.selection
+        candidates = Candidates(
+            encoded.tokens.rows[free].astype(np.float64),
+            asked.text.astype(np.float64),
+            selection.alpha,
+            selection.scale,
+            (run.seed, number),
+        )
+        order = np.concatenate([order, free[CONTROLS[run.selector](candidates, left)]])
+    if to is not None:
+        order = np.concatenate([[owner, *every[to[every] == owner]] for owner in order])
+    return whole_groups(order, k, to)

@@ -114,6 +114,9 @@ class Components:
     """Whether rows of one image see each other in both directions: the decoder then takes `image_numbers`."""
     protected: Callable[[tuple[Tensor, ...]], Tensor] | None = None
     """For families whose rows may be protected: the vision graph's inputs → which rows are, [B, N] bool."""
+    attached_to: Callable[[tuple[Tensor, ...]], Tensor] | None = None
+    """For families whose rows may be attached to others: the vision graph's inputs → the row that each is attached to,
+    −1 for none, [B, N] int64."""
     padding: str | None = None
     """The vision graph's int64 input [batch_size, N], or [batch_size, N, T], that is below 0 where an image of the
     batch has no token."""

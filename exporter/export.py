@@ -196,13 +196,21 @@ class _Export:
             traced = quantize(traced, row, self.options.block, stored)
         if component is not components.vision:
             return [writer.write(component.name, traced)]
-        protected = components.protected is not None
-        attached = attach_selection(traced.model, selection, padding=components.padding, protected=protected)
-        fused = Traced(attached, traced.weights)
+        protected, attached = components.protected is not None, components.attached_to is not None
+        selecting = attach_selection(
+            traced.model,
+            selection,
+            padding=components.padding,
+            protected=protected,
+            attached=attached,
+        )
+        fused = Traced(selecting, traced.weights)
         if not self.options.split:
             return [writer.write("vision_select", fused)]
         encoder = writer.write("vision_encoder", traced)
-        selector = token_select_model(selection, planes=components.planes, protected=protected)
+        selector = token_select_model(
+            selection, planes=components.planes, protected=protected, attached=attached
+        )
         return [
             writer.write("vision_select", fused, owner=encoder),
             encoder,

@@ -113,9 +113,9 @@ class EarlyRequest:
 
     def of(self, components: Components, title: str) -> Early:
         """The blocks and tokens that it comes to; `ResPruneError` where the tower of family `title` cannot do it."""
-        if components.protected is not None:
+        if not (components.protected is None and components.attached_to is None):
             raise ResPruneError(
-                f"--early would drop tokens of {title} that every selection has to keep; leave it out"
+                f"--early would drop tokens of {title} that are protected or attached to others; leave it out"
             )
         tower, blocks = components.vision.tower, len(components.vision.layers)
         if tower is None:

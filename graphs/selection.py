@@ -23,7 +23,7 @@ from resprune.graphs.functions import (
     text_gain_function,
 )
 from resprune.method import Selection
-from resprune.names import KEPT_PLANES, PLANE_FEATURES
+from resprune.names import ATTACHED_TO, KEPT_PLANES, PLANE_FEATURES
 
 OPSET = 20
 """Of the stand-alone selector; an attached selection takes the encoder's."""
@@ -41,6 +41,7 @@ def token_select_model(
     dtype: str = "float32",
     planes: int = 0,
     protected: bool = False,
+    attached: bool = False,
 ) -> onnx.ModelProto:
     """The stand-alone selector, for any number of tokens and any hidden size.
 
@@ -55,7 +56,8 @@ def token_select_model(
     `kept_counts_function`. With `planes` there are further inputs `plane_features.i` like `image_features`, and
     further outputs `kept_planes.i` like `kept_features`, gathered by the same indices. With `protected` there is one
     more input, `protected_mask` [batch_size, num_tokens] bool: rows that are always kept and counted in k, see
-    `_protected_first`.
+    `_protected_first`. With `attached` there is one more, `attached_to` [batch_size, num_tokens] int64: rows that are
+    kept if and only if another row is, see `_with_attached`.
 
     Raises:
         ValueError: an unknown dtype.
@@ -84,6 +86,7 @@ def token_select_model(
         token_mask,
         selection,
         protected=protected,
+        attached=attached,
         kept_names=["kept_features", *map(KEPT_PLANES.format, range(planes))],
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="resprune", functions=functions)
@@ -96,13 +99,14 @@ def attach_selection(
     *,
     padding: str | None = None,
     protected: bool = False,
+    attached: bool = False,
 ) -> onnx.ModelProto:
     """`vision_select` from `vision_encoder`: the encoder's N rows go through the selection inside the graph.
 
     The encoder's output `image_features` [batch_size, N, D] is replaced by the K kept rows under the same name, and so
     is each output `plane_features.i`, with `kept_indices`, `pick_order` and, if the `selection` counts, `kept_counts`
-    as in `token_select_model`; its inputs `text_embeds`, `text_mask` and, if it counts, `num_kept`, with `protected`,
-    `protected_mask` are added.
+    as in `token_select_model`; its inputs `text_embeds`, `text_mask` and, if it counts, `num_kept`, with `protected`
+    `protected_mask`, with `attached` `attached_to` are added.
     Tensors in external files stay there: only their references are copied. `padding` names an int64 input
     [batch_size, N] of the encoder, or [batch_size, N, T], that is below 0 where an image with fewer tokens than the
     others has none; without it every token is a candidate. If the encoder has an output `token_mask` [batch_size, N]
@@ -146,6 +150,7 @@ def attach_selection(
         candidates,
         selection,
         protected=protected,
+        attached=attached,
         kept_names=kept_names,
     )
     graph.opset_imports[DOMAIN] = VERSION
@@ -161,6 +166,7 @@ def _select(
     selection: Selection,
     *,
     protected: bool,
+    attached: bool,
     kept_names: Sequence[str],
 ) -> list[ir.Function]:
     """Append the ops, the gathering of the kept rows, and the graph's outputs; return the ops' functions.
@@ -186,6 +192,11 @@ def _select(
         protected_mask = ir.val("protected_mask", ir.DataType.BOOL, ir.Shape([batch, num_tokens]))
         graph.inputs.append(protected_mask)
         candidates = op.And(token_mask, op.Not(protected_mask))
+    if attached:
+        attached_to = ir.val(ATTACHED_TO, ir.DataType.INT64, ir.Shape([batch, num_tokens]))
+        graph.inputs.append(attached_to)
+        free = op.Less(attached_to, 0)
+        candidates = op.And(candidates, free)
     gain = op.TextGain(
         features, text, text_mask, candidates, alpha=selection.alpha, scale=selection.scale, **ours
     )
@@ -193,7 +204,12 @@ def _select(
     pick_order = op.ResidualSelect(features, gain, candidates, k=k, **ours)
     pick_order.dtype = ir.DataType.INT64
     if protected:
-        pick_order = _protected_first(op, op.And(token_mask, protected_mask), pick_order, k)
+        always = op.And(token_mask, protected_mask)
+        if attached:
+            always = op.And(always, free)
+        pick_order = _protected_first(op, always, pick_order, k)
+    if attached:
+        pick_order = _with_attached(op, attached_to, token_mask, pick_order, k)
 
     kept_indices, places = _ascending(op, pick_order, k)
     missing = op.Less(kept_indices, 0)
@@ -216,6 +232,8 @@ def _select(
     if selection.counts:
         num_kept = ir.val("num_kept", ir.DataType.INT64, ir.Shape([batch]))
         graph.inputs.append(num_kept)
+        if attached:
+            num_kept = _whole_groups(op, attached_to, pick_order, num_kept, k)
         functions.append(kept_counts_function(opset=opset))
         counted = op.Where(op.Less(places, op.Unsqueeze(num_kept, [1])), kept_indices, -1)
         kept_counts = op.KeptCounts(features, token_mask, counted, **ours)
@@ -240,17 +258,63 @@ def _ascending(op: Any, indices: Any, k: int) -> tuple[Any, Any]:
     return op.Where(op.Equal(found, MISSING), -1, found), places
 
 
+def _first(op: Any, rows: Any, k: int) -> Any:
+    """The indices of the first k of `rows` [B, N] bool that are true: [B, k], ascending with −1 last."""
+    tokens = op.Range(0, op.Squeeze(op.Shape(rows, start=1, end=2), [0]), 1)  # [N]
+    return _ascending(op, _more(op, op.Where(rows, tokens, -1), k), k)[0]
+
+
+def _more(op: Any, indices: Any, k: int) -> Any:
+    """`indices` [B, n] and k more that are missing, for TopK takes no more than there are: [B, n + k]."""
+    batch = op.Shape(indices, start=0, end=1)
+    return op.Concat(indices, op.Expand(-1, op.Concat(batch, [k], axis=0)), axis=1)
+
+
 def _protected_first(op: Any, protected: Any, pick_order: Any, k: int) -> Any:
     """Rows of `protected` [B, N] ascending, then `pick_order` [B, k] as far as there is room: [B, k].
 
     Protected rows are no candidates: neither the gain nor the greedy choice sees them.
     """
-    batch, count = op.Shape(protected, start=0, end=1), op.Shape(protected, start=1, end=2)
-    tokens = op.Range(0, op.Squeeze(count, [0]), 1)  # [N]
-    own = op.Where(protected, tokens, -1)
-    # k more that are missing: TopK takes no more than there are.
-    own = op.Concat(own, op.Expand(-1, op.Concat(batch, [k], axis=0)), axis=1)
-    first, _ = _ascending(op, own, k)
-    both = op.Concat(first, pick_order, axis=1)  # [B, 2k]
+    both = op.Concat(_first(op, protected, k), pick_order, axis=1)  # [B, 2k]
     places, _ = _ascending(op, op.Where(op.Less(both, 0), -1, list(range(2 * k))), k)
     return op.Where(op.Less(places, 0), -1, op.GatherElements(both, op.Max(places, 0), axis=1))
+
+
+def _with_attached(op: Any, attached_to: Any, token_mask: Any, pick_order: Any, k: int) -> Any:
+    """Each of `pick_order` [B, k] and behind it the rows attached to it, ascending, while whole groups fit: [B, k].
+
+    A pick and its rows are a group. The first group that does not fit is left out, with all that come after it; −1
+    stands in their places. Attached rows are no candidates, and padding among them is nobody's.
+    """
+    batch, count = op.Shape(attached_to, start=0, end=1), op.Shape(attached_to, start=1, end=2)
+    attached = op.GreaterOrEqual(attached_to, 0)
+    owners = op.Where(attached, attached_to, op.Range(0, op.Squeeze(count, [0]), 1))  # [B, N]
+    # The place of each row's owner among the picks. One column more takes what is missing of them.
+    places = op.Expand(-1, op.Concat(batch, op.Add(count, 1), axis=0))  # [B, N + 1]
+    columns = op.Where(op.Less(pick_order, 0), count, pick_order)
+    every = op.Expand(list(range(k)), op.Concat(batch, [k], axis=0))  # [B, k]
+    places = op.ScatterElements(places, columns, every, axis=1)
+    places = op.Where(token_mask, op.GatherElements(places, owners, axis=1), -1)  # [B, N]
+    # Groups before that of the row k, from 0, of all in order are whole; there may be no such row.
+    in_order, _ = _ascending(op, _more(op, places, k + 1), k + 1)
+    cut = op.Slice(in_order, [k], [k + 1], [1])  # [B, 1]
+    whole = op.Or(op.Less(places, cut), op.Less(cut, 0))
+    kept = _first(op, op.And(op.GreaterOrEqual(places, 0), whole), k)  # [B, k], ascending
+    # By group, the owner before the others, then by index. Counted, for these numbers are too large for float32.
+    at = op.Max(kept, 0)
+    behind = op.GatherElements(op.Cast(attached, to=ir.DataType.INT64), at, axis=1)
+    key = op.Add(op.Mul(op.GatherElements(places, at, axis=1), 2), behind)
+    key = op.Add(op.Mul(op.Where(op.Less(kept, 0), 2 * k, key), k), every)  # [B, k], each another
+    before = op.Less(op.Unsqueeze(key, [1]), op.Unsqueeze(key, [2]))  # [B, k, k]
+    order = op.ReduceSum(op.Cast(before, to=ir.DataType.INT64), [2], keepdims=0)
+    return op.ScatterElements(kept, order, kept, axis=1)
+
+
+def _whole_groups(op: Any, attached_to: Any, pick_order: Any, num_kept: Any, k: int) -> Any:
+    """The first `num_kept` [B] of `pick_order` [B, k] without the part of a group at their end: how many, [B]."""
+    order = _more(op, pick_order, 1)  # [B, k + 1]: a cut behind the last cuts no group
+    attached = op.GreaterOrEqual(op.GatherElements(attached_to, op.Max(order, 0), axis=1), 0)
+    inside = op.And(attached, op.GreaterOrEqual(order, 0))
+    cuts = list(range(k + 1))
+    no_cut = op.Or(inside, op.Greater(cuts, op.Unsqueeze(num_kept, [1])))
+    return op.ReduceMax(op.Where(no_cut, 0, cuts), [1], keepdims=0)

@@ -10,5 +10,7 @@ PLANE_EMBEDS = "plane_embeds.{}"
 """The decoder's input for plane i, float32 [B, S, D]: zero where there is text."""
 IMAGE_NUMBERS = "image_numbers"
 """The decoder's input that says which image of its prompt a row is of, int64 [B, S]: 1 is the first, 0 is text."""
+ATTACHED_TO = "attached_to"
+"""Input of the graphs that select, int64 [B, N]: the row that each row is attached to, −1 for none."""
 STANDARD_INPUTS = ("inputs_embeds", "attention_mask", "position_ids")
 """The decoder's inputs that every family has; a cache comes after them, and what `PLANE_EMBEDS` says."""

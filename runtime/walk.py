@@ -7,10 +7,12 @@ between two stages. The PyTorch oracle of the exporter is the only second implem
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from resprune.names import KEPT_PLANES, PLANE_FEATURES
+from resprune.names import ATTACHED_TO, KEPT_PLANES, PLANE_FEATURES
 from resprune.runtime.backends.backend import Backend, EmbedTokens, Piece, Request
 from resprune.runtime.backends.session import GraphRunner
 from resprune.runtime.bundle.files import Bundle
@@ -208,8 +210,11 @@ class Walk:
         else:
             graph, rows, planes = "vision_select", "image_features", PLANE_FEATURES
             feeds |= self.pixels(images)
-        if any(tensor.name == "protected_mask" for tensor in self.manifest.graphs[graph].inputs):
-            feeds["protected_mask"] = _protected(images)
+        inputs = {tensor.name: tensor for tensor in self.manifest.graphs[graph].inputs}
+        if "protected_mask" in inputs:
+            feeds["protected_mask"] = _padded([image.protected for image in images], images, False)
+        if ATTACHED_TO in inputs:
+            feeds[ATTACHED_TO] = _padded([image.attached_to for image in images], images, -1)
         outputs = [rows, "kept_indices", "pick_order", *map(planes.format, range(self._planes))]
         proportional = self.manifest.attention == "proportional"
         if proportional:
@@ -284,10 +289,12 @@ def _whole(encoded: Encoded) -> KeptTokens:
     return keep_all(encoded.image, tokens.rows, tokens.planes, tokens.left)
 
 
-def _protected(images: Sequence[PreparedImage]) -> Bools:
-    """`protected_mask` [B, N] for images of up to N tokens."""
-    mask = np.zeros((len(images), max(image.num_tokens for image in images)), dtype=bool)
-    for index, image in enumerate(images):
-        if image.protected is not None:
-            mask[index, : image.num_tokens] = image.protected
-    return mask
+def _padded(
+    rows: Sequence[npt.NDArray[Any] | None], images: Sequence[PreparedImage], fill: Any
+) -> npt.NDArray[Any]:
+    """What is said of each token of the images, [B, N]; `fill` behind them, and where nothing is said."""
+    padded = np.full((len(images), max(image.num_tokens for image in images)), fill)
+    for row, said in zip(padded, rows, strict=True):
+        if said is not None:
+            row[: len(said)] = said
+    return padded

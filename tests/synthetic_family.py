@@ -1,7 +1,8 @@
 """A family that exists in the tests alone: everything that the contract knows, in the smallest model that has it.
 
 A tower and a projector as LLaVA's, two planes that are added after the language model's layers 0 and 1, an image that
-lies in three spans of the prompt, and protected rows: the first and the last of each span.
+lies in three spans of the prompt, protected rows: the first and the last of each span, and rows that are attached to
+others, before them and behind, in their span and in another.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from resprune.exporter.checkpoint.checkpoint import Checkpoint
 from resprune.exporter.components import Component, Components, Sizes
 from resprune.exporter.split import assemble, read_config, weightless_model
-from resprune.exporter.verify.reference import keep, kept_counts, protected_first, residual_select, text_gain
+from resprune.exporter.verify.reference import keep, kept_counts, select
+from resprune.method import Selection
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Range, TensorSpec
 from resprune.runtime.families.fixed_grid import FixedGrid
@@ -42,6 +44,7 @@ NAME = "synthetic"
 SPANS = (6, 5, 5)
 EXPANSION = f"{tiny.IMAGE_TOKEN} left{tiny.IMAGE_TOKEN} and right{tiny.IMAGE_TOKEN}"
 NUM_TOKENS = sum(SPANS)
+ATTACHED_TO = [{2: 1, 4: 5, 8: 13, 9: 13}.get(row, -1) for row in range(NUM_TOKENS)]
 PLANE_LAYERS = (0, 1)
 SHAPE = tiny.Tiny(hidden=64, heads=4, kv_heads=2, layers=4, image_size=36, patch_size=9, seed=7)
 
@@ -94,6 +97,7 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
         plane_layers=PLANE_LAYERS,
         reference=decode_by_hand,
         protected=lambda inputs: torch.tensor(protected_rows()).expand(len(inputs[0]), -1),
+        attached_to=lambda inputs: torch.tensor(ATTACHED_TO).expand(len(inputs[0]), -1),
         num_tokens=NUM_TOKENS,
     )
 
@@ -187,6 +191,7 @@ class InSpans:
             SPANS,
             EXPANSION,
             np.array(protected_rows()),
+            np.array(ATTACHED_TO),
         )
 
     def batch(self, images: Sequence[PreparedImage]) -> Arrays:
@@ -246,10 +251,9 @@ class Oracle:
         """Pick orders of the images `pixels` [3, H, W] each, and greedy tokens after the prompt `ids`."""
         planes = _reference(self.model, (torch.tensor(np.stack(pixels)),))  # [images, N, D] each
         table = self.model.get_input_embeddings()
-        protected = torch.tensor(protected_rows()).expand(len(pixels), -1)
+        rules = (torch.tensor(rule).expand(len(pixels), -1) for rule in (protected_rows(), ATTACHED_TO))
         text = table(torch.tensor(nouns, dtype=torch.int64)).expand(len(pixels), -1, -1)
-        gain = text_gain(planes[0], text, None, ~protected)
-        orders = protected_first(protected, residual_select(planes[0], gain, k, ~protected))
+        _, orders = select(planes[0], text, None, Selection(k=k), None, *rules)
         _, kept = keep(planes[0], orders)
         counts = kept_counts(planes[0], kept) if proportional else torch.ones_like(kept)
 
@@ -289,4 +293,4 @@ class Oracle:
             mask.append(1)
             places.append(place)
             place += 1
-        return orders.tolist(), tokens
+        return [[row for row in order if row >= 0] for order in orders.tolist()], tokens

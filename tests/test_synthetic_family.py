@@ -1,4 +1,4 @@
-"""A family with planes, spans and protected rows goes the whole way, though no code outside of it knows its name."""
+"""A family with planes, spans, protected and attached rows goes the whole way, though no other code knows its name."""
 
 from __future__ import annotations
 
@@ -27,17 +27,22 @@ from resprune.exporter.options import EarlyRequest, Options
 from resprune.exporter.tensorrt.engines import build
 from resprune.exporter.verify.difference import ParityError
 from resprune.runtime.answer import Answer
+from resprune.runtime.backends.backend import Embedding
+from resprune.runtime.backends.session import OrtGraphs, SessionOptions
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.preprocessor import PreparedImage
 from resprune.runtime.pipeline import Pipeline
+from resprune.runtime.walk import Encoded, Features, Walk
 from tests import synthetic_family as synthetic
 from tests import traces
 from tests.runtime.gpu_stand_in import stand_in_for
 from tests.runtime.pipelines import OTHER, QUESTION
 from tests.traces import Make
 
-K = 9
+K = 11
+ALWAYS = [0, 5, 4, 6, 10, 11, 15]  # those that are protected, and the one that is attached to row 5
 STEPS = 20
 QUESTIONS = (QUESTION, OTHER)
 
@@ -123,8 +128,10 @@ def test_the_graphs_say_what_they_take(made: Callable[..., Path]) -> None:
     assert decoder["plane_embeds.1"].dtype == "float32"
     protected = [tensor for tensor in graphs["token_select"].inputs if tensor.name == "protected_mask"]
     assert [(tensor.dtype, tensor.shape) for tensor in protected] == [("bool", ("batch_size", "num_tokens"))]
-    assert "protected_mask" in [tensor.name for tensor in graphs["vision_select"].inputs]
-    assert "protected_mask" not in [tensor.name for tensor in graphs["vision_encoder"].inputs]
+    attached = [tensor for tensor in graphs["token_select"].inputs if tensor.name == "attached_to"]
+    assert [(tensor.dtype, tensor.shape) for tensor in attached] == [("int64", ("batch_size", "num_tokens"))]
+    assert {"protected_mask", "attached_to"} <= {tensor.name for tensor in graphs["vision_select"].inputs}
+    assert [tensor.name for tensor in graphs["vision_encoder"].inputs] == ["pixel_values"]
     selected = [tensor.name for tensor in graphs["token_select"].outputs]
     assert selected == ["kept_features", "kept_indices", "pick_order", "kept_planes.0", "kept_planes.1"]
 
@@ -175,9 +182,11 @@ def check(vlm: Pipeline, oracle: synthetic.Oracle, answer: Answer, seeds: list[i
     assert [picks.pick_order.tolist() for picks in answer.images] == orders
     assert answer.token_ids == tokens
     assert len(set(tokens)) > 5, "a model that repeats itself shows nothing"
-    protected = np.flatnonzero(synthetic.protected_rows())
     for picks in answer.images:
-        assert picks.pick_order[: len(protected)].tolist() == protected[:k].tolist()
+        kept = picks.pick_order.tolist()
+        assert kept[: len(ALWAYS)] == ALWAYS[: len(kept)]
+        for row, owner in enumerate(synthetic.ATTACHED_TO):
+            assert owner < 0 or (row in kept) == (owner in kept)
 
 
 @pytest.mark.parametrize(
@@ -196,8 +205,10 @@ def test_answers_are_those_of_pytorch(
     settings: Any = {"max_new_tokens": STEPS}
     with Pipeline.load(made(**options)) as vlm:
         check(vlm, oracle, vlm.ask(image(0), QUESTIONS[0], stream=False, **settings), [0])
-        fewer = vlm.ask(image(1), QUESTIONS[1], tokens=7, stream=False, **settings)
-        check(vlm, oracle, fewer, [1], 7)
+        for k in (9, 2):
+            fewer = vlm.ask(image(1), QUESTIONS[1], tokens=k, stream=False, **settings)
+            check(vlm, oracle, fewer, [1], k)
+        assert fewer.images[0].pick_order.tolist() == [0], "the next two go together"
         check(vlm, oracle, vlm.ask([image(2), image(3)], QUESTIONS[0], stream=False, **settings), [2, 3])
         chat = vlm.look(image(4)).chat()
         for question in QUESTIONS:
@@ -207,6 +218,34 @@ def test_answers_are_those_of_pytorch(
         batch = vlm.ask_batch([[image(seed) for seed in seeds] for seeds in shown], asked, **settings)
         for answer, seeds in zip(batch, shown, strict=True):
             check(vlm, oracle, answer, seeds)
+
+
+def test_images_of_different_sizes_are_selected_together(made: Callable[..., Path]) -> None:
+    """As each alone: what is said of the tokens of one says nothing of what stands behind them in its row."""
+    bundle = read_bundle(made(split=True))
+    graphs = OrtGraphs(bundle, SessionOptions())
+    walk = Walk(bundle, graphs, Embedding(graphs))
+    rng = np.random.default_rng(0)
+    encoded, text, budgets = [], [], [K, K, 4]
+    for count, protected, attached in ((6, [5], {0: 5}), (16, [1, 2], {3: 2, 15: 7, 6: 7}), (9, None, None)):
+        rules: dict[str, Any] = {}
+        if protected is not None and attached is not None:
+            rules["protected"] = np.isin(np.arange(count), protected)
+            rules["attached_to"] = np.array([attached.get(row, -1) for row in range(count)])
+        prepared = replace(PreparedImage.one_span({}, np.arange(count), count), **rules)
+        rows, *planes, words = rng.standard_normal((4, count, 64)).astype(np.float32)
+        encoded.append(Encoded(prepared, Features(rows, tuple(planes))))
+        text.append(words[:3])
+    together = walk.select(encoded, text, budgets)
+    for kept, one, *asked in zip(together, encoded, text, budgets, strict=True):
+        (alone,) = walk.select([one], *([part] for part in asked))
+        assert kept.picks.pick_order.tolist() == alone.picks.pick_order.tolist()
+        np.testing.assert_array_equal(kept.planes[1], one.tokens.planes[1][kept.picks.kept_indices])
+    orders = [kept.picks.pick_order.tolist() for kept in together]
+    assert orders[0][:2] == [5, 0]
+    assert sorted(orders[0]) == list(range(6))
+    assert orders[1][:3] == [1, 2, 3]
+    assert len(orders[2]) == 4
 
 
 def test_evaluation_of_the_bundle_and_of_the_checkpoint(made: Callable[..., Path], in_pytorch: Model) -> None:
@@ -236,32 +275,41 @@ def test_evaluation_of_the_bundle_and_of_the_checkpoint(made: Callable[..., Path
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-def test_every_selector_keeps_the_protected_rows(in_pytorch: Model, selector: str) -> None:
-    """First, and as many rows as every other selector: rivals are compared at one budget."""
+def test_every_selector_keeps_the_protected_rows_and_whole_groups(in_pytorch: Model, selector: str) -> None:
+    """First what is protected, whatever the selector, then as much as it picks: rivals are compared at one budget."""
     (encoded,) = in_pytorch.look([image(0)])
     asked = in_pytorch.read(QUESTION, [encoded.image.expansion])
-    protected = np.flatnonzero(synthetic.protected_rows())
-    for k in (4, K, synthetic.NUM_TOKENS):
-        budget = Budget.parse(str(k))
-        picks = pick(in_pytorch, Run("", selector, str(k), 0), budget, encoded, asked, 0)
-        assert picks[: len(protected)].tolist() == protected[:k].tolist()
-        assert len(set(picks.tolist())) == len(picks) == k
+    to = synthetic.ATTACHED_TO
+    for k in (1, 2, 7, K, synthetic.NUM_TOKENS):
+        picks = pick(
+            in_pytorch, Run("", selector, str(k), 0), Budget.parse(str(k)), encoded, asked, 0
+        ).tolist()
+        assert picks[: len(ALWAYS)] == ALWAYS[: 1 if k == 2 else k]
+        assert len(set(picks)) == len(picks) <= k
+        assert all(owner < 0 or (row in picks) == (owner in picks) for row, owner in enumerate(to))
+        assert len(picks) >= min(k - 2, synthetic.NUM_TOKENS), "at most a group of three is left out"
 
 
 def test_a_selection_inside_its_tower_is_refused(checkpoint: Path, in_pytorch: Model, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ResPruneError, match="--early would drop tokens of the synthetic family that"):
+    with pytest.raises(
+        ResPruneError, match="--early would drop tokens of the synthetic family that are protected"
+    ):
         export(str(checkpoint), out, Options(k=K, early="1:9"), lambda line: None)
     assert not any(tmp_path.iterdir())
-    with pytest.raises(ResPruneError, match="--early would drop tokens of the synthetic family that"):
+    with pytest.raises(
+        ResPruneError, match="--early would drop tokens of the synthetic family that are protected"
+    ):
         in_pytorch.look([image(0)], *early_names(["1:9"]))
     components = synthetic.split_model(resolve(str(checkpoint)), torch.float32, fake_mode())
     with pytest.raises(ResPruneError, match="--early is not built for the vision tower of the synthetic"):
-        EarlyRequest.parse("1:9").of(replace(components, protected=None), synthetic.FAMILY.title)
+        EarlyRequest.parse("1:9").of(
+            replace(components, protected=None, attached_to=None), synthetic.FAMILY.title
+        )
 
 
 def test_engines(made: Callable[..., Path], tmp_path: Path) -> None:
-    """TensorRT takes every graph; planes and protected rows have their bounds in the profiles."""
+    """TensorRT takes every graph; planes, protected and attached rows have their bounds in the profiles."""
     pytest.importorskip("tensorrt_rtx")
     root = Path(shutil.copytree(made(split=True), tmp_path / "bundle"))
     build(root, "tensorrt-rtx", ["sm_86"], report=lambda line: None)

@@ -16,11 +16,12 @@ from resprune.exporter.verify.pruning import TEXT_TOKENS
 from resprune.exporter.verify.reference import (
     choice,
     keep,
-    picks_after_protected,
     picks_within_rounding,
     select,
+    with_attached,
 )
 from resprune.method import Selection
+from resprune.names import ATTACHED_TO
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Question:
         inputs |= {"text_embeds": array(self.nouns), "text_mask": array(self.mask)}
         if (protected := self.protected()) is not None:
             inputs["protected_mask"] = array(protected)
+        if self.attached_to is not None:
+            inputs[ATTACHED_TO] = array(self.attached_to)
         return inputs | ({"num_kept": array(num_kept)} if self.components.proportional else {})
 
     def candidates(self, left: Tensor | None = None) -> Tensor | None:
@@ -58,6 +61,11 @@ class Question:
         candidates = self.candidates(left)
         return protected if candidates is None else protected & candidates
 
+    @property
+    def attached_to(self) -> Tensor | None:
+        """Which of the N tokens each is attached to, [B, N] int64; None: the family attaches none."""
+        return None if self.components.attached_to is None else self.components.attached_to(self.images)
+
     def select(self, model: Any, selection: Selection, early: Tensor | None = None) -> Selected:
         """What the reference selects; `early` [T, C] takes the place of its picks inside the tower."""
         vision = self.components.vision
@@ -66,8 +74,8 @@ class Question:
         count = len(self.components.features)
         planes, further = outputs[:count], outputs[count:]
         left, early = further if vision.early else (None, None)
-        masks = self.candidates(left), self.protected(left)
-        gain, picks = select(planes[0], self.nouns, self.mask, selection, *masks)
+        rules = self.candidates(left), self.protected(left), self.attached_to
+        gain, picks = select(planes[0], self.nouns, self.mask, selection, *rules)
         return Selected(self, list(planes), gain, picks, left, early)
 
 
@@ -101,15 +109,32 @@ class Selected:
         return same[(order >= 0) | (self.picks >= 0)]
 
     def _within_rounding(self, order: Tensor) -> Tensor:
-        """Which picks float32 cannot tell from the reference's; of protected rows, which go by index, it can any."""
-        protected = self.question.protected(self.left)
-        free = choice(self.candidates, protected)
-        if protected is None:
-            return picks_within_rounding(self.planes[0], self.gain, order, free)
-        greedy, counts = picks_after_protected(order, protected)
-        within = picks_within_rounding(self.planes[0], self.gain, greedy, free)
-        places = torch.arange(order.shape[1]) - counts[:, None]
-        return within.gather(1, places.clamp(min=0)) & (places >= 0)
+        """Which picks float32 cannot tell from the reference's.
+
+        Of protected rows, which go by index, it can any; an attached one is right where its owner is.
+        """
+        features, gain = self.planes[0], self.gain
+        protected, attached_to = self.question.protected(self.left), self.question.attached_to
+        free = choice(self.candidates, protected, attached_to)
+        if protected is None and attached_to is None:
+            return picks_within_rounding(features, gain, order, free)
+        assert free is not None
+        rows = order.clamp(min=0)
+        chosen = free.gather(1, rows) & (order >= 0)
+        places = chosen.cumsum(dim=1) - 1  # of the last that was chosen
+        within = picks_within_rounding(features, gain, _alone(order, chosen), free)
+        within = within.gather(1, places.clamp(min=0)) & (places >= 0)
+        if attached_to is None:
+            return within & chosen
+        owners = (attached_to.gather(1, rows) < 0) & (order >= 0)
+        grouped = with_attached(attached_to, _alone(order, owners), self.candidates)
+        return within & (chosen | ~owners) & (order >= 0) & (order == grouped)
+
+
+def _alone(order: Tensor, some: Tensor) -> Tensor:
+    """Those of an order of picks [B, K] that `some` [B, K] says, as they follow each other, and −1 behind them."""
+    first = (~some).int().argsort(dim=1, stable=True)
+    return order.masked_fill(~some, -1).gather(1, first)
 
 
 def seeded(

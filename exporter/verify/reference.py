@@ -123,23 +123,29 @@ def select(
     selection: Selection,
     candidates: Tensor | None = None,
     protected: Tensor | None = None,
+    attached_to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gain [B, N] and pick order [B, k] of the whole selection, protected rows first.
+    """Gain [B, N] and pick order [B, k] of the whole selection, with protected rows first and attached ones.
 
-    `candidates` [B, N] bool are an image's tokens, None for all; `protected` [B, N] bool those that are always kept.
-    The others are as in `text_gain`.
+    `candidates` [B, N] bool are an image's tokens, None for all; `protected` [B, N] bool those that are always kept;
+    `attached_to` [B, N] int64 the row that each goes with, protected or not. The others are as in `text_gain`.
     """
-    free = choice(candidates, protected)
+    free = choice(candidates, protected, attached_to)
     gain = text_gain(visual, text, text_mask, free, alpha=selection.alpha, scale=selection.scale)
     picks = residual_select(visual, gain, selection.k, free)
-    return gain, picks if protected is None else protected_first(protected, picks)
+    if protected is not None:
+        picks = protected_first(protected if attached_to is None else protected & (attached_to < 0), picks)
+    return gain, picks if attached_to is None else with_attached(attached_to, picks, candidates)
 
 
-def choice(candidates: Tensor | None, protected: Tensor | None) -> Tensor | None:
+def choice(candidates: Tensor | None, protected: Tensor | None, attached_to: Tensor | None) -> Tensor | None:
     """Which of the N tokens the greedy choice is between, [B, N] bool; None: all of them. As in `select`."""
-    if protected is None:
-        return candidates
-    return ~protected if candidates is None else candidates & ~protected
+    free = candidates
+    if protected is not None:
+        free = ~protected if free is None else free & ~protected
+    if attached_to is not None:
+        free = attached_to < 0 if free is None else free & (attached_to < 0)
+    return free
 
 
 def protected_first(protected: Tensor, picks: Tensor) -> Tensor:
@@ -156,12 +162,34 @@ def protected_first(protected: Tensor, picks: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def picks_after_protected(order: Tensor, protected: Tensor) -> tuple[Tensor, Tensor]:
-    """The greedy part of a pick order [B, k], filled up with −1, and how many protected rows stand before it, [B]."""
-    counts = protected.sum(dim=1).clamp(max=order.shape[1])
-    padded = torch.cat([order, torch.full_like(order, -1)], dim=1)
-    places = torch.arange(order.shape[1], device=order.device) + counts[:, None]
-    return padded.gather(1, places), counts
+def with_attached(attached_to: Tensor, picks: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """Each of `picks` [B, k] and behind it the rows attached to it, ascending, while whole groups fit: [B, k].
+
+    `attached_to` [B, N] int64 is the row that a row is attached to, −1 for none. Attached rows are no candidates: leave
+    them out of the `token_mask` of gain and choice. A pick and its rows are a group; the first that does not fit into k
+    is left out, with all that come after it. Rows that `token_mask` [B, N] leaves out are nobody's.
+    """
+    k = picks.shape[1]
+    orders = []
+    for to, order, there in zip(attached_to, picks, _mask(token_mask, attached_to.shape, picks), strict=True):
+        rows: list[int] = []
+        for pick in order[order >= 0].tolist():
+            group = [pick, *((to == pick) & there).nonzero()[:, 0].tolist()]
+            if len(rows) + len(group) > k:
+                break
+            rows += group
+        orders.append(rows + [-1] * (k - len(rows)))
+    return picks.new_tensor(orders)
+
+
+def whole_groups(attached_to: Tensor, order: Tensor, num_kept: Tensor) -> Tensor:
+    """How many of the first `num_kept` [B] of an order [B, k] are whole groups of `with_attached`: [B]."""
+    counts = []
+    for to, picks, count in zip(attached_to, order, num_kept.tolist(), strict=True):
+        while count < len(picks) and picks[count] >= 0 and to[picks[count]] >= 0:
+            count -= 1
+        counts.append(count)
+    return num_kept.new_tensor(counts)
 
 
 def picks_within_rounding(

@@ -36,7 +36,7 @@ from resprune.exporter.verify.layers import (
 from resprune.exporter.verify.ort_worker import OrtWorker
 from resprune.exporter.verify.pruning import pruned_picks
 from resprune.exporter.verify.question import Question, Selected, seeded
-from resprune.exporter.verify.reference import counts_within_rounding, keep, kept_counts
+from resprune.exporter.verify.reference import counts_within_rounding, keep, kept_counts, whole_groups
 from resprune.exporter.verify.text import after_text, agreeing, every_logit, every_position, whole_text
 from resprune.method import Selection
 from resprune.names import DECODER, KEPT_PLANES
@@ -219,7 +219,9 @@ class Verifier:
             differences += self._kept_differences(graph, got, selected.planes)
             counted["picks"] = _count(selected.equal_picks(got))
             if self._components.proportional:
-                counted["kept counts"] = _equal_counts(got, num_kept, features, selected.candidates)
+                counted["kept counts"] = _equal_counts(
+                    got, num_kept, features, selected.candidates, question.attached_to
+                )
             if all(equal == total or what not in self.exact for what, (equal, total) in counted.items()):
                 break
         if selection.k >= features.shape[1]:
@@ -276,7 +278,7 @@ class Verifier:
         same = (order == wanted) & (torch.from_numpy(split["kept_indices"]) == indices)
         counted = {"split picks": _count(same[(order >= 0) | (wanted >= 0)])}
         if self._components.proportional:
-            counted["split counts"] = _equal_counts(split, num_kept, every, candidates)
+            counted["split counts"] = _equal_counts(split, num_kept, every, candidates, question.attached_to)
         return differences, counted
 
     def compare_greedy(
@@ -373,10 +375,16 @@ def _shares(k: int, batch_size: int) -> Tensor:
 
 
 def _equal_counts(
-    got: Mapping[str, NDArray[Any]], num_kept: Tensor, features: Tensor, candidates: Tensor | None
+    got: Mapping[str, NDArray[Any]],
+    num_kept: Tensor,
+    features: Tensor,
+    candidates: Tensor | None,
+    attached_to: Tensor | None,
 ) -> Counted:
     """How many of a graph's `kept_counts` are the reference's for the same picks, as far as float32 can tell."""
     order, counts = torch.from_numpy(got["pick_order"]), torch.from_numpy(got["kept_counts"])
+    if attached_to is not None:
+        num_kept = whole_groups(attached_to, order, num_kept)
     first = order.masked_fill(torch.arange(order.shape[1]) >= num_kept[:, None], -1)
     _, indices = keep(features, order)
     real = indices >= 0

@@ -24,7 +24,12 @@ class PreparedImage:
     positions of three axes, [3, N] int64: how far each token stands from the first of its span; `advances`: of each
     span, how far the text after it stands from its first token. `expansion` is the text that stands for the
     image in place of the template's placeholder, with exactly one image token for each span; None for that token alone.
-    `protected` [N] bool are tokens that every selection keeps; None for none.
+    `protected` [N] bool are tokens that every selection keeps; None for none. `attached_to` [N] int64 is the token that
+    each is attached to, −1 for none: it is kept if and only if that one is, which is attached to none itself.
+
+    Raises:
+        ValueError: a token that is attached to one that is attached itself.
+
     """
 
     arrays: Arrays
@@ -33,6 +38,13 @@ class PreparedImage:
     spans: tuple[int, ...]
     expansion: str | None = None
     protected: npt.NDArray[np.bool_] | None = None
+    attached_to: npt.NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for chains, whose tokens no selection would keep."""
+        to = self.attached_to
+        if to is not None and (to[to[to >= 0]] >= 0).any():
+            raise ValueError("a token is attached to one that is attached itself; attach both to the first")
 
     @staticmethod
     def one_span(arrays: Arrays, offsets: npt.NDArray[np.int64], advance: int) -> "PreparedImage":

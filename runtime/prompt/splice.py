@@ -116,11 +116,11 @@ def cut_picks(
 ) -> KeptTokens:
     """The first `tokens` picks of one image, all of them if None: a selection of `tokens` would pick the same.
 
+    Of tokens that are attached to another, see `whole_groups`.
     `image_features` [K, D] and `planes` [K, D], rows of `kept_indices` [K], which ascend with −1 last; `pick_order` [K]
     with −1 last; `kept_counts` [K] in the order of `kept_indices`, None for 1 each; `left` [N] as in `Features`.
     """
-    order = pick_order[:tokens]
-    order = order[order >= 0]
+    order = whole_groups(pick_order[pick_order >= 0], tokens, image.attached_to)
     kept = np.sort(order)
     valid = kept_indices >= 0
     places = np.flatnonzero(valid)[np.searchsorted(kept_indices[valid], kept)]  # [K']
@@ -131,6 +131,18 @@ def cut_picks(
         Picks(kept, order, counts, _indices(left)),
         tuple(plane[places] for plane in planes),
     )
+
+
+def whole_groups(order: Ints, tokens: int | None, attached_to: Ints | None) -> Ints:
+    """The first `tokens` of an order of picks [P], all of them if None, without the part of a group at the end.
+
+    In the order, the tokens that `attached_to` [N] attaches to a pick stand behind it; they and it are a group.
+    """
+    if tokens is None or tokens >= len(order):
+        return order
+    while attached_to is not None and attached_to[order[tokens]] >= 0:
+        tokens -= 1
+    return order[:tokens]
 
 
 def _indices(left: Bools | None) -> Ints | None:

@@ -160,6 +160,31 @@ def test_the_runtime_splices_the_prompt_of_the_graphs(
     assert not equal(lambda made: replace(made, inputs_embeds=made.inputs_embeds[:, ::-1].copy()))
 
 
+def test_attached_rows_are_judged_with_their_owner() -> None:
+    """Rows 1 and 3 are as long as float32 can tell: either may be first, each with the rows that go with it."""
+    lengths = torch.tensor([1.0, 3 * (1 + 1e-6), 1.0, 3.0, 5.0, 2.0])
+    protected, to = torch.tensor([[True] + [False] * 5]), torch.tensor([[-1, -1, 1, -1, 0, 3]])
+    components: Any = SimpleNamespace(protected=lambda _: protected, attached_to=lambda _: to, padding=None)
+    asked = question.Question(components, (), torch.empty(1, 0, 6), torch.empty(1, 0, dtype=torch.bool))
+    planes, gain = [lengths.diag()[None]], torch.ones(1, 6)
+    of_reference = torch.tensor([[0, 4, 1, 2, 3, 5]])
+
+    def right(order: list[int]) -> list[bool]:
+        wanted = question.Selected(asked, planes, gain, of_reference[:, : len(order)])
+        got = np.array([order])
+        indices = np.sort(np.where(got < 0, 9, got))
+        return wanted.equal_picks(
+            {"pick_order": got, "kept_indices": np.where(indices == 9, -1, indices)}
+        ).tolist()
+
+    assert all(right([0, 4, 1, 2, 3, 5]))
+    assert all(right([0, 4, 3, 5]))
+    assert right([0, 4, 3, 1]) == [True, True, True, False], "without its row"
+    assert right([0, 4, 3, -1]) == [True, True, True, False], "ended too early"
+    assert right([4, 0, 1, 2]) == [False, False, True, True], "behind the row that is attached to it"
+    assert right([0, 3, 5, 4])[1:] == [False] * 3, "one that is protected goes without its row"
+
+
 @pytest.mark.parametrize("what", ["picks", "kept counts"])
 @pytest.mark.parametrize("misses", range(len(SEEDS) + 1))
 def test_another_picture_is_tried_before_picks_and_counts_count_as_wrong(

@@ -12,21 +12,14 @@ from onnx import TensorProto, helper
 from resprune.exporter.verify.reference import (
     keep,
     kept_counts,
-    picks_after_protected,
     protected_first,
     residual_select,
     text_gain,
 )
 from resprune.graphs import attach_selection, token_select_model
 from resprune.method import BODIES, FORMS, Selection
+from tests.graphs.selectors import run
 from tests.vectors import CASES
-
-
-def run(model, visual, text, text_mask, token_mask, outputs=None, **more):
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    feed = {"image_features": visual, "text_embeds": text, "text_mask": text_mask, "token_mask": token_mask}
-    feed |= more
-    return dict(zip([o.name for o in session.get_outputs()], session.run(outputs, feed), strict=True))
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -213,10 +206,6 @@ def test_protected_rows_are_kept_before_all_others(form, body):
     rows, indices = keep(visual, expected)
     np.testing.assert_array_equal(out["kept_indices"], indices.numpy())
     np.testing.assert_array_equal(out["kept_features"], rows.numpy())
-    after, counts = picks_after_protected(expected, protected & token_mask)
-    assert counts.tolist() == [0, 3, 8, 8, 1]
-    for row, count in enumerate(counts):
-        assert after[row].tolist() == [*greedy[row, : 8 - count].tolist(), *[-1] * int(count)]
     none = run(model, *inputs, protected_mask=np.zeros_like(protected.numpy()))
     plain = run(token_select_model(Selection(k=8, body=body, form=form)), *inputs)
     for name, array in plain.items():

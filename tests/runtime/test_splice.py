@@ -1,5 +1,7 @@
 """Kept rows in the prompt's place for the picture, under both ways of numbering."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -81,6 +83,33 @@ def test_fewer_picks_are_the_first_ones() -> None:
     assert some.picks.pick_order.tolist() == [3, 1, 4]
     assert some.offsets.tolist() == [10, 30, 40]
     assert some.advances == (9,)
+
+
+@pytest.mark.parametrize(("tokens", "kept"), [(None, 5), (5, 5), (4, 4), (3, 1), (2, 1), (1, 1)])
+def test_a_cut_is_behind_a_whole_group(tokens: int | None, kept: int) -> None:
+    """Token 7 alone, 2 with 0 and 5 behind it, 4 alone, and a place that nothing fills."""
+    attached_to = np.array([2, -1, -1, -1, -1, 2, -1, -1])
+    attached = replace(image(8), attached_to=attached_to)
+    indices, order = np.array([0, 2, 4, 5, 7, -1]), np.array([7, 2, 0, 5, 4, -1])
+    result = cut_picks(attached, np.arange(6, dtype=np.float32)[:, None], indices, order, tokens)
+    assert result.picks.pick_order.tolist() == order[:kept].tolist()
+    assert result.rows[:, 0].tolist() == np.flatnonzero(np.isin(indices, order[:kept])).tolist()
+
+
+def test_an_image_whose_first_group_has_no_room_keeps_nothing() -> None:
+    attached = replace(image(3), attached_to=np.array([1, -1, -1]))
+    nothing = cut_picks(attached, np.ones((2, 1), np.float32), np.array([0, 1]), np.array([1, 0]), 1)
+    assert nothing.picks.kept_indices.tolist() == []
+    result = splice(
+        [embed([5, IMAGE, 6])], [[5, IMAGE, 6]], [[nothing]], image_token_id=IMAGE, positions="original"
+    )
+    assert result.inputs_embeds[0, :, 0].tolist() == [5, 6]
+    assert result.position_ids.tolist() == [[0, 4]]
+
+
+def test_chains_of_attached_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="attached to one that is attached itself"):
+        replace(image(3), attached_to=np.array([-1, 0, 1]))
 
 
 def test_places_that_nothing_fills_are_left_out() -> None:
