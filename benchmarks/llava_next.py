@@ -13,7 +13,7 @@ from benchmarks.measure import Timing, exported, take_turns
 from benchmarks.selection import beside_encoder, cpu_session, selector, selector_inputs
 from resprune.graphs import choose_form
 from resprune.runtime.bundle.files import read_bundle
-from resprune.runtime.families.llava_next import AnyResolution
+from resprune.runtime.families.llava_next import preprocessor
 
 BUDGETS = (160, 320, 640)
 SIZE = (672, 672)  # four tiles and the whole view, nothing padded: the most tokens there are
@@ -26,7 +26,7 @@ def run(work: Path) -> dict[str, Any]:
         write_llava_next_vision(checkpoint)
     exported(checkpoint, bundle, "-k", str(BUDGETS[-1]), "--split")
     opened = read_bundle(bundle, check_hashes=False)
-    anyres = AnyResolution.from_bundle(opened)
+    anyres = preprocessor(opened)
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (SIZE[1] // 2, SIZE[0] // 2, 3), dtype=np.uint8)).resize(
         SIZE

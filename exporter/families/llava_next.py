@@ -23,7 +23,7 @@ from resprune.exporter.families.tiles import PackedTiles
 from resprune.exporter.split import assemble, read_config, weightless_model
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.families.llava_next import AnyResolution
+from resprune.runtime.families.llava_next import AnyResolution, any_resolution
 
 
 def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode) -> Components:
@@ -39,9 +39,7 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
 
 def _any_resolution(checkpoint: Checkpoint, config: Any) -> AnyResolution:
     """What the runtime will do with images; `ResPruneError` where the processor's resolutions are not the model's."""
-    anyres = AnyResolution.from_config(
-        image_processor_config(checkpoint), **square_tower(config.vision_config)
-    )
+    anyres = any_resolution(image_processor_config(checkpoint), **square_tower(config.vision_config))
     check_resolutions(config, anyres)
     return anyres
 
@@ -68,7 +66,7 @@ def check_resolutions(config: Any, anyres: AnyResolution) -> None:
 def any_resolution_component(
     model: Any,
     config: Any,
-    anyres: Any,
+    anyres: AnyResolution,
     packing: tuple[TensorSpec, ...],
     sizes_compared: Sequence[tuple[int, int]],
     mode: FakeTensorMode,
@@ -105,10 +103,10 @@ def any_resolution_component(
         return (nn.utils.rnn.pad_sequence(list(packed), batch_first=True),)
 
     patches, hidden_size = tower_output(tiles, size, mode)
-    if patches != anyres.side**2:
+    if patches != anyres.tiles.tokens:
         raise ResPruneError(
-            f"the vision tower gives {patches} rows a tile where {anyres.side} x {anyres.side} patches are packed; "
-            "correct vision_feature_select_strategy in config.json (default drops a class token, full keeps all)"
+            f"the vision tower gives {patches} rows a tile where {anyres.tiles.tokens} patches are packed; correct "
+            "vision_feature_select_strategy in config.json (default drops a class token, full keeps all)"
         )
     inputs = (TensorSpec("pixel_values", "float32", ("num_tiles", 3, *size)), *packing)
     features = TensorSpec("image_features", "float32", ("batch_size", "num_tokens", hidden_size))
@@ -127,5 +125,5 @@ def any_resolution_component(
 
 def sample_sizes(anyres: AnyResolution) -> list[tuple[int, int]]:
     """(width, height) of images to compare with: wide, tall, and within one tile, unpadded differently."""
-    tile = anyres.tile
+    tile = anyres.tiles.tile
     return [(2 * tile, tile), (tile, 2 * tile + tile // 3), (tile // 2 + 1, tile // 2)]

@@ -21,7 +21,7 @@ from resprune.exporter.families.llava_next import (
 )
 from resprune.exporter.split import assemble, read_config, weightless_model
 from resprune.runtime.bundle.manifest import TensorSpec
-from resprune.runtime.families.llava_onevision import LimitedResolution, tile_limit
+from resprune.runtime.families.llava_onevision import LimitedResolution, limited_resolution, tile_limit
 
 PACKING = (
     TensorSpec("pack_indices", "int64", ("batch_size", "num_tokens", 4)),
@@ -33,14 +33,14 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
     """The three components of such a checkpoint, weightless; `ResPruneError` for a config that they cannot carry."""
     config = read_config(checkpoint, LlavaOnevisionConfig)
     check_tower(config.vision_config)
-    processor = LimitedResolution.from_config(
+    processor = limited_resolution(
         image_processor_config(checkpoint),
         **square_tower(config.vision_config),
         limit=tile_limit(checkpoint.config),
     )
-    check_resolutions(config, processor.anyres)
+    check_resolutions(config, processor)
     model = weightless_model(checkpoint, LlavaOnevisionForConditionalGeneration, config, dtype, mode)
-    sizes = [*_interpolated(processor), *sample_sizes(processor.anyres)]
+    sizes = [*_interpolated(processor), *sample_sizes(processor)]
     vision = any_resolution_component(model, config, processor, PACKING, sizes, mode)
     return assemble(checkpoint, model, vision, dtype, max_tokens=processor.max_tokens, padding="pack_indices")
 

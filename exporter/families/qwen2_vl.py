@@ -7,12 +7,13 @@ windows and back, full attention does not mind the order, and the merger finds i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,6 +31,7 @@ from resprune.exporter.checkpoint.side_files import image_processor_config
 from resprune.exporter.components import Component, Components, Sizes, Tower
 from resprune.exporter.split import assemble, read_config, weightless_model
 from resprune.exporter.trace.attention import grouped_attention
+from resprune.names import PLANE_FEATURES
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.qwen2_vl import (
@@ -200,27 +202,48 @@ def _vision_component(model: Any, config: Any, dtype: torch.dtype) -> Component:
             f"graph is compared in whole windows of at most {MAX_SIDE}; correct window_size in config.json"
         )
     length = (side * merge) ** 2
+    module = _Vision(model.model.visual, windowed, dtype)
+    if not windowed:
+        return patches_component(model, module, side)
+    further = (
+        TensorSpec("window_patches", "int64", ("num_windows", length)),
+        TensorSpec("window_slots", "int64", ("num_patches",)),
+    )
+    return patches_component(model, module, side, further, lambda grid: windows(grid, length))
+
+
+def patches_component(
+    model: Any,
+    module: Any,
+    side: int,
+    further: tuple[TensorSpec, ...] = (),
+    arrays: Callable[[Grid], tuple[npt.NDArray[Any], ...]] = lambda grid: (),
+    planes: int = 0,
+) -> Component:
+    """The vision component of a `module` with `blocks` over the patches of one image and their positions.
+
+    `further` are its inputs beside those two, which `arrays` makes of a grid. It is compared on grids that cut what is
+    `side` merged tokens wide, in both directions.
+    """
+    vision = model.config.vision_config
+    merge = vision.spatial_merge_size
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    inputs = [
+    inputs = (
         TensorSpec("pixel_values", "float32", ("num_patches", pixels)),
         TensorSpec("patch_positions", "int64", ("num_patches", 2)),
-    ]
-    if windowed:
-        inputs += [
-            TensorSpec("window_patches", "int64", ("num_windows", length)),
-            TensorSpec("window_slots", "int64", ("num_patches",)),
-        ]
-    features = TensorSpec("image_features", "float32", (1, "num_tokens", config.text_config.hidden_size))
+        *further,
+    )
+    shape = (1, "num_tokens", model.config.text_config.hidden_size)
+    names = ["image_features", *map(PLANE_FEATURES.format, range(planes))]
+    outputs = tuple(TensorSpec(name, "float32", shape) for name in names)
 
     def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
-        # Whole windows and cut ones, in both directions.
         grid = Grid(merge * (side + sizes["batch_size"]), merge * (2 * side + 1), merge)
-        arrays = [patch_positions(grid), *(windows(grid, length) if windowed else ())]
         patches = torch.randn(grid.rows * grid.columns, pixels, generator=generator)
-        return (patches, *(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+        facts = (patch_positions(grid), *arrays(grid))
+        return (patches, *(torch.from_numpy(np.ascontiguousarray(array)) for array in facts))
 
-    module = _Vision(model.model.visual, windowed, dtype)
-    return Component("vision_encoder", module, tuple(inputs), (features,), samples, _reference, module.blocks)
+    return Component("vision_encoder", module, inputs, outputs, samples, _reference, module.blocks)
 
 
 def tower_facts(config: Any, max_tokens: int) -> Tower:
@@ -280,9 +303,11 @@ def _places(model: Any, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def _reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """By the model's own code, with the planes that it gives."""
     grid = grid_of(inputs, model.config.vision_config.spatial_merge_size)
-    features = model.get_image_features(inputs[0], torch.tensor([grid.thw])).pooler_output
-    return (torch.stack(list(features)),)
+    features = model.get_image_features(inputs[0], torch.tensor([grid.thw]))
+    planes = getattr(features, "deepstack_features", ())
+    return tuple(torch.stack(list(plane)) for plane in (features.pooler_output, *planes))
 
 
 def grid_of(inputs: tuple[Tensor, ...], merge_size: int) -> Grid:

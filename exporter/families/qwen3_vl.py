@@ -17,14 +17,20 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from resprune.exporter.checkpoint.checkpoint import Checkpoint, config_faults
 from resprune.exporter.checkpoint.side_files import image_processor_config
-from resprune.exporter.components import Component, Components, Sizes
-from resprune.exporter.families.qwen2_vl import Block, check_processor, grid_of, places_of, tower_facts
-from resprune.exporter.language import called, read_past
+from resprune.exporter.components import Component, Components
+from resprune.exporter.families.qwen2_vl import (
+    Block,
+    check_processor,
+    grid_of,
+    patches_component,
+    places_of,
+    tower_facts,
+)
+from resprune.exporter.language import Rows, called, read_past
 from resprune.exporter.split import assemble, read_config, weightless_model
-from resprune.names import PLANE_FEATURES
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.families.qwen2_vl import DynamicResolution, Grid, patch_positions
+from resprune.runtime.families.qwen2_vl import DynamicResolution
 from resprune.runtime.families.qwen3_vl import position_taps, table_side
 from resprune.runtime.families.rotary import interleaved
 
@@ -84,8 +90,8 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
     rotary: Any = model.model.language_model.rotary_emb
     rotary.recomposition_frequencies = partial(recomposed, rotary.mrope_section)
     with config_faults(checkpoint):
-        component = _vision_component(model, config, table_side(checkpoint.config), dtype)
-    planes = tuple(layer + 1 for layer in taken_after)
+        component = _vision_component(model, table_side(checkpoint.config), dtype)
+    planes, plane_layers = tuple(layer + 1 for layer in taken_after), tuple(range(len(taken_after)))
     tower = replace(
         tower_facts(vision, processor.max_tokens),
         planes=planes,
@@ -97,8 +103,8 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
         model,
         component,
         dtype,
-        plane_layers=tuple(range(len(taken_after))),
-        reference=_decode,
+        plane_layers=plane_layers,
+        reference=partial(_decode, Rows(plane_layers)),
         max_tokens=processor.max_tokens,
         places=lambda inputs: places_of(grid_of(inputs, vision.spatial_merge_size)),
     )
@@ -116,44 +122,19 @@ def recomposed(sections: list[int], values: Tensor) -> Tensor:
     return torch.cat((mixed, mixed), dim=-1)
 
 
-def _vision_component(model: Any, config: Any, side: int, dtype: torch.dtype) -> Component:
-    vision = config.vision_config
-    merge = vision.spatial_merge_size
-    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    inputs = (
-        TensorSpec("pixel_values", "float32", ("num_patches", pixels)),
-        TensorSpec("patch_positions", "int64", ("num_patches", 2)),
+def _vision_component(model: Any, side: int, dtype: torch.dtype) -> Component:
+    taps = (
         TensorSpec("position_taps", "int64", ("num_patches", 4)),
         TensorSpec("position_weights", "float32", ("num_patches", 4)),
     )
-    names = ["image_features", *map(PLANE_FEATURES.format, range(len(vision.deepstack_visual_indexes)))]
-    shape = (1, "num_tokens", config.text_config.hidden_size)
-    outputs = tuple(TensorSpec(name, "float32", shape) for name in names)
-
-    def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
-        grid = Grid(merge * (2 + sizes["batch_size"]), merge * 5, merge)
-        arrays: list[Any] = [patch_positions(grid), *position_taps(grid, side)]
-        patches = torch.randn(grid.rows * grid.columns, pixels, generator=generator)
-        return (patches, *(torch.from_numpy(array.copy()) for array in arrays))
-
     module = _Vision(model.model.visual, dtype)
-    return Component("vision_encoder", module, inputs, outputs, samples, _features, module.blocks)
+    planes = len(module.taken_after)
+    return patches_component(model, module, 2, taps, lambda grid: position_taps(grid, side), planes)
 
 
-def _features(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """By the model's own code, its interpolation included."""
-    grid = grid_of(inputs, model.config.vision_config.spatial_merge_size)
-    features = model.get_image_features(inputs[0], torch.tensor([grid.thw]))
-    return (
-        torch.stack(list(features.pooler_output)),
-        *(torch.cat(list(plane))[None] for plane in features.deepstack_features),
-    )
-
-
-def _decode(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _decode(rows: Rows, model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """What the decoder graph computes, by the model's own code: planes added to every row, 0 where there is text."""
-    first_past = 3 + len(model.config.vision_config.deepstack_visual_indexes)
-    planes, past = inputs[3:first_past], inputs[first_past:]
+    planes, _, past = rows.parts(inputs[3:])
     return called(
         model,
         inputs,

@@ -21,7 +21,7 @@ from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.image import Box, ImageProcessor
 from resprune.runtime.families.llava import tower_size
 from resprune.runtime.families.preprocessor import Arrays, PreparedImage, image_processor_config
-from resprune.runtime.families.tiles import FURTHER, MAX_TILES, pack
+from resprune.runtime.families.tiles import FURTHER, MAX_TILES, TileProcessor, pack
 
 PROCESSOR = "LlavaNextImageProcessor"
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -34,70 +34,32 @@ Size = tuple[int, int]  # width, height
 class AnyResolution:
     """Tiles of the processor's config, and the packing of the rows that the tower makes of them.
 
-    `resolutions` are (height, width) as configs have them; `whole` is the (width, height) of the whole view, `tile` the
-    side of a tile, `processor` the steps from there to pixel values, `side` how many rows and columns of patches of
-    `patch_size` pixels the tower sees in one.
+    `resolutions` are (height, width) as configs have them; `whole` is the (width, height) of the whole view; a token of
+    a tile is a patch of `patch_size` pixels.
     """
 
     resolutions: tuple[tuple[int, int], ...]
     whole: Size
-    tile: int
-    processor: ImageProcessor
-    side: int
+    tiles: TileProcessor
     patch_size: int
     max_batch: int | None = None
-
-    @staticmethod
-    def from_config(config: Mapping[str, Any], *, image_size: int, patch_size: int) -> "AnyResolution":
-        """From the content of a preprocessor_config.json, and the sizes of the tower in pixels.
-
-        Raises `ResPruneError` for another kind of processor and for settings that make no sense together.
-        """
-        kind = str(config.get("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
-        if kind != PROCESSOR:
-            raise ResPruneError(
-                f"LLaVA-NeXT needs a {PROCESSOR}, and the checkpoint's image processor is {kind}; "
-                f"correct preprocessor_config.json"
-            )
-        clip = {
-            **config,
-            "image_processor_type": "CLIPImageProcessor",
-        }  # one tile's steps and defaults are its
-        processor = ImageProcessor.from_config(clip)
-        sizes = ImageProcessor.from_config(clip | {"do_resize": True, "do_center_crop": True})
-        edge = sizes.shortest_edge
-        height, width = (edge, edge) if edge is not None else sizes.resize_to or (0, 0)
-        tile = height if sizes.crop is None else sizes.crop[0]
-        resolutions = grid_resolutions(config.get("image_grid_pinpoints", PINPOINTS), tile)
-        if tile != image_size:
-            raise ResPruneError(
-                f"the image processor makes tiles of {tile} pixels and the vision tower takes {image_size}; "
-                f"correct crop_size in preprocessor_config.json"
-            )
-        return AnyResolution(
-            resolutions, (width, height), tile, processor, image_size // patch_size, patch_size
-        )
-
-    @staticmethod
-    def from_bundle(bundle: Bundle) -> "AnyResolution":
-        """From the bundle's image processor and the config of its tower."""
-        return AnyResolution.from_config(image_processor_config(bundle), **tower_size(bundle))
 
     @property
     def tile_size(self) -> tuple[int, int]:
         """Height and width of a tile as the tower gets it."""
-        pixels = self.processor(Image.new("RGB", (self.tile, self.tile)))
+        pixels = self.tiles.pixels(Image.new("RGB", (self.tiles.tile, self.tiles.tile)))
         return pixels.shape[1], pixels.shape[2]
 
     @property
     def max_tokens(self) -> int:
         """N of the image that has most: one that fills the best of the resolutions."""
-        grids = [(height // self.tile, width // self.tile) for height, width in self.resolutions]
-        return self.side**2 + max(rows * self.side * (columns * self.side + 1) for rows, columns in grids)
+        tile, side = self.tiles.tile, self.tiles.side
+        grids = [(height // tile, width // tile) for height, width in self.resolutions]
+        return self.tiles.tokens + max(rows * side * (columns * side + 1) for rows, columns in grids)
 
     def __call__(self, image: Image.Image) -> PreparedImage:
         """`pixel_values` [tiles, 3, H, W] float32, and `rows` [N] int64: a row of them each, or NEWLINE."""
-        return self.prepared(image.size, np.stack([self.processor(tile) for tile in self.tiles(image)]))
+        return self.prepared(image.size, self.tiles.pixel_values(self.cut(image)))
 
     def prepared(self, image_size: Size, pixel_values: npt.NDArray[np.float32]) -> PreparedImage:
         """An image of `image_size` (width, height) whose tiles are processed already."""
@@ -112,40 +74,35 @@ class AnyResolution:
         The tiles of all images, one after another; and for each token the row that it is, of all rows of all tiles
         with the newline row behind them. An image with fewer tokens than another is filled up with PADDING.
         """
-        return pack(images, self.side**2)
+        return pack(images, self.tiles.tokens)
 
-    def tiles(self, image: Image.Image) -> list[Image.Image]:
+    def cut(self, image: Image.Image) -> list[Image.Image]:
         """The whole view, then the tiles row by row."""
         width, height = self.best_resolution(image.size)
         fitted = self._fitted(image.size)
-        left, top = (width - fitted[0]) // 2, (height - fitted[1]) // 2
         canvas = Image.new("RGB", (width, height))  # black
-        canvas.paste(image.resize(fitted, self.processor.resample), (left, top))
-        corners = [(x, y) for y in range(0, height, self.tile) for x in range(0, width, self.tile)]
-        return [
-            image.resize(self.whole, self.processor.resample),
-            *(canvas.crop((x, y, x + self.tile, y + self.tile)) for x, y in corners),
-        ]
+        canvas.paste(
+            self.tiles.resized(image, *fitted), ((width - fitted[0]) // 2, (height - fitted[1]) // 2)
+        )
+        return [self.tiles.resized(image, *self.whole), *self.tiles.cut(canvas)]
 
     def packed_rows(self, image_size: Size) -> npt.NDArray[np.int64]:
         """[N] int64: which row of the tower's a token is, counted from the image's first; NEWLINE for a newline."""
         lines = np.pad(self.grid_rows(image_size), ((0, 0), (0, 1)), constant_values=NEWLINE)
-        return np.concatenate([np.arange(self.side**2), lines.reshape(-1)])
+        return np.concatenate([np.arange(self.tiles.tokens), lines.reshape(-1)])
 
     def grid_rows(self, image_size: Size) -> npt.NDArray[np.int64]:
         """[height, width] int64: the same of the tiles as one grid, which padding alone has no part in."""
-        patches = self.side**2
+        patches, side = self.tiles.tokens, self.tiles.side
         rows, columns = self.tile_grid(image_size)
         numbers = np.arange(patches, (1 + rows * columns) * patches, dtype=np.int64)
-        grid = numbers.reshape(rows, columns, self.side, self.side).transpose(0, 2, 1, 3)
-        return self._unpadded(grid.reshape(rows * self.side, columns * self.side), image_size)
+        grid = numbers.reshape(rows, columns, side, side).transpose(0, 2, 1, 3)
+        return self._unpadded(grid.reshape(rows * side, columns * side), image_size)
 
     def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
         """As many tiles as the smallest and the largest of the resolutions have, whatever the tokens."""
-        counts = sorted(1 + height * width // self.tile**2 for height, width in self.resolutions)
-        fewest, most = counts[0], counts[-1]
-        tiles = (batch[0] * fewest, batch[1] * most, batch[2] * most)
-        return {"batch_size": batch, "num_tokens": tokens, "num_tiles": tiles}
+        counts = [1 + height * width // self.tiles.tile**2 for height, width in self.resolutions]
+        return self.tiles.axes(batch, tokens, max(counts), min(counts))
 
     def boxes(self, image_size: Size) -> list[Box | None]:
         """Patches of the whole view, which are large, then those of the tiles; a newline lies nowhere."""
@@ -154,14 +111,15 @@ class AnyResolution:
 
     def row_boxes(self, image_size: Size) -> list[Box]:
         """Where each row of the tower's output lies in the image, in its pixels, whether it becomes a token or not."""
-        in_whole = self.processor.patch_boxes(self.whole, self.patch_size)
-        in_tile = self.processor.patch_boxes((self.tile, self.tile), self.patch_size)
+        tile = self.tiles.tile
+        in_whole = self.tiles.pixels.patch_boxes(self.whole, self.patch_size)
+        in_tile = self.tiles.pixels.patch_boxes((tile, tile), self.patch_size)
         width, height = self.best_resolution(image_size)
         fitted = self._fitted(image_size)
         left, top = (width - fitted[0]) // 2, (height - fitted[1]) // 2
         boxes = [_scaled(box, (0, 0), self.whole, image_size) for box in in_whole]
-        for y in range(0, height, self.tile):
-            for x in range(0, width, self.tile):
+        for y in range(0, height, tile):
+            for x in range(0, width, tile):
                 boxes += [_scaled(box, (x - left, y - top), fitted, image_size) for box in in_tile]
         return boxes
 
@@ -180,7 +138,7 @@ class AnyResolution:
     def tile_grid(self, image_size: Size) -> tuple[int, int]:
         """(rows, columns) of tiles, beside the whole view, of an image of `image_size` (width, height)."""
         width, height = self.best_resolution(image_size)
-        return height // self.tile, width // self.tile
+        return height // self.tiles.tile, width // self.tiles.tile
 
     def _fitted(self, image_size: Size) -> Size:
         """Size in which the image is put into its resolution."""
@@ -202,7 +160,39 @@ class AnyResolution:
         return grid[:, padding : columns - padding]
 
 
-preprocessor = AnyResolution.from_bundle
+def any_resolution(config: Mapping[str, Any], *, image_size: int, patch_size: int) -> AnyResolution:
+    """From the content of a preprocessor_config.json, and the sizes of the tower in pixels.
+
+    Raises `ResPruneError` for another kind of processor and for settings that make no sense together.
+    """
+    kind = str(config.get("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
+    if kind != PROCESSOR:
+        raise ResPruneError(
+            f"LLaVA-NeXT needs a {PROCESSOR}, and the checkpoint's image processor is {kind}; "
+            f"correct preprocessor_config.json"
+        )
+    clip = {
+        **config,
+        "image_processor_type": "CLIPImageProcessor",
+    }  # one tile's steps and defaults are its
+    processor = ImageProcessor.from_config(clip)
+    sizes = ImageProcessor.from_config(clip | {"do_resize": True, "do_center_crop": True})
+    edge = sizes.shortest_edge
+    height, width = (edge, edge) if edge is not None else sizes.resize_to or (0, 0)
+    tile = height if sizes.crop is None else sizes.crop[0]
+    resolutions = grid_resolutions(config.get("image_grid_pinpoints", PINPOINTS), tile)
+    if tile != image_size:
+        raise ResPruneError(
+            f"the image processor makes tiles of {tile} pixels and the vision tower takes {image_size}; "
+            f"correct crop_size in preprocessor_config.json"
+        )
+    tiles = TileProcessor(processor, tile, image_size // patch_size)
+    return AnyResolution(resolutions, (width, height), tiles, patch_size)
+
+
+def preprocessor(bundle: Bundle) -> AnyResolution:
+    """From the bundle's image processor and the config of its tower."""
+    return any_resolution(image_processor_config(bundle), **tower_size(bundle))
 
 
 def grid_resolutions(value: object, tile: int) -> tuple[tuple[int, int], ...]:

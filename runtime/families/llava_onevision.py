@@ -11,21 +11,19 @@ images. (With a list of lists it does so only to the image that is alone in its 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from resprune.runtime.bundle.files import Bundle
-from resprune.runtime.bundle.manifest import Range
 from resprune.runtime.errors import ResPruneError, shown
 from resprune.runtime.families.image import OPENAI_CLIP, Box
 from resprune.runtime.families.llava import tower_size
 from resprune.runtime.families.llava_next import NEWLINE, AnyResolution, Size, grid_resolutions
 from resprune.runtime.families.preprocessor import Arrays, PreparedImage, image_processor_config
-from resprune.runtime.families.tiles import tile_pixels
+from resprune.runtime.families.tiles import TileProcessor, tile_pixels
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -40,59 +38,16 @@ MOST_OVER = 1.1
 
 
 @dataclass(frozen=True)
-class LimitedResolution:
-    """The tiles of `anyres`, whose grid of rows is interpolated if it is much larger than that of `limit` tiles."""
+class LimitedResolution(AnyResolution):
+    """`AnyResolution`, whose grid of rows is interpolated if it is much larger than that of `limit` tiles."""
 
-    anyres: AnyResolution
-    limit: int
-    max_batch: int | None = None
-
-    @staticmethod
-    def from_config(
-        config: Mapping[str, Any], *, image_size: int, patch_size: int, limit: int
-    ) -> "LimitedResolution":
-        """From the content of a preprocessor_config.json, the sizes of the tower in pixels, and the limit.
-
-        Raises `ResPruneError` for another kind of processor and for settings that make no sense together.
-        """
-        kind = str(config.get("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
-        if kind != PROCESSOR:
-            raise ResPruneError(
-                f"LLaVA-OneVision needs a {PROCESSOR}, and the checkpoint's image processor is {kind}; "
-                "correct preprocessor_config.json"
-            )
-        size = config.get("size", DEFAULTS["size"])
-        if size != {"height": image_size, "width": image_size} or config.get("do_center_crop"):
-            raise ResPruneError(
-                f"the image processor makes tiles of {shown(size)} and the vision tower takes {image_size} x "
-                f"{image_size} pixels, uncropped; correct size and do_center_crop in preprocessor_config.json"
-            )
-        anyres = AnyResolution(
-            grid_resolutions(config.get("image_grid_pinpoints", PINPOINTS), image_size),
-            (image_size, image_size),
-            image_size,
-            tile_pixels(dict(config), DEFAULTS, image_size),
-            image_size // patch_size,
-            patch_size,
-        )
-        return LimitedResolution(anyres, limit)
-
-    @staticmethod
-    def from_bundle(bundle: Bundle) -> "LimitedResolution":
-        """From the bundle's image processor and config."""
-        limit = tile_limit(bundle.json("config.json"))
-        return LimitedResolution.from_config(
-            image_processor_config(bundle), **tower_size(bundle), limit=limit
-        )
+    limit: int = field(kw_only=True)
 
     @property
     def max_tokens(self) -> int:
         """N that no image exceeds: of every part of every grid that an image can fill."""
-        side = self.anyres.side
-        grids = [
-            (height // self.anyres.tile * side, width // self.anyres.tile * side)
-            for height, width in self.anyres.resolutions
-        ]
+        tile, side = self.tiles.tile, self.tiles.side
+        grids = [(height // tile * side, width // tile * side) for height, width in self.resolutions]
         filled = [
             self._grid_size(*part)
             for height, width in grids
@@ -101,12 +56,7 @@ class LimitedResolution:
                 *((height, columns) for columns in range(width, 0, -2)),
             )
         ]
-        return side**2 + max(rows * (columns + 1) for rows, columns in filled)
-
-    def __call__(self, image: Image.Image) -> PreparedImage:
-        """`pixel_values` [tiles, 3, H, W] float32, and `rows` and `weights` [N, 4] (`taps`)."""
-        tiles = self.anyres.tiles(image)
-        return self.prepared(image.size, np.stack([self.anyres.processor(tile) for tile in tiles]))
+        return self.tiles.tokens + max(rows * (columns + 1) for rows, columns in filled)
 
     def prepared(self, image_size: Size, pixel_values: npt.NDArray[np.float32]) -> PreparedImage:
         """An image of `image_size` (width, height) whose tiles are processed already."""
@@ -116,7 +66,7 @@ class LimitedResolution:
 
     def batch(self, images: Sequence[PreparedImage]) -> Arrays:
         """`pixel_values` [num_tiles, 3, H, W], `pack_indices` [B, N, 4] int64 and `pack_weights` [B, N, 4] float32."""
-        inputs = self.anyres.batch(images)
+        inputs = super().batch(images)
         weights = np.zeros(inputs["pack_indices"].shape, np.float32)
         for row, image in zip(weights, images, strict=True):
             row[: image.num_tokens] = image.arrays["weights"]
@@ -124,30 +74,30 @@ class LimitedResolution:
 
     def boxes(self, image_size: Size) -> list[Box | None]:
         """Patches of the whole view, which are large, then those of the tiles; a newline lies nowhere."""
-        grid = self.anyres.grid_rows(image_size)
+        grid = self.grid_rows(image_size)
         rows, columns = self._grid_size(*grid.shape)
         if (rows, columns) == grid.shape:
-            return self.anyres.boxes(image_size)
-        patches = self.anyres.row_boxes(image_size)
+            return super().boxes(image_size)
+        patches = self.row_boxes(image_size)
         x = _edges([patches[row][0] for row in grid[0]] + [patches[grid[0, -1]][2]], columns)
         y = _edges([patches[row][1] for row in grid[:, 0]] + [patches[grid[-1, 0]][3]], rows)
         lines: list[Box | None] = []
         for row in range(rows):
             lines += [(x[column], y[row], x[column + 1], y[row + 1]) for column in range(columns)]
             lines.append(None)
-        return [*patches[: self.anyres.side**2], *lines]
+        return [*patches[: self.tiles.tokens], *lines]
 
     def interpolates(self, image_size: Size) -> bool:
         """Whether an image of `image_size` (width, height) is past the limit."""
-        grid = self.anyres.grid_rows(image_size)
+        grid = self.grid_rows(image_size)
         return self._grid_size(*grid.shape) != grid.shape
 
     def taps(self, image_size: Size) -> tuple[Ints, Floats]:
         """The four rows that each token is made of, [N, 4] int64 as `AnyResolution.packed_rows`, and their weights."""
-        grid = self.anyres.grid_rows(image_size)
+        grid = self.grid_rows(image_size)
         rows, columns = self._grid_size(*grid.shape)
         if (rows, columns) == grid.shape:
-            packed = self.anyres.packed_rows(image_size)
+            packed = self.packed_rows(image_size)
             return np.repeat(packed[:, None], 4, axis=1), _alone(len(packed))
         down, down_weights = bilinear(grid.shape[0], rows)
         across, across_weights = bilinear(grid.shape[1], columns)
@@ -157,25 +107,15 @@ class LimitedResolution:
         )
         lines = np.pad(taken, ((0, 0), (0, 1), (0, 0)), constant_values=NEWLINE)
         line_weights = np.concatenate([weights, _alone(rows)[:, None]], axis=1)
-        whole = np.repeat(np.arange(self.anyres.side**2)[:, None], 4, axis=1)
+        whole = np.repeat(np.arange(self.tiles.tokens)[:, None], 4, axis=1)
         return (
             np.concatenate([whole, lines.reshape(-1, 4)]),
             np.concatenate([_alone(len(whole)), line_weights.reshape(-1, 4)]),
         )
 
-    def axes(self, batch: Range, tokens: Range) -> dict[str, Range]:
-        """As of the tiles."""
-        return self.anyres.axes(batch, tokens)
-
-    def __getattr__(self, name: str) -> Any:
-        """Everything else is as of `anyres`."""
-        if name in ("resolutions", "side", "tile", "tile_grid", "tile_size"):
-            return getattr(self.anyres, name)
-        raise AttributeError(name)
-
     def _grid_size(self, rows: int, columns: int) -> tuple[int, int]:
         """What the grid is interpolated to; as it is, if that is not much larger than the limit."""
-        ratio = math.sqrt(rows * columns / (self.limit * self.anyres.side**2))
+        ratio = math.sqrt(rows * columns / (self.limit * self.tiles.tokens))
         if ratio <= MOST_OVER:
             return rows, columns
         if min(rows, columns) < ratio:
@@ -186,7 +126,38 @@ class LimitedResolution:
         return int(rows // ratio), int(columns // ratio)
 
 
-preprocessor = LimitedResolution.from_bundle
+def limited_resolution(
+    config: Mapping[str, Any], *, image_size: int, patch_size: int, limit: int
+) -> LimitedResolution:
+    """From the content of a preprocessor_config.json, the sizes of the tower in pixels, and the limit.
+
+    Raises `ResPruneError` for another kind of processor and for settings that make no sense together.
+    """
+    kind = str(config.get("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
+    if kind != PROCESSOR:
+        raise ResPruneError(
+            f"LLaVA-OneVision needs a {PROCESSOR}, and the checkpoint's image processor is {kind}; "
+            "correct preprocessor_config.json"
+        )
+    size = config.get("size", DEFAULTS["size"])
+    if size != {"height": image_size, "width": image_size} or config.get("do_center_crop"):
+        raise ResPruneError(
+            f"the image processor makes tiles of {shown(size)} and the vision tower takes {image_size} x "
+            f"{image_size} pixels, uncropped; correct size and do_center_crop in preprocessor_config.json"
+        )
+    return LimitedResolution(
+        grid_resolutions(config.get("image_grid_pinpoints", PINPOINTS), image_size),
+        (image_size, image_size),
+        TileProcessor(tile_pixels(dict(config), DEFAULTS, image_size), image_size, image_size // patch_size),
+        patch_size,
+        limit=limit,
+    )
+
+
+def preprocessor(bundle: Bundle) -> LimitedResolution:
+    """From the bundle's image processor and config."""
+    limit = tile_limit(bundle.json("config.json"))
+    return limited_resolution(image_processor_config(bundle), **tower_size(bundle), limit=limit)
 
 
 def bilinear(size: int, wanted: int) -> tuple[Ints, Floats]:

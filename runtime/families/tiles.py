@@ -88,9 +88,9 @@ class TileProcessor:
         """[tiles, 3, H, W] float32."""
         return np.stack([self.pixels(tile) for tile in tiles])
 
-    def axes(self, batch: Range, tokens: Range, most_tiles: int) -> dict[str, Range]:
-        """The named axes of the vision graph's inputs (`Preprocessor.axes`)."""
-        tiles = (batch[0], batch[1] * most_tiles, batch[2] * most_tiles)
+    def axes(self, batch: Range, tokens: Range, most: int, fewest: int = 1) -> dict[str, Range]:
+        """The named axes of the vision graph's inputs (`Preprocessor.axes`), of images of so many tiles."""
+        tiles = (batch[0] * fewest, batch[1] * most, batch[2] * most)
         return {"batch_size": batch, "num_tokens": tokens, "num_tiles": tiles}
 
     def boxes(self, image_size: tuple[int, int], grid: Grid) -> list[Box]:

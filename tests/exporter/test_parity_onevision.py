@@ -67,7 +67,7 @@ def test_the_prompt_is_the_processors(variant, tiny_bundle, tiny_checkpoint, mon
         processor = LlavaOnevisionProcessor(
             AutoImageProcessor.from_pretrained(root, backend="pil"),
             AutoTokenizer.from_pretrained(root),
-            num_image_tokens=vlm._walk.preprocessor.side**2,
+            num_image_tokens=vlm._walk.preprocessor.tiles.tokens,
             vision_feature_select_strategy="full",
             vision_aspect_ratio=f"anyres_max_{vlm._walk.preprocessor.limit}",
         )
@@ -142,7 +142,7 @@ def test_the_graphs_are_portable_and_show_draws_interpolated_tokens(tiny_bundle,
     [
         ({"config": {"vision_aspect_ratio": "square"}}, "anyres_max_ and a number"),
         ({"config": {"image_grid_pinpoints": [[30, 60]]}}, "image_grid_pinpoints differ"),
-        ({"config": {"vision_feature_select_strategy": "default"}}, "15 rows a tile where 4 x 4"),
+        ({"config": {"vision_feature_select_strategy": "default"}}, "15 rows a tile where 16 patches"),
         (
             {"preprocessor_config": {"image_processor_type": "LlavaNextImageProcessor"}},
             "needs a LlavaOnevision",

@@ -12,7 +12,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, i
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.families.llava_next import PINPOINTS, AnyResolution
+from resprune.runtime.families.llava_next import PINPOINTS, AnyResolution, any_resolution
 from tests.runtime.images import SIZES, named, noise
 
 TILE, PATCH = 42, 7
@@ -34,7 +34,7 @@ LLAVA_16 = SMSIZES | {
 
 
 def small(config: dict[str, Any] = SMSIZES) -> AnyResolution:
-    return AnyResolution.from_config(config, image_size=TILE, patch_size=PATCH)
+    return any_resolution(config, image_size=TILE, patch_size=PATCH)
 
 
 def rows_of_hugging_face(
@@ -74,7 +74,7 @@ def test_pixels_equal_hugging_face(config: dict[str, Any], size: tuple[int, int]
 @pytest.mark.parametrize("size", [(640, 480), (333, 2000), (1, 700), (336, 336), (1344, 224)], ids=named)
 def test_pixels_of_real_tiles_equal_hugging_face(size: tuple[int, int]) -> None:
     theirs = LlavaNextImageProcessorPil(**LLAVA_16)(noise(*size), return_tensors="np")["pixel_values"][0]
-    ours = AnyResolution.from_config(LLAVA_16, image_size=336, patch_size=14)(noise(*size))
+    ours = any_resolution(LLAVA_16, image_size=336, patch_size=14)(noise(*size))
     np.testing.assert_array_equal(ours.arrays["pixel_values"], theirs)
 
 
@@ -99,7 +99,7 @@ def test_packing_of_real_tiles_equals_hugging_face(width: int, height: int, side
         "size": {"shortest_edge": tile},
         "crop_size": {"height": tile, "width": tile},
     }
-    anyres = AnyResolution.from_config(config, image_size=tile, patch_size=14)
+    anyres = any_resolution(config, image_size=tile, patch_size=14)
     (theirs,) = rows_of_hugging_face(resolutions, side, 14, [(width, height)])
     rows = anyres.packed_rows((width, height))
     assert np.where(rows < 0, max(theirs), rows).tolist() == theirs
@@ -107,7 +107,7 @@ def test_packing_of_real_tiles_equals_hugging_face(width: int, height: int, side
 
 
 def test_token_count_is_that_of_the_hugging_face_processor() -> None:
-    anyres = AnyResolution.from_config(LLAVA_16, image_size=336, patch_size=14)
+    anyres = any_resolution(LLAVA_16, image_size=336, patch_size=14)
     assert anyres.max_tokens == 2928 == len(anyres.packed_rows((672, 672)))
     processor = SimpleNamespace(
         image_processor=SimpleNamespace(image_grid_pinpoints=LLAVA_16["image_grid_pinpoints"]),
@@ -205,6 +205,6 @@ def test_sizes_are_read_as_hugging_face_reads_them() -> None:
     theirs = LlavaNextImageProcessorPil(**config)(image, return_tensors="np")["pixel_values"][0]
     np.testing.assert_array_equal(small(config)(image).arrays["pixel_values"], theirs)
     bare = {"image_processor_type": "LlavaNextImageProcessorFast", "image_grid_pinpoints": [[224, 448]]}
-    ours = AnyResolution.from_config(bare, image_size=224, patch_size=14)(image)
+    ours = any_resolution(bare, image_size=224, patch_size=14)(image)
     theirs = LlavaNextImageProcessorPil(image_grid_pinpoints=[[224, 448]])(image, return_tensors="np")
     np.testing.assert_array_equal(ours.arrays["pixel_values"], theirs["pixel_values"][0])

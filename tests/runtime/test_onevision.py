@@ -19,7 +19,13 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.families.llava_onevision import PINPOINTS, LimitedResolution, bilinear, tile_limit
+from resprune.runtime.families.llava_onevision import (
+    PINPOINTS,
+    LimitedResolution,
+    bilinear,
+    limited_resolution,
+    tile_limit,
+)
 from tests.runtime.images import SIZES, named, noise
 
 TILE, PATCH = 42, 7
@@ -38,11 +44,11 @@ REAL: dict[str, Any] = {
 
 
 def small(limit: int = 4, **changes: Any) -> LimitedResolution:
-    return LimitedResolution.from_config(SMSIZES | changes, image_size=TILE, patch_size=PATCH, limit=limit)
+    return limited_resolution(SMSIZES | changes, image_size=TILE, patch_size=PATCH, limit=limit)
 
 
 def real() -> LimitedResolution:
-    return LimitedResolution.from_config(REAL, image_size=384, patch_size=14, limit=9)
+    return limited_resolution(REAL, image_size=384, patch_size=14, limit=9)
 
 
 def packed_by_hugging_face(
@@ -52,10 +58,10 @@ def packed_by_hugging_face(
     resolutions = [list(pair) for pair in ours.resolutions]
     config = SimpleNamespace(
         image_grid_pinpoints=resolutions,
-        vision_config=SimpleNamespace(image_size=ours.tile, patch_size=ours.anyres.patch_size),
+        vision_config=SimpleNamespace(image_size=ours.tiles.tile, patch_size=ours.patch_size),
     )
     width, height = size
-    assert len(rows) == image_size_to_num_patches([height, width], resolutions, ours.tile)
+    assert len(rows) == image_size_to_num_patches([height, width], resolutions, ours.tiles.tile)
     (packed,), _ = LlavaOnevisionModel.pack_image_features(
         SimpleNamespace(config=config),  # type: ignore[arg-type]
         [rows],
@@ -68,7 +74,7 @@ def packed_by_hugging_face(
 
 def check_packing(ours: LimitedResolution, size: tuple[int, int]) -> None:
     tiles = 1 + int(np.prod(ours.tile_grid(size)))
-    rows = torch.randn(tiles, ours.side**2, 3, generator=torch.Generator().manual_seed(tiles))
+    rows = torch.randn(tiles, ours.tiles.tokens, 3, generator=torch.Generator().manual_seed(tiles))
     taps, weights = ours.taps(size)
     table = np.concatenate([rows.flatten(0, 1).numpy(), np.full((1, 3), 7, np.float32)])
     packed = (table[taps] * weights[:, :, None]).sum(axis=1)  # −1, a newline, is the last row
@@ -165,7 +171,7 @@ def test_boxes_cover_the_image_once_beside_the_whole_view(size: tuple[int, int])
     taps, _ = ours.taps(size)
     assert len(boxes) == len(taps)
     assert [box is None for box in boxes] == (taps[:, 0] < 0).tolist()
-    whole = ours.side**2
+    whole = ours.tiles.tokens
     area = sum((right - left) * (bottom - top) for left, top, right, bottom in filter(None, boxes[whole:]))
     # The patches of a row or column that padding shares are cut at the image's edge, and dropped if mostly padding.
     if min(size) > 20:
@@ -188,7 +194,7 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], said: 
 
 
 def test_a_limit_that_leaves_no_row_is_refused() -> None:
-    ours = LimitedResolution.from_config(SMSIZES, image_size=TILE, patch_size=TILE, limit=1)
+    ours = limited_resolution(SMSIZES, image_size=TILE, patch_size=TILE, limit=1)
     with pytest.raises(ResPruneError, match="a grid of 1 x 5 patches has no row left"):
         ours.taps((500, 100))
 
