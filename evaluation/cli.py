@@ -51,7 +51,7 @@ def register_eval(subparsers: Any) -> None:
         "--limit", type=int, metavar="N", help="questions of each data set, evenly spread (default: all)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the first random draw (default: 0)"
+        "--seed", type=int, default=0, metavar="N", help="of the first random draw (default: %(default)s)"
     )
     parser.add_argument(
         "--batch", type=int, default=8, metavar="N", help="questions at once (default: %(default)s)"

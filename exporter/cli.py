@@ -66,7 +66,7 @@ def register_export(subparsers: Any) -> None:
         type=_dtype,
         metavar="WORD",
         help=f"precision of the weights: {words()}, or one for each component, as in vision=int8,decoder=q4,embed=q8 "
-        "(default: fp32)",
+        f"(default: {Options.dtype})",
     )
     parser.add_argument(
         "--preset",

@@ -18,7 +18,6 @@ from resprune.runtime.options import (
     add_tokens,
     listed,
     load_pipeline,
-    max_pixels,
     sampling_options,
 )
 
@@ -76,7 +75,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     with load_pipeline(arguments.bundle, arguments) as pipeline:
         conversation = Conversation(
             pipeline,
-            max_pixels(arguments),
+            arguments.max_pixels,
             plain_text=arguments.plain_text,
             sampling=sampling_options(arguments),
             talks=_is_terminal(),

@@ -19,7 +19,6 @@ from resprune.runtime.options import (
     add_tokens,
     listed,
     load_pipeline,
-    max_pixels,
     require_paths,
     sampling_options,
 )
@@ -172,7 +171,7 @@ def _ask(arguments: argparse.Namespace) -> int:
                 print(printable(piece), end="", flush=True)
             print()
         if paths:
-            draw_answer(pipeline, arguments.images, arguments.question, answer, paths, max_pixels(arguments))
+            draw_answer(pipeline, arguments.images, arguments.question, answer, paths, arguments.max_pixels)
     return 0
 
 

@@ -10,7 +10,9 @@ from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.files import require_bundle
 from resprune.runtime.bundle.manifest import FLAVOURS
 from resprune.runtime.console import progress_line
+from resprune.runtime.defaults import DEADLINE_SECONDS, GPU_LAYERS, MAX_PIXELS, TIMEOUT_SECONDS
 from resprune.runtime.errors import ResPruneError, one_line, shown
+from resprune.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
     from resprune.runtime.backends.backend import BackendFactory
@@ -77,10 +79,16 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         "--server-model", metavar="NAME", help="the model to ask (default: the only one it has)"
     )
     parser.add_argument(
-        "--server-timeout", type=float, metavar="SECONDS", help="longest silence (default: 120)"
+        "--server-timeout",
+        type=float,
+        metavar="SECONDS",
+        help=f"longest silence (default: {TIMEOUT_SECONDS:g})",
     )
     parser.add_argument(
-        "--server-deadline", type=float, metavar="SECONDS", help="longest whole answer (default: 600)"
+        "--server-deadline",
+        type=float,
+        metavar="SECONDS",
+        help=f"longest whole answer (default: {DEADLINE_SECONDS:g})",
     )
     parser.add_argument(
         "--gguf",
@@ -88,7 +96,10 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         help="let llama.cpp answer with the language model in this file (default: the bundle's own)",
     )
     parser.add_argument(
-        "--gpu-layers", type=int, metavar="N", help="layers of the GGUF file on the GPU, -1: all (default: 0)"
+        "--gpu-layers",
+        type=int,
+        metavar="N",
+        help=f"layers of the GGUF file on the GPU, -1: all (default: {GPU_LAYERS})",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -110,7 +121,13 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of ONNX Runtime (default: OMP_NUM_THREADS, or one a physical core)",
     )
-    parser.add_argument("--max-pixels", type=int, metavar="N", help="largest image taken (default: 64000000)")
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="largest image taken (default: %(default)s)",
+    )
     hashes = parser.add_mutually_exclusive_group()
     hashes.add_argument("--skip-hashes", action="store_true", help="do not check the SHA-256 of the files")
     hashes.add_argument(
@@ -135,17 +152,10 @@ def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "check_again": arguments.check,
         "providers": arguments.provider,
         "threads": arguments.threads,
-        "max_pixels": max_pixels(arguments),
+        "max_pixels": arguments.max_pixels,
         "generator": _backend(arguments),
         "engines": arguments.engines,
     }
-
-
-def max_pixels(arguments: argparse.Namespace) -> int:
-    """The largest image that is decoded."""
-    from resprune.runtime.families.image import MAX_PIXELS
-
-    return MAX_PIXELS if arguments.max_pixels is None else int(arguments.max_pixels)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -155,30 +165,24 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "What is left out is as the checkpoint's generation_config.json says;\nwhere that says nothing, as given here.",
     )
     for name, kind, value, text in (
-        ("--max-new-tokens", int, "N", "longest answer (default: 64)"),
-        ("--temperature", float, "T", "0 is greedy; above it tokens are drawn (default: 0)"),
-        ("--top-k", int, "N", "draw from the N most likely; 0: from all (default: 0)"),
-        ("--top-p", float, "P", "draw from the fewest that are together as likely as P (default: 1)"),
-        (
-            "--min-p",
-            float,
-            "P",
-            "draw from what is at least P times as likely as the most likely (default: 0)",
-        ),
-        ("--repetition-penalty", float, "X", "above 1: what was there before comes less often (default: 1)"),
-        ("--no-repeat-ngram-size", int, "N", "no N tokens follow each other twice; 0: they may (default: 0)"),
-        ("--min-new-tokens", int, "N", "shortest answer (default: 0)"),
-        ("--suppress-tokens", _ids, "IDS", "token ids that never come: 5,17 (default: none)"),
-        ("--begin-suppress-tokens", _ids, "IDS", "token ids that do not come first (default: none)"),
-        (
-            "--forced-eos-token-id",
-            _ids,
-            "IDS",
-            "the last token of an answer that reaches its longest (default: none)",
-        ),
-        ("--seed", int, "N", "repeat a draw (default: a new one each time)"),
+        ("--max-new-tokens", int, "N", "longest answer"),
+        ("--temperature", float, "T", "0 is greedy; above it tokens are drawn"),
+        ("--top-k", int, "N", "draw from the N most likely; 0: from all"),
+        ("--top-p", float, "P", "draw from the fewest that are together as likely as P"),
+        ("--min-p", float, "P", "draw from what is at least P times as likely as the most likely"),
+        ("--repetition-penalty", float, "X", "above 1: what was there before comes less often"),
+        ("--no-repeat-ngram-size", int, "N", "no N tokens follow each other twice; 0: they may"),
+        ("--min-new-tokens", int, "N", "shortest answer"),
+        ("--suppress-tokens", _ids, "IDS", "token ids that never come: 5,17"),
+        ("--begin-suppress-tokens", _ids, "IDS", "token ids that do not come first"),
+        ("--forced-eos-token-id", _ids, "IDS", "the last token of an answer that reaches its longest"),
+        ("--seed", int, "N", "repeat a draw"),
     ):
-        group.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar=value, help=text)
+        default = getattr(Sampling, name.removeprefix("--").replace("-", "_"))
+        said = {None: "a new one each time", (): "none"}.get(default) or f"{default:g}"
+        group.add_argument(
+            name, type=kind, default=argparse.SUPPRESS, metavar=value, help=f"{text} (default: {said})"
+        )
 
 
 def sampling_options(arguments: argparse.Namespace) -> "SamplingOptions":
@@ -228,7 +232,7 @@ def _backend(arguments: argparse.Namespace) -> "BackendFactory | None":
         option = "--" + named[next(iter(given))].replace("_", "-")
         raise ResPruneError(f"{option} is for --server; give its address as well, or leave the option out")
     if arguments.gguf is not None:
-        return llamacpp(arguments.gguf, gpu_layers=arguments.gpu_layers or 0)
+        return llamacpp(arguments.gguf, gpu_layers=arguments.gpu_layers or GPU_LAYERS)
     if arguments.gpu_layers is not None:
         raise ResPruneError("--gpu-layers is for --gguf; give its file as well, or leave the option out")
     return None

@@ -24,8 +24,9 @@ from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.bundle.hashes import Progress, hashed_meanwhile
 from resprune.runtime.bundle.manifest import FLAVOURS, Manifest
 from resprune.runtime.chat import Chat
+from resprune.runtime.defaults import MAX_PIXELS
 from resprune.runtime.errors import ResPruneError, shown
-from resprune.runtime.families.image import MAX_PIXELS, Box, ImageSource, load_image
+from resprune.runtime.families.image import Box, ImageSource, load_image
 from resprune.runtime.families.preprocessor import PreparedImage
 from resprune.runtime.generate import TextStream
 from resprune.runtime.prompt.messages import Message, Turn, as_messages, checked_messages

@@ -18,8 +18,8 @@ from resprune.runtime.options import (
     BundlePath,
     add_load_options,
     load_pipeline,
-    max_pixels,
 )
+from resprune.serving.limits import CACHE_BYTES, PARALLEL, QUEUE, Limits
 
 if TYPE_CHECKING:
     from resprune.runtime.pipeline import Pipeline
@@ -51,29 +51,37 @@ def register_serve(subparsers: "argparse._SubParsersAction[argparse.ArgumentPars
         "--insecure", action="store_true", help=f"listen at a public --host without a key in {KEY_VARIABLE}"
     )
     parser.add_argument(
-        "--parallel", type=int, default=2, metavar="N", help="answers written at once (default: %(default)s)"
+        "--parallel",
+        type=int,
+        default=PARALLEL,
+        metavar="N",
+        help="answers written at once (default: %(default)s)",
     )
     parser.add_argument(
         "--queue",
         type=int,
-        default=16,
+        default=QUEUE,
         metavar="N",
         help="requests that wait; one more gets 429 (default: %(default)s)",
     )
     parser.add_argument(
         "--time-limit",
         type=float,
-        default=600,
+        default=Limits.seconds,
         metavar="SECONDS",
         help="longest request, its wait included (default: %(default)s)",
     )
     parser.add_argument(
-        "--body-limit", type=int, default=32, metavar="MIB", help="largest request (default: %(default)s)"
+        "--body-limit",
+        type=int,
+        default=Limits.body_bytes // MIB,
+        metavar="MIB",
+        help="largest request (default: %(default)s)",
     )
     parser.add_argument(
         "--image-cache",
         type=int,
-        default=256,
+        default=CACHE_BYTES // MIB,
         metavar="MIB",
         help="memory for encoded images (default: %(default)s)",
     )
@@ -121,7 +129,6 @@ def _serve(arguments: argparse.Namespace) -> int:
     local = require_safe(arguments.host, key, insecure=arguments.insecure)
     names = model_names(arguments.bundles)
     from resprune.serving.app import Access
-    from resprune.serving.completions import Limits
     from resprune.serving.images import ImageSources
     from resprune.serving.server import Server, bind, url_of
     from resprune.serving.service import Service
@@ -137,7 +144,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             parallel=arguments.parallel,
             queue=arguments.queue,
             cache_bytes=arguments.image_cache * MIB,
-            max_pixels=max_pixels(arguments),
+            max_pixels=arguments.max_pixels,
             plain_text=not arguments.special_tokens,
             sources=ImageSources(tuple(arguments.allow_url_host), body_bytes),
             limits=Limits(body_bytes, seconds=arguments.time_limit),

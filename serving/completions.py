@@ -19,6 +19,7 @@ from resprune.serving.chat import ChatRequest, read_request
 from resprune.serving.errors import ApiError
 from resprune.serving.fetch import refused
 from resprune.serving.images import ImageSources
+from resprune.serving.limits import Limits
 from resprune.serving.metrics import Metrics
 from resprune.serving.model import Began, Ended, Event, Model
 from resprune.serving.reply import DONE, Reply, event
@@ -27,15 +28,6 @@ from resprune.serving.workers import Abandoned, Place, Running, Workers, stoppin
 T = TypeVar("T")
 GONE = 499  # nginx's status for a client that closed its request; only metrics and the log see it
 log = logging.getLogger("resprune.serving")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bytes of a body, seconds until a body is whole, and seconds of a whole request, its wait included."""
-
-    body_bytes: int = 32 << 20
-    body_seconds: float = 30.0
-    seconds: float = 600.0
 
 
 class ClientGone(Exception):  # noqa: N818 - nobody's fault

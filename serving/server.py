@@ -14,6 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from resprune.runtime.errors import ResPruneError
 from resprune.serving.errors import error_body
+from resprune.serving.limits import Limits
 
 # A request whose headers, or whose body after an early answer, take longer is cut off. The application's own limit on
 # a body's time is shorter, and answers with a status.
@@ -34,7 +35,7 @@ class Server(uvicorn.Server):
         app: Callable[..., Any],
         on_stop: Callable[[bool], None],
         on_start: Callable[[], None] = lambda: None,
-        seconds: float = 600.0,
+        seconds: float = Limits.seconds,
     ) -> None:
         super().__init__(
             uvicorn.Config(

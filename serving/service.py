@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from datetime import datetime
 from types import TracebackType
 
-from resprune.runtime.families.image import MAX_PIXELS
+from resprune.runtime.defaults import MAX_PIXELS
 from resprune.runtime.pipeline import Pipeline
 from resprune.runtime.prompt.nouns import question_terms
 from resprune.serving.app import Access, make_app
 from resprune.serving.cache import ByteCache
-from resprune.serving.completions import Completions, Limits
+from resprune.serving.completions import Completions
 from resprune.serving.images import ImageSources
+from resprune.serving.limits import CACHE_BYTES, PARALLEL, QUEUE, Limits
 from resprune.serving.metrics import Metrics
 from resprune.serving.model import Model, Seen
 from resprune.serving.workers import Workers
@@ -26,9 +27,9 @@ class Service:
         self,
         pipelines: Mapping[str, Pipeline],
         *,
-        parallel: int = 2,
-        queue: int = 16,
-        cache_bytes: int = 256 << 20,
+        parallel: int = PARALLEL,
+        queue: int = QUEUE,
+        cache_bytes: int = CACHE_BYTES,
         max_pixels: int = MAX_PIXELS,
         plain_text: bool = True,
         sources: ImageSources | None = None,

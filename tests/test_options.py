@@ -1,8 +1,11 @@
 """Every option says its default, and docs/options.md is what the help texts say."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +25,26 @@ def test_help_says_every_default_in_80_columns(name: str, monkeypatch: pytest.Mo
 
 def test_the_page_is_what_the_help_says() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "python -m docs.options writes it"
+
+
+def test_no_number_is_typed_into_a_help_text() -> None:
+    """It stands once, where it is used; a help text is made of it."""
+    root = Path(__file__).parent.parent
+    files = [
+        path
+        for room in ("runtime", "exporter", "evaluation", "serving")
+        for path in (root / room).rglob("*.py")
+    ]
+    typed = [
+        f"{path.relative_to(root)}:{node.lineno} {node.value}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.search(r"\(default: [\d., ]+\)", node.value)
+    ]
+    assert len(files) > 100
+    assert typed == []
 
 
 def test_export_lists_the_aliases() -> None:

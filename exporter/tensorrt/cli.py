@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from resprune.exporter.cli import POSIX
+from resprune.exporter.tensorrt.limits import MOST_CONTEXT, QUESTION, ROOM, Limits
 from resprune.runtime.bundle.manifest import FLAVOURS, Range
 from resprune.runtime.errors import require_packages
 from resprune.runtime.options import add_bundle
@@ -40,20 +41,21 @@ def register_build(subparsers: Any) -> None:
         "limits", "what the engines take: one number, or the least, the usual and the most"
     )
     for option, about in (
-        ("batch", "images, and questions, at once (default: 1,1,4)"),
-        ("nouns", "tokens of the question's nouns (default: 1,4,64)"),
+        ("batch", f"images, and questions, at once (default: {_words(Limits.batch)})"),
+        ("nouns", f"tokens of the question's nouns (default: {_words(Limits.nouns)})"),
         (
             "tokens",
             "visual tokens of an image before the selection, where that varies (default: half of the most)",
         ),
-        ("prompt", "tokens of a pruned prompt (default: 1, K + 32, 2 K + 512)"),
+        ("prompt", f"tokens of a pruned prompt (default: 1, K + {QUESTION}, 2 K + {ROOM})"),
     ):
         limits.add_argument(f"--{option}", type=_range, metavar="MIN,OPT,MAX", help=about)
     limits.add_argument(
         "--context",
         type=int,
         metavar="N",
-        help="tokens of a prompt and its answer (default: the model's limit, but 4096 at most or 4 K)",
+        help="tokens of a prompt and its answer (default: the model's limit, but "
+        f"{MOST_CONTEXT} at most or 4 K)",
     )
     parser.set_defaults(run=run_build)
 
@@ -63,7 +65,6 @@ def run_build(arguments: argparse.Namespace) -> int:
     require_packages("build", NEEDED, 'install with: pip install "resprune[tensorrt-rtx]"')
     require_packages("build", *POSIX)
     from resprune.exporter.tensorrt.engines import build
-    from resprune.exporter.tensorrt.profiles import Limits
 
     options = ("batch", "nouns", "tokens", "prompt", "context")
     given = {name: value for name in options if (value := getattr(arguments, name)) is not None}
@@ -73,6 +74,10 @@ def run_build(arguments: argparse.Namespace) -> int:
 
 def _print_line(line: str) -> None:
     print(line, flush=True)
+
+
+def _words(sizes: Range) -> str:
+    return ",".join(map(str, sizes))
 
 
 def _range(text: str) -> Range:

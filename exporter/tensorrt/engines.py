@@ -22,8 +22,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from resprune.exporter.tensorrt.limits import Limits
 from resprune.exporter.tensorrt.plugin import plugin_versions, with_plugin
-from resprune.exporter.tensorrt.profiles import Limits, profiles
+from resprune.exporter.tensorrt.profiles import profiles
 from resprune.exporter.transaction import NO_SPACE, lock
 from resprune.runtime.backends.cuda import gpu_at_hand
 from resprune.runtime.backends.engines import (

@@ -14,6 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from resprune.runtime.arguments import number
 from resprune.runtime.backends.bounded_http import Limits, bounded_response
+from resprune.runtime.defaults import DEADLINE_SECONDS
 from resprune.runtime.errors import ResPruneError, UnavailableError, one_line, shown
 
 CONNECT_SECONDS = 10.0
@@ -23,7 +24,6 @@ CONNECT_ATTEMPTS = 3
 PAUSE_SECONDS = 0.25
 MAX_BODY_BYTES = 4 << 20
 """Of an answer in one piece, and of an event."""
-DEADLINE_SECONDS = 600.0
 
 
 @dataclass(frozen=True)

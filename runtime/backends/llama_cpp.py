@@ -26,6 +26,7 @@ from resprune.runtime.backends.backend import (
 from resprune.runtime.backends.llama_library import Context, Model
 from resprune.runtime.backends.session import SessionOptions
 from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.defaults import GPU_LAYERS
 from resprune.runtime.errors import ResPruneError, one_line, shown
 from resprune.runtime.families.language_models import LANGUAGE_MODELS
 from resprune.runtime.families.table import family_of
@@ -37,7 +38,7 @@ UNLIKE = 0.01
 """The share of the vocabulary in which the file's spelling may differ: converters rename tokens that are never used."""
 
 
-def llamacpp(model: str | Path, *, gpu_layers: int = 0) -> BackendFactory:
+def llamacpp(model: str | Path, *, gpu_layers: int = GPU_LAYERS) -> BackendFactory:
     """What `Pipeline.load(bundle, generator=…)` takes to answer with the language model of a GGUF file.
 
     The first `gpu_layers` of its layers go to the GPU, −1 for all, where llama-cpp-python was built for one. The

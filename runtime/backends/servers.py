@@ -28,17 +28,17 @@ from resprune.runtime.backends.backend import (
     together,
 )
 from resprune.runtime.backends.formats import SGLANG, TRTLLM, VLLM
-from resprune.runtime.backends.http_client import DEADLINE_SECONDS, Exchange, Server
+from resprune.runtime.backends.http_client import Exchange, Server
 from resprune.runtime.backends.session import SessionOptions
 from resprune.runtime.backends.torch_save import torch_save
 from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.defaults import DEADLINE_SECONDS, TIMEOUT_SECONDS
 from resprune.runtime.errors import ResPruneError, one_line, shown
 from resprune.runtime.families.table import family_of
 from resprune.runtime.prompt.prompter import Prompt
 from resprune.runtime.prompt.splice import Floats, Ints, KeptTokens
 from resprune.runtime.sampling import LARGEST_ID, Sampling, named_settings
 
-TIMEOUT_SECONDS = 120.0
 KEY_VARIABLE = "RESPRUNE_SERVER_KEY"
 LONGEST_TOKEN = 1024
 """Characters; far above what any vocabulary has."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from resprune.runtime.defaults import BENCH_IMAGE, LEAST_REPEATS, REPEAT_SECONDS
 from resprune.runtime.errors import ResPruneError, printable
 from resprune.runtime.options import ImagePath, add_bundle, add_load_options, listed, load_options
 
@@ -41,13 +42,13 @@ def register_bench(subparsers: "argparse._SubParsersAction[argparse.ArgumentPars
         "--image",
         type=ImagePath,
         metavar="FILE",
-        help="the image to ask about (default: a made one of 640 × 480)",
+        help="the image to ask about (default: a made one of {} × {})".format(*BENCH_IMAGE),
     )
     parser.add_argument(
         "--repeats",
         type=int,
         metavar="N",
-        help="measurements of each budget (default: 5 or more, for 5 seconds)",
+        help=f"measurements of each budget (default: {LEAST_REPEATS} or more, for {REPEAT_SECONDS:g} seconds)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     parser.add_argument(
@@ -85,7 +86,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         device=processor(),
         threads=arguments.threads,
         backend=backend,
-        image=arguments.image or "made, 640 x 480",
+        image=arguments.image or "made, {} x {}".format(*BENCH_IMAGE),
         load=load,
         cases=cases,
     )
@@ -113,10 +114,10 @@ def chosen_budgets(view: "View", text: str | None) -> list[int]:
 
 
 def made_image() -> bytes:
-    """A JPEG of 640 × 480 with large and small shapes, always the same."""
+    """A JPEG of `BENCH_IMAGE` with large and small shapes, always the same."""
     from PIL import Image, ImageDraw
 
-    image = Image.linear_gradient("L").resize((640, 480)).convert("RGB")
+    image = Image.linear_gradient("L").resize(BENCH_IMAGE).convert("RGB")
     draw = ImageDraw.Draw(image)
     for number in range(40):
         left, top, side = 97 * number % 600, 61 * number % 440, 12 + 17 * number % 60

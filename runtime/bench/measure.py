@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from resprune.runtime.defaults import LEAST_REPEATS, REPEAT_SECONDS
 from resprune.runtime.errors import ResPruneError
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 QUESTION = "What is in this image?"
 FILLER = " the" * 16
-LEAST_REPEATS, SECONDS = 5, 5.0
 DECODED = 32
 """Tokens of each answer."""
 STAGES = ("pixels", "prompt", "vision", "prefill")
@@ -104,8 +104,8 @@ def measure(
 ) -> list[Case]:
     """Each budget `repeats` times, warm, in an order drawn anew in each round; the cases by ascending budget.
 
-    None is at least `LEAST_REPEATS`, and as many more as fit into `SECONDS`: short answers vary most. `say` is told how
-    far it has come.
+    None is at least `LEAST_REPEATS`, and as many more as fit into `REPEAT_SECONDS`: short answers vary most. `say` is
+    told how far it has come.
     """
     ascending = sorted(budgets)
     peaks: dict[int, int | None] = {}
@@ -115,7 +115,7 @@ def measure(
         peaks[tokens] = peak_bytes()
     samples: dict[int, list[dict[str, float]]] = {tokens: [] for tokens in ascending}
     order, draw = list(ascending), random.Random(0)
-    end, turn = perf_counter() + SECONDS, 0
+    end, turn = perf_counter() + REPEAT_SECONDS, 0
     while turn < (LEAST_REPEATS if repeats is None else repeats) or (
         repeats is None and perf_counter() < end
     ):

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from resprune.runtime.arguments import whole
+from resprune.runtime.defaults import MAX_PIXELS
 from resprune.runtime.errors import ResPruneError, one_line, shown
 
-MAX_PIXELS = 64_000_000
 MAX_INTERMEDIATE_PIXELS = 4 * MAX_PIXELS  # a panorama of the largest size, padded to a square, still passes
 # Raster formats alone: Pillow would hand an EPS file to Ghostscript, and knows many formats nobody fuzzes.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")

@@ -17,7 +17,8 @@ import pytest
 
 from resprune.exporter.tensorrt import engines
 from resprune.exporter.tensorrt.engines import build
-from resprune.exporter.tensorrt.profiles import Limits, profiles
+from resprune.exporter.tensorrt.limits import Limits
+from resprune.exporter.tensorrt.profiles import profiles
 from resprune.graphs import token_select_model
 from resprune.method import Selection
 from resprune.names import DECODER

@@ -17,8 +17,8 @@ from PIL import Image
 
 from resprune.runtime.errors import printable
 from resprune.serving import server
-from resprune.serving.completions import Limits
 from resprune.serving.images import ImageSources
+from resprune.serving.limits import Limits
 from tests.hostile.values import damaged, with_one_changed, written
 from tests.serving.conftest import MODEL, QUESTION, Serving, asked, data_url, png, text, user
 

@@ -14,8 +14,8 @@ import openai
 import pytest
 
 from resprune.runtime.errors import FailedError, UnavailableError
-from resprune.serving.completions import Limits
 from resprune.serving.errors import ApiError
+from resprune.serving.limits import Limits
 from resprune.serving.workers import Abandoned, Running, Workers
 from tests.serving.conftest import Serving, asked, png
 
@@ -167,9 +167,9 @@ def test_a_client_that_goes_away_while_it_waits(serve: Callable[..., Serving]) -
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_the_time_limit(serve: Callable[..., Serving], stream: bool) -> None:
-    serving = serve(parallel=1, queue=0, limits=Limits(seconds=0.15))
+    serving = serve(parallel=1, queue=0, limits=Limits(seconds=0.01))
     create = serving.client().chat.completions.create
-    with pytest.raises(openai.APIError, match=r"longer than 0\.15 seconds"):
+    with pytest.raises(openai.APIError, match=r"longer than 0\.01 seconds"):
         list(create(**asked(stream=stream, **ENDLESS)))
     until(lambda: serving.service.workers.admitted == 0)
 
