@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -184,7 +184,7 @@ class _TorchStages:
         inputs = tuple(one.to(self._model.dtype) if one.is_floating_point() else one for one in tensors)
         return vision.reference(self._model, inputs)
 
-    def early(self, images: Sequence[PreparedImage], setting: str) -> list[Encoded]:
+    def early(self, setting: str) -> Callable[[Sequence[PreparedImage]], list[Encoded]]:
         """With a first selection inside the tower, `setting` being what `resprune export --early` takes."""
         import torch
 
@@ -195,9 +195,13 @@ class _TorchStages:
         early = EarlyRequest.parse(setting).of(self._components, FAMILIES[self._family].title)
         assert vision.tower is not None
         selecting = replace(vision, reference=early_reference(vision, vision.tower, early))
-        with _faults("encode an image", self._model.device), torch.inference_mode():
-            found = [(image, *self._reference(selecting, image)) for image in images]
-        return [_encoded(image, planes, left[0].cpu().numpy()) for image, *planes, left, _ in found]
+
+        def encode(images: Sequence[PreparedImage]) -> list[Encoded]:
+            with _faults("encode an image", self._model.device), torch.inference_mode():
+                found = [(image, *self._reference(selecting, image)) for image in images]
+            return [_encoded(image, planes, left[0].cpu().numpy()) for image, *planes, left, _ in found]
+
+        return encode
 
     def smaller(self, image: PreparedImage, k: int) -> Encoded:
         """The image of a tower of one size with about `k` tokens: its table of positions is interpolated."""

@@ -77,10 +77,11 @@ class Plan:
 def evaluate(model: Model, plan: Plan, answers: Answers) -> None:
     """Ask what has not been answered yet; `answers` has everything when this returns.
 
-    Raises `ResPruneError` for budgets that the model cannot keep, or that a report could not show together.
+    Raises `ResPruneError` for budgets and selectors that the model cannot have, and for budgets that a report could not
+    show together.
     """
     own = any(name == OWN or name.startswith(EARLY) for name in plan.selectors)
-    model.check(plan.budgets, own=own)
+    model.check(plan.budgets, own, plan.selectors)
     kinds = {budget.share is None for budget in plan.budgets if not budget.everything}
     if model.num_tokens is None and len(kinds) > 1:
         raise ResPruneError(

@@ -89,8 +89,9 @@ class Stages:
     most: int
     """The largest K that `select` takes."""
     engine: Engine
-    early: Callable[[Sequence[PreparedImage], str], list[Encoded]] | None = None
-    """As `encode`, with what `--early` asks for; None where the tower is what it is."""
+    early: Callable[[str], Callable[[Sequence[PreparedImage]], list[Encoded]]] | None = None
+    """What `--early` asks for → how images are encoded so; `ResPruneError` for what the tower cannot do. None where the
+    tower is what it is."""
     smaller: Callable[[PreparedImage, int], Encoded] | None = None
     """An image and K → the same image with about K tokens, for towers of one size; None as above."""
 
@@ -133,20 +134,31 @@ class Model:
         images = [load_image(source) for source in sources]
         prepared = [self._walk.preprocessor(image) for image in images]
         if selector == RESIZE and k is not None:
+            self._require_tower(selector)
             return [self._smaller(image, one, k) for image, one in zip(images, prepared, strict=True)]
         if selector.startswith(EARLY):
-            if self._stages.early is None:
-                raise refused(selector, "this model")
-            return self._stages.early(prepared, selector.removeprefix(EARLY))
+            return self._early(selector)(prepared)
         return self._stages.encode(images, prepared)
+
+    def _require_tower(self, selector: str) -> None:
+        """`ResPruneError` for a selector of `towers.py` that this model's tower cannot have."""
+        if selector.startswith(EARLY):
+            self._early(selector)
+        any_size = FAMILIES[self.manifest.family].any_size
+        if selector == RESIZE and not (any_size or self._stages.smaller):
+            raise refused(RESIZE, "this model")
+
+    def _early(self, selector: str) -> Callable[[Sequence[PreparedImage]], list[Encoded]]:
+        if self._stages.early is None:
+            raise refused(selector, "this model")
+        return self._stages.early(selector.removeprefix(EARLY))
 
     def _smaller(self, image: Image.Image, prepared: PreparedImage, k: int) -> Encoded:
         if FAMILIES[self.manifest.family].any_size:
             image = smaller_image(image, lambda shown: self._walk.preprocessor(shown).num_tokens, k)
             (encoded,) = self._stages.encode([image], [self._walk.preprocessor(image)])
             return encoded
-        if self._stages.smaller is None:
-            raise refused(RESIZE, "this model")
+        assert self._stages.smaller is not None
         return self._stages.smaller(prepared, k)
 
     def read(
@@ -201,11 +213,14 @@ class Model:
             counts = np.bincount(places, minlength=len(kept))
         return keep(encoded.image, tokens.rows, order, counts, tokens.planes, tokens.left)
 
-    def check(self, budgets: Sequence[Budget], own: bool) -> None:
+    def check(self, budgets: Sequence[Budget], own: bool, selectors: Sequence[str] = ()) -> None:
         """`ResPruneError` for a budget above N, or above what the model's own selection takes if that is asked for.
 
-        Where N varies, the largest image's counts: one that comes late should not end a run of hours.
+        Where N varies, the largest image's counts: one that comes late should not end a run of hours. So it is for
+        `selectors` that this model's tower cannot have.
         """
+        for selector in selectors:
+            self._require_tower(selector)
         largest = self.num_tokens or self.manifest.selection.max_tokens
         for budget in budgets:
             if budget.everything:

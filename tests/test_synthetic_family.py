@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from resprune.evaluation.answers import Run
+from resprune.evaluation.answers import Answers, Run
 from resprune.evaluation.checkpoint import open_checkpoint
-from resprune.evaluation.evaluate import SELECTORS, pick
+from resprune.evaluation.data import DataSet, Question
+from resprune.evaluation.evaluate import SELECTORS, Plan, evaluate, pick
 from resprune.evaluation.model import Model, open_bundle
 from resprune.evaluation.towers import early_names
 from resprune.exporter.checkpoint.checkpoint import resolve
@@ -291,16 +292,17 @@ def test_every_selector_keeps_the_protected_rows_and_whole_groups(in_pytorch: Mo
 
 
 def test_a_selection_inside_its_tower_is_refused(checkpoint: Path, in_pytorch: Model, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(
-        ResPruneError, match="--early would drop tokens of the synthetic family that are protected"
-    ):
-        export(str(checkpoint), out, Options(k=K, early="1:9"), lambda line: None)
+    """By the exporter, and by the evaluation before another selector is asked for; nothing is left on disk."""
+    says = "--early would drop tokens of the synthetic family that are protected or attached"
+    with pytest.raises(ResPruneError, match=says):
+        export(str(checkpoint), tmp_path / "out", Options(k=K, early="1:9"), lambda line: None)
+    data = DataSet("mine", "", (Question(0, "shown", lambda: image(0), QUESTION, ("red",)),))
+    plan = Plan([data], ["random", *early_names(["1:9"])], [Budget(4)])
+    answers = Answers(tmp_path, plan.settings(in_pytorch))
+    with pytest.raises(ResPruneError, match=says):
+        evaluate(in_pytorch, plan, answers)
+    answers.close()
     assert not any(tmp_path.iterdir())
-    with pytest.raises(
-        ResPruneError, match="--early would drop tokens of the synthetic family that are protected"
-    ):
-        in_pytorch.look([image(0)], *early_names(["1:9"]))
     components = synthetic.split_model(resolve(str(checkpoint)), torch.float32, fake_mode())
     with pytest.raises(ResPruneError, match="--early is not built for the vision tower of the synthetic"):
         EarlyRequest.parse("1:9").of(

@@ -49,6 +49,10 @@ def test_what_a_tower_cannot_do_is_refused(tiny_checkpoint, tiny_bundle):
         bundle.look([blocks(3)], *early_names(["1:8"]))
     with pytest.raises(ResPruneError, match="needs the vision tower itself"):
         bundle.look([blocks(3)], RESIZE, 4)
+    for selector in (RESIZE, *early_names(["1:8"])):
+        with pytest.raises(ResPruneError, match="needs the vision tower itself"):
+            bundle.check([Budget(4)], own=False, selectors=["random", selector])
+        checkpoint.check([Budget(4)], own=False, selectors=["random", selector])
     with pytest.raises(ResPruneError, match="give 1 to 1"):
         checkpoint.look([blocks(3)], *early_names(["7:9"]))
 
