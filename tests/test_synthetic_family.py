@@ -27,6 +27,8 @@ from resprune.exporter.language import Rows
 from resprune.exporter.options import EarlyRequest, Options
 from resprune.exporter.tensorrt.engines import build
 from resprune.exporter.verify.difference import ParityError
+from resprune.exporter.verify.reference import select
+from resprune.method import Selection
 from resprune.runtime.answer import Answer
 from resprune.runtime.backends.backend import Embedding
 from resprune.runtime.backends.session import OrtGraphs, SessionOptions
@@ -289,6 +291,35 @@ def test_every_selector_keeps_the_protected_rows_and_whole_groups(in_pytorch: Mo
         assert len(set(picks)) == len(picks) <= k
         assert all(owner < 0 or (row in picks) == (owner in picks) for row, owner in enumerate(to))
         assert len(picks) >= min(k - 2, synthetic.NUM_TOKENS), "at most a group of three is left out"
+
+
+def test_selectors_in_numpy_group_as_the_reference_does(in_pytorch: Model) -> None:
+    """Pick for pick, whatever is protected and attached, at every budget."""
+    (encoded,) = in_pytorch.look([image(0)])
+    asked = in_pytorch.read(QUESTION, [encoded.image.expansion])
+    rng = np.random.default_rng(0)
+    for k in range(1, synthetic.NUM_TOKENS + 1):
+        to, protected = np.full(synthetic.NUM_TOKENS, -1), rng.random(synthetic.NUM_TOKENS) < 0.2
+        attached = rng.permutation(synthetic.NUM_TOKENS)[: rng.integers(10)]
+        to[attached] = rng.choice(np.setdiff1d(np.arange(synthetic.NUM_TOKENS), attached), len(attached))
+        one = replace(encoded, image=replace(encoded.image, protected=protected, attached_to=to))
+        picks = pick(in_pytorch, Run("", "no-text", str(k), 0), Budget(k), one, asked, 0)
+        rows, *rules = (torch.from_numpy(array)[None] for array in (one.tokens.rows, protected, to))
+        _, order = select(rows, rows[:, :0], None, Selection(k=k, alpha=0.0), None, *rules)
+        assert picks.tolist() == [row for row in order[0].tolist() if row >= 0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"split": True}, {"split": True, "optimize": "ort", "attention": "proportional"}]
+)
+def test_an_image_of_which_nothing_is_kept(made: Callable[..., Path], options: dict[str, Any]) -> None:
+    """As where the first group has no room: the question is answered all the same."""
+    model = open_bundle(made(**options))
+    (encoded,) = model.look([image(0)])
+    asked = model.read(QUESTION, [encoded.image.expansion])
+    texts = [model.answer([asked], [[encoded]], [[np.arange(count)]], STEPS) for count in (0, 9)]
+    assert texts[0] != texts[1]
+    assert texts[0] != [""]
 
 
 def test_a_selection_inside_its_tower_is_refused(checkpoint: Path, in_pytorch: Model, tmp_path: Path) -> None:
