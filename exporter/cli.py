@@ -14,7 +14,7 @@ from resprune.exporter.options import VERIFY, Options
 from resprune.method import BODIES, FORMS, SCALES
 from resprune.runtime.backends.formats import GGUF_TYPE, GGUF_TYPES
 from resprune.runtime.budget import Budget
-from resprune.runtime.bundle.manifest import ATTENTION, OPTIMIZE, POSITIONS
+from resprune.runtime.bundle.manifest import ATTENTION, LANGUAGE_GGUF, OPTIMIZE, POSITIONS
 from resprune.runtime.bundle.precisions import BLOCK_SIZES, PRESETS, parse_dtype, words
 from resprune.runtime.errors import ResPruneError, printable, require_packages, require_python
 
@@ -137,7 +137,7 @@ def register_export(subparsers: Any) -> None:
         dest="runtime",
         choices=("trtllm", "gguf"),
         help="also write the language model by itself: trtllm as trtllm-build and vLLM take it, in language_model/; "
-        "gguf as llama.cpp takes it, in language_model.gguf (default: neither)",
+        f"gguf as llama.cpp takes it, in {LANGUAGE_GGUF} (default: neither)",
     )
     parser.add_argument(
         "--gguf-type",

@@ -31,12 +31,9 @@ from resprune.graphs.functions import (
     residual_select_function,
 )
 from resprune.method import Selection
+from resprune.names import EARLY_AXIS, EARLY_INDICES, EARLY_RANKS, TOKEN_MASK
 from resprune.runtime.bundle.manifest import Early, TensorSpec
 from resprune.runtime.errors import ResPruneError
-
-RANKS = "early_ranks"
-"""Input of a vision graph whose images differ in size: its length says how many tokens go on."""
-RANKS_AXIS = "num_early"
 
 
 def with_early(component: Component, early: Early, mode: FakeTensorMode) -> Component:
@@ -62,8 +59,8 @@ def with_early(component: Component, early: Early, mode: FakeTensorMode) -> Comp
                 "vision_feature_select_strategy in its config.json (full for a tower without a class token)"
             )
     features = component.outputs
-    indices = (1, RANKS_AXIS) if tower.varies else (component.inputs[0].shape[0], early.tokens)
-    ranks = TensorSpec(RANKS, "int64", (RANKS_AXIS,))
+    indices = (1, EARLY_AXIS) if tower.varies else (component.inputs[0].shape[0], early.tokens)
+    ranks = TensorSpec(EARLY_RANKS, "int64", (EARLY_AXIS,))
 
     def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
         inputs = component.samples(sizes, generator)
@@ -83,8 +80,8 @@ def with_early(component: Component, early: Early, mode: FakeTensorMode) -> Comp
         samples=samples if tower.varies else component.samples,
         outputs=(
             *features,
-            TensorSpec("token_mask", "bool", features[0].shape[:2]),
-            TensorSpec("early_indices", "int64", indices),
+            TensorSpec(TOKEN_MASK, "bool", features[0].shape[:2]),
+            TensorSpec(EARLY_INDICES, "int64", indices),
         ),
         reference=early_reference(component, tower, early),
         functions=functions,

@@ -54,6 +54,7 @@ from resprune.exporter.verify.text import ids_of
 from resprune.exporter.verify.verifier import Verifier
 from resprune.graphs import attach_selection, token_select_model
 from resprune.method import Selection
+from resprune.names import TOKEN_SELECT, VISION_ENCODER, VISION_SELECT
 from resprune.runtime.bundle.files import describe_files, read_bundle, write_manifest
 from resprune.runtime.bundle.manifest import COUNTS, EARLY, Early, Manifest
 from resprune.runtime.bundle.precisions import TABLE, Choice, parse_dtype
@@ -206,15 +207,15 @@ class _Export:
         )
         fused = Traced(selecting, traced.weights)
         if not self.options.split:
-            return [writer.write("vision_select", fused)]
-        encoder = writer.write("vision_encoder", traced)
+            return [writer.write(VISION_SELECT, fused)]
+        encoder = writer.write(VISION_ENCODER, traced)
         selector = token_select_model(
             selection, planes=components.planes, protected=protected, attached=attached
         )
         return [
-            writer.write("vision_select", fused, owner=encoder),
+            writer.write(VISION_SELECT, fused, owner=encoder),
             encoder,
-            writer.write("token_select", Traced(selector, {})),
+            writer.write(TOKEN_SELECT, Traced(selector, {})),
         ]
 
     def _embed(
@@ -238,7 +239,7 @@ class _Export:
             encoder, selector = split
             self._compared(encoder, verifier.compare(worker, components.vision, encoder), "")
             graphs: dict[str, Path] = dict(
-                zip(("vision_select", "vision_encoder", "token_select"), paths, strict=True)
+                zip((VISION_SELECT, VISION_ENCODER, TOKEN_SELECT), paths, strict=True)
             )
             differences, counted = verifier.compare_split(worker, graphs, selection)
             self._compared(selector, differences, self._count(counted))

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from resprune.exporter.components import Component, Components, Reference, Sizes
-from resprune.names import DECODER, IMAGE_NUMBERS, PLANE_EMBEDS
+from resprune.names import DECODER, EMBED_TOKENS, IMAGE_NUMBERS, PLANE_EMBEDS
 from resprune.runtime.bundle.manifest import TensorSpec, axis_size
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.language_models import LANGUAGE_MODELS
@@ -235,7 +235,7 @@ def embed_component(table: nn.Module, config: Any) -> Component:
     def reference(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (model.get_input_embeddings()(inputs[0]).float(),)
 
-    return Component("embed_tokens", _Embed(table), (ids,), (embeds,), samples, reference)
+    return Component(EMBED_TOKENS, _Embed(table), (ids,), (embeds,), samples, reference)
 
 
 def decoder_component(

@@ -23,7 +23,22 @@ from resprune.graphs.functions import (
     text_gain_function,
 )
 from resprune.method import Selection
-from resprune.names import ATTACHED_TO, KEPT_PLANES, PLANE_FEATURES
+from resprune.names import (
+    ATTACHED_TO,
+    IMAGE_FEATURES,
+    KEPT_COUNTS,
+    KEPT_FEATURES,
+    KEPT_INDICES,
+    KEPT_PLANES,
+    NUM_KEPT,
+    PICK_ORDER,
+    PLANE_FEATURES,
+    PROTECTED_MASK,
+    TEXT_EMBEDS,
+    TEXT_MASK,
+    TOKEN_MASK,
+    TOKEN_SELECT,
+)
 
 OPSET = 20
 """Of the stand-alone selector; an attached selection takes the encoder's."""
@@ -66,18 +81,18 @@ def token_select_model(
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype!r}")
     element = ir.DataType(ELEMENTS[dtype].onnx)
-    features = ir.val("image_features", element, ["batch_size", "num_tokens", "hidden_size"])
+    features = ir.val(IMAGE_FEATURES, element, ["batch_size", "num_tokens", "hidden_size"])
     further = [
         ir.val(PLANE_FEATURES.format(index), element, ["batch_size", "num_tokens", "hidden_size"])
         for index in range(planes)
     ]
-    token_mask = ir.val("token_mask", ir.DataType.BOOL, ["batch_size", "num_tokens"])
+    token_mask = ir.val(TOKEN_MASK, ir.DataType.BOOL, ["batch_size", "num_tokens"])
     graph = ir.Graph(
         [features, *further, token_mask],
         [],
         nodes=[],
         opset_imports={"": OPSET, DOMAIN: VERSION},
-        name="token_select",
+        name=TOKEN_SELECT,
     )
     op = onnxscript.GraphBuilder(graph).op
     functions = _select(
@@ -87,7 +102,7 @@ def token_select_model(
         selection,
         protected=protected,
         attached=attached,
-        kept_names=["kept_features", *map(KEPT_PLANES.format, range(planes))],
+        kept_names=[KEPT_FEATURES, *map(KEPT_PLANES.format, range(planes))],
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="resprune", functions=functions)
     return ir.to_proto(model)
@@ -118,7 +133,7 @@ def attach_selection(
     """
     model = ir.from_proto(encoder)
     graph = model.graph
-    output = next((value for value in graph.outputs if value.name == "image_features"), None)
+    output = next((value for value in graph.outputs if value.name == IMAGE_FEATURES), None)
     if output is None:
         raise ValueError("the encoder has no output image_features")
     num_tokens = None if output.shape is None else output.shape[1]
@@ -133,7 +148,7 @@ def attach_selection(
         graph.outputs.remove(value)
         value.name = f"all_{value.name}"
     op = onnxscript.GraphBuilder(graph).op
-    own_mask = next((value for value in graph.outputs if value.name == "token_mask"), None)
+    own_mask = next((value for value in graph.outputs if value.name == TOKEN_MASK), None)
     if own_mask is not None:
         candidates = own_mask
     elif padding is None:
@@ -182,14 +197,14 @@ def _select(
         residual_select_function(selection, opset=opset),
     ]
     batch, num_tokens, hidden = features.shape or ("batch_size", "num_tokens", "hidden_size")
-    text = ir.val("text_embeds", features.dtype, ir.Shape([batch, "text_tokens", hidden]))
-    text_mask = ir.val("text_mask", ir.DataType.BOOL, ir.Shape([batch, "text_tokens"]))
+    text = ir.val(TEXT_EMBEDS, features.dtype, ir.Shape([batch, "text_tokens", hidden]))
+    text_mask = ir.val(TEXT_MASK, ir.DataType.BOOL, ir.Shape([batch, "text_tokens"]))
     graph.inputs.extend([text, text_mask])
 
     ours: dict[str, Any] = {"_domain": DOMAIN, "_version": VERSION, "plugin_namespace": DOMAIN}
     candidates = token_mask
     if protected:
-        protected_mask = ir.val("protected_mask", ir.DataType.BOOL, ir.Shape([batch, num_tokens]))
+        protected_mask = ir.val(PROTECTED_MASK, ir.DataType.BOOL, ir.Shape([batch, num_tokens]))
         graph.inputs.append(protected_mask)
         candidates = op.And(token_mask, op.Not(protected_mask))
     if attached:
@@ -226,18 +241,18 @@ def _select(
     ]
     outputs = [
         first,
-        (kept_indices, "kept_indices", ir.DataType.INT64, [batch, k]),
-        (pick_order, "pick_order", ir.DataType.INT64, [batch, k]),
+        (kept_indices, KEPT_INDICES, ir.DataType.INT64, [batch, k]),
+        (pick_order, PICK_ORDER, ir.DataType.INT64, [batch, k]),
     ]
     if selection.counts:
-        num_kept = ir.val("num_kept", ir.DataType.INT64, ir.Shape([batch]))
+        num_kept = ir.val(NUM_KEPT, ir.DataType.INT64, ir.Shape([batch]))
         graph.inputs.append(num_kept)
         if attached:
             num_kept = _whole_groups(op, attached_to, pick_order, num_kept, k)
         functions.append(kept_counts_function(opset=opset))
         counted = op.Where(op.Less(places, op.Unsqueeze(num_kept, [1])), kept_indices, -1)
         kept_counts = op.KeptCounts(features, token_mask, counted, **ours)
-        outputs.append((kept_counts, "kept_counts", ir.DataType.INT64, [batch, k]))
+        outputs.append((kept_counts, KEPT_COUNTS, ir.DataType.INT64, [batch, k]))
     for value, name, dtype, shape in (*outputs, *further):
         value.name = name
         value.dtype = dtype

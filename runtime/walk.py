@@ -12,7 +12,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from resprune.names import ATTACHED_TO, KEPT_PLANES, PLANE_FEATURES
+from resprune.names import (
+    ATTACHED_TO,
+    IMAGE_FEATURES,
+    KEPT_COUNTS,
+    KEPT_FEATURES,
+    KEPT_INDICES,
+    KEPT_PLANES,
+    NUM_KEPT,
+    PICK_ORDER,
+    PLANE_FEATURES,
+    PROTECTED_MASK,
+    TEXT_EMBEDS,
+    TEXT_MASK,
+    TOKEN_MASK,
+    TOKEN_SELECT,
+    VISION_ENCODER,
+    VISION_SELECT,
+)
 from resprune.runtime.backends.backend import Backend, EmbedTokens, Piece, Request
 from resprune.runtime.backends.session import GraphRunner
 from resprune.runtime.bundle.files import Bundle
@@ -24,9 +41,7 @@ from resprune.runtime.prompt.prompter import Prompt
 from resprune.runtime.prompt.splice import Bools, Floats, Ints, KeptTokens, cut_picks, keep_all, splice
 from resprune.runtime.sampling import Sampling
 
-SPLIT = ("vision_encoder", "token_select")
-CANDIDATES = "token_mask"
-"""Input of `token_select`: the tokens that can be picked, [B, N]; output of a vision tower that selects itself."""
+SPLIT = (VISION_ENCODER, TOKEN_SELECT)
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ class Walk:
         self.preprocessor: Preprocessor = family.preprocessor(bundle)
         self._axes = (family.position_axes,) if family.position_axes > 1 else ()
         self._graphs = graphs
-        encoder = self.manifest.graphs.get("vision_encoder") or self.manifest.graphs.get("vision_select")
+        encoder = self.manifest.graphs.get(VISION_ENCODER) or self.manifest.graphs.get(VISION_SELECT)
         names = {tensor.name for tensor in encoder.outputs} if encoder else set()
         self._early = self.manifest.early is not None
         self._planes = sum(name.startswith(PLANE_FEATURES.format("")) for name in names)
@@ -95,7 +110,7 @@ class Walk:
     @property
     def vision_graphs(self) -> tuple[str, ...]:
         """The graphs from pixels to kept tokens: a split bundle's fused one, a second tower in memory, is not run."""
-        return SPLIT if self.splits else ("vision_select",)
+        return SPLIT if self.splits else (VISION_SELECT,)
 
     def pixels(self, images: Sequence[PreparedImage]) -> Arrays:
         """What the vision graph takes of images that go through it together."""
@@ -105,12 +120,12 @@ class Walk:
         """Encode images, if the bundle has the encoder apart; else only hold them, with `features` None."""
         if not self.splits:
             return list(map(Encoded, images))
-        outputs = ["image_features", *map(PLANE_FEATURES.format, range(self._planes))]
-        outputs += [CANDIDATES] * self._early
+        outputs = [IMAGE_FEATURES, *map(PLANE_FEATURES.format, range(self._planes))]
+        outputs += [TOKEN_MASK] * self._early
         encoded: list[Encoded] = []
         for start, stop in self._batches(len(images)):
             batch = images[start:stop]
-            arrays = self._graphs.run("vision_encoder", self.pixels(batch), outputs)
+            arrays = self._graphs.run(VISION_ENCODER, self.pixels(batch), outputs)
             masks = arrays.pop() if self._early else [None] * len(batch)
             for image, mask, *planes in zip(batch, masks, *arrays, strict=True):
                 rows, *further = (plane[: image.num_tokens] for plane in planes)
@@ -196,32 +211,32 @@ class Walk:
         images = [one.image for one in encoded]
         features = [one.features for one in encoded if one.features is not None]
         text_embeds, text_mask = pad_rows(text)
-        feeds: Arrays = {"text_embeds": text_embeds, "text_mask": text_mask}
+        feeds: Arrays = {TEXT_EMBEDS: text_embeds, TEXT_MASK: text_mask}
         left: Sequence[Bools | None] = [one.left for one in features]
         if features:
-            graph, rows, planes = "token_select", "kept_features", KEPT_PLANES
-            feeds["image_features"], mask = pad_rows([one.rows for one in features])
+            graph, rows, planes = TOKEN_SELECT, KEPT_FEATURES, KEPT_PLANES
+            feeds[IMAGE_FEATURES], mask = pad_rows([one.rows for one in features])
             for row, of_image in zip(mask, left, strict=True):
                 if of_image is not None:
                     row[: len(of_image)] &= of_image
-            feeds[CANDIDATES] = mask
+            feeds[TOKEN_MASK] = mask
             for plane in range(self._planes):
                 feeds[PLANE_FEATURES.format(plane)], _ = pad_rows([one.planes[plane] for one in features])
         else:
-            graph, rows, planes = "vision_select", "image_features", PLANE_FEATURES
+            graph, rows, planes = VISION_SELECT, IMAGE_FEATURES, PLANE_FEATURES
             feeds |= self.pixels(images)
         inputs = {tensor.name: tensor for tensor in self.manifest.graphs[graph].inputs}
-        if "protected_mask" in inputs:
-            feeds["protected_mask"] = _padded([image.protected for image in images], images, False)
+        if PROTECTED_MASK in inputs:
+            feeds[PROTECTED_MASK] = _padded([image.protected for image in images], images, False)
         if ATTACHED_TO in inputs:
             feeds[ATTACHED_TO] = _padded([image.attached_to for image in images], images, -1)
-        outputs = [rows, "kept_indices", "pick_order", *map(planes.format, range(self._planes))]
+        outputs = [rows, KEPT_INDICES, PICK_ORDER, *map(planes.format, range(self._planes))]
         proportional = self.manifest.attention == "proportional"
         if proportional:
-            feeds["num_kept"] = np.array(budgets, np.int64)
-            outputs.append("kept_counts")
+            feeds[NUM_KEPT] = np.array(budgets, np.int64)
+            outputs.append(KEPT_COUNTS)
         early = self._early and not features
-        outputs += [CANDIDATES] * early
+        outputs += [TOKEN_MASK] * early
         arrays = self._graphs.run(graph, feeds, outputs)
         if early:
             left = [mask[: one.num_tokens] for mask, one in zip(arrays.pop(), images, strict=True)]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from resprune import names
+
 ROOT = Path(__file__).parent.parent
 # room → what its files may never import
 FORBIDDEN = {
@@ -96,6 +98,30 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
 def test_what_all_rooms_share_imports_no_room() -> None:
     for module in ("method", "elements", "names"):
         assert [name for _, name in imports(ROOT / f"resprune/{module}.py") if "resprune" in name] == []
+
+
+# The ops' functions name their own inputs; what the others write is JSON, with fields of its own.
+OTHER_NAMES = (
+    "graphs/functions.py",
+    "graphs/kernels/compiled.py",
+    "runtime/answer.py",
+    "serving/model.py",
+    "serving/completions.py",
+)
+
+
+def test_names_of_graphs_inputs_and_outputs_stand_once() -> None:
+    known = {word for name, word in vars(names).items() if name.isupper() and isinstance(word, str)}
+    assert len(known) > 20
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno} has {node.value}"
+        for room in FORBIDDEN
+        for path in sorted((ROOT / room).rglob("*.py"))
+        if str(path.relative_to(ROOT)) not in OTHER_NAMES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in known
+    ]
+    assert wrong == []
 
 
 def test_what_tests_share_is_in_no_test_module() -> None:

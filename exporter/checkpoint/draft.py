@@ -12,6 +12,7 @@ from resprune.exporter.checkpoint.checkpoint import Checkpoint, family_of
 from resprune.exporter.checkpoint.side_files import copy_side_files, read_tokenizer
 from resprune.exporter.components import Components
 from resprune.method import Selection
+from resprune.names import VISION_SELECT
 from resprune.runtime.bundle.files import Bundle, describe_files
 from resprune.runtime.bundle.manifest import FORMAT_VERSION, GraphSpec, Manifest
 from resprune.runtime.errors import ResPruneError
@@ -51,7 +52,7 @@ def write_draft(checkpoint: Checkpoint, components: Components, selection: Selec
         image_token_id=components.image_token_id,
         context_length=components.context_length,
         # A preprocessor asks this graph for the windows of its tower.
-        graphs={"vision_select": GraphSpec("", "fp32", (), ())},
+        graphs={VISION_SELECT: GraphSpec("", "fp32", (), ())},
         files=describe_files(root),
         versions={},
         command="",

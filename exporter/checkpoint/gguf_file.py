@@ -21,6 +21,7 @@ import torch
 from resprune.exporter.checkpoint.language_checkpoint import language_weights
 from resprune.exporter.checkpoint.shards import StoredTensor
 from resprune.runtime.backends.formats import GGUF_TYPES
+from resprune.runtime.bundle.manifest import LANGUAGE_GGUF
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.language_models import GGUF_SPLITTERS, LANGUAGE_MODELS
 
@@ -37,7 +38,7 @@ class GgufModel:
     weights: dict[str, StoredTensor]
     precision: str
     planes: int
-    file = "language_model.gguf"
+    file = LANGUAGE_GGUF
     """Its name in a bundle."""
 
     @property

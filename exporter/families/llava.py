@@ -16,6 +16,7 @@ from resprune.exporter.checkpoint.checkpoint import Checkpoint
 from resprune.exporter.checkpoint.side_files import image_processor_config
 from resprune.exporter.components import Component, Components, Sizes, Tower
 from resprune.exporter.split import assemble, read_config, weightless_model
+from resprune.names import IMAGE_FEATURES, VISION_ENCODER
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError, one_line
 from resprune.runtime.families.image import ImageProcessor
@@ -113,8 +114,8 @@ def grid_component(
 
     num_tokens, hidden_size = tower_output(module, size, mode)
     pixels = TensorSpec("pixel_values", "float32", ("batch_size", 3, *size))
-    features = TensorSpec("image_features", "float32", ("batch_size", num_tokens, hidden_size))
-    return Component("vision_encoder", module, (pixels,), (features,), samples, _reference, tuple(blocks))
+    features = TensorSpec(IMAGE_FEATURES, "float32", ("batch_size", num_tokens, hidden_size))
+    return Component(VISION_ENCODER, module, (pixels,), (features,), samples, _reference, tuple(blocks))
 
 
 def tower_facts(module: Vision, config: Any, num_rows: int) -> Tower:

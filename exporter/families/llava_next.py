@@ -21,6 +21,7 @@ from resprune.exporter.components import Component, Components, Sizes
 from resprune.exporter.families.llava import Vision, check_tower, tower_facts, tower_output
 from resprune.exporter.families.tiles import PackedTiles
 from resprune.exporter.split import assemble, read_config, weightless_model
+from resprune.names import IMAGE_FEATURES, VISION_ENCODER
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.llava_next import AnyResolution, any_resolution
@@ -109,10 +110,10 @@ def any_resolution_component(
             "vision_feature_select_strategy in config.json (default drops a class token, full keeps all)"
         )
     inputs = (TensorSpec("pixel_values", "float32", ("num_tiles", 3, *size)), *packing)
-    features = TensorSpec("image_features", "float32", ("batch_size", "num_tokens", hidden_size))
+    features = TensorSpec(IMAGE_FEATURES, "float32", ("batch_size", "num_tokens", hidden_size))
     module = PackedTiles(tiles, model.model.image_newline)
     return Component(
-        "vision_encoder",
+        VISION_ENCODER,
         module,
         inputs,
         (features,),

@@ -31,7 +31,7 @@ from resprune.exporter.checkpoint.side_files import image_processor_config
 from resprune.exporter.components import Component, Components, Sizes, Tower
 from resprune.exporter.split import assemble, read_config, weightless_model
 from resprune.exporter.trace.attention import grouped_attention
-from resprune.names import PLANE_FEATURES
+from resprune.names import IMAGE_FEATURES, PLANE_FEATURES, VISION_ENCODER
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.qwen2_vl import (
@@ -234,7 +234,7 @@ def patches_component(
         *further,
     )
     shape = (1, "num_tokens", model.config.text_config.hidden_size)
-    names = ["image_features", *map(PLANE_FEATURES.format, range(planes))]
+    names = [IMAGE_FEATURES, *map(PLANE_FEATURES.format, range(planes))]
     outputs = tuple(TensorSpec(name, "float32", shape) for name in names)
 
     def samples(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -243,7 +243,7 @@ def patches_component(
         facts = (patch_positions(grid), *arrays(grid))
         return (patches, *(torch.from_numpy(np.ascontiguousarray(array)) for array in facts))
 
-    return Component("vision_encoder", module, inputs, outputs, samples, _reference, module.blocks)
+    return Component(VISION_ENCODER, module, inputs, outputs, samples, _reference, module.blocks)
 
 
 def tower_facts(config: Any, max_tokens: int) -> Tower:

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resprune.exporter.components import Component, Reference, Sizes, Tower
 from resprune.exporter.families.llava import tower_output
+from resprune.names import IMAGE_FEATURES, VISION_ENCODER
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.families.preprocessor import PreparedImage
@@ -90,10 +91,10 @@ def tiles_component(
         TensorSpec("pixel_values", "float32", ("num_tiles", 3, tile, tile)),
         TensorSpec("pack_indices", "int64", ("batch_size", "num_tokens")),
     )
-    outputs = (TensorSpec("image_features", "float32", ("batch_size", "num_tokens", hidden_size)),)
+    outputs = (TensorSpec(IMAGE_FEATURES, "float32", ("batch_size", "num_tokens", hidden_size)),)
     module = PackedTiles(rows)
     judge: Reference = reference
-    return Component("vision_encoder", module, inputs, outputs, samples, judge, tuple(blocks), tower=tower)
+    return Component(VISION_ENCODER, module, inputs, outputs, samples, judge, tuple(blocks), tower=tower)
 
 
 def _tile_counts(images: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from resprune.exporter.tensorrt.limits import Limits
-from resprune.names import DECODER
+from resprune.names import DECODER, EMBED_TOKENS
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import GraphSpec, Profile, Range
 from resprune.runtime.errors import ResPruneError
@@ -22,7 +22,7 @@ def profiles(bundle: Bundle, limits: Limits) -> dict[str, tuple[Profile, ...]]:
     past = (1, min(prompt[1], context - 1), context - 1)
     chosen: dict[str, list[Profile]] = {
         # All prompts in one row, or the next token of each.
-        "embed_tokens": [{"batch_size": batch, "sequence_length": (1, min(prompt[1], most), most)}],
+        EMBED_TOKENS: [{"batch_size": batch, "sequence_length": (1, min(prompt[1], most), most)}],
         DECODER: [
             {"batch_size": batch, "sequence_length": prompt, "past_sequence_length": (0, 0, 0)},
             {"batch_size": batch, "sequence_length": (1, 1, 1), "past_sequence_length": past},
@@ -37,7 +37,7 @@ def profiles(bundle: Bundle, limits: Limits) -> dict[str, tuple[Profile, ...]]:
 
 def _width(bundle: Bundle) -> dict[str, Range]:
     """The selector by itself serves rows of any width; a bundle's are as wide as its prompts'."""
-    (embeds,) = bundle.manifest.graphs["embed_tokens"].outputs
+    (embeds,) = bundle.manifest.graphs[EMBED_TOKENS].outputs
     width = embeds.shape[-1]
     return {"hidden_size": (width, width, width)} if isinstance(width, int) else {}
 

@@ -15,6 +15,7 @@ from resprune.exporter.verify.ort_worker import OrtWorker
 from resprune.exporter.verify.reference import picks_within_rounding, select
 from resprune.graphs import token_select_model
 from resprune.method import Selection
+from resprune.names import IMAGE_FEATURES, PICK_ORDER, TEXT_EMBEDS, TEXT_MASK, TOKEN_MASK
 
 TEXT_TOKENS = 5
 PICKS = 128
@@ -39,15 +40,15 @@ def pruned_picks(worker: OrtWorker, folder: Path, selection: Selection, hidden_s
         got = worker.run(
             path,
             {
-                "image_features": visual.numpy(),
-                "text_embeds": text.numpy(),
-                "text_mask": every.numpy(),
-                "token_mask": torch.ones(visual.shape[:2], dtype=torch.bool).numpy(),
+                IMAGE_FEATURES: visual.numpy(),
+                TEXT_EMBEDS: text.numpy(),
+                TEXT_MASK: every.numpy(),
+                TOKEN_MASK: torch.ones(visual.shape[:2], dtype=torch.bool).numpy(),
             },
         )
     finally:
         path.unlink()
-    order = torch.from_numpy(got["pick_order"])
+    order = torch.from_numpy(got[PICK_ORDER])
     same = order == picks
     if not same.all():
         same |= picks_within_rounding(visual, gain, order, None)

@@ -21,7 +21,15 @@ from resprune.exporter.verify.reference import (
     with_attached,
 )
 from resprune.method import Selection
-from resprune.names import ATTACHED_TO
+from resprune.names import (
+    ATTACHED_TO,
+    KEPT_INDICES,
+    NUM_KEPT,
+    PICK_ORDER,
+    PROTECTED_MASK,
+    TEXT_EMBEDS,
+    TEXT_MASK,
+)
 
 
 @dataclass(frozen=True)
@@ -36,12 +44,12 @@ class Question:
     def inputs(self, num_kept: Tensor) -> dict[str, NDArray[Any]]:
         """What `vision_select` takes, of which only families that need it have `num_kept` [B]."""
         inputs = feeds(self.components.vision, self.images)
-        inputs |= {"text_embeds": array(self.nouns), "text_mask": array(self.mask)}
+        inputs |= {TEXT_EMBEDS: array(self.nouns), TEXT_MASK: array(self.mask)}
         if (protected := self.protected()) is not None:
-            inputs["protected_mask"] = array(protected)
+            inputs[PROTECTED_MASK] = array(protected)
         if self.attached_to is not None:
             inputs[ATTACHED_TO] = array(self.attached_to)
-        return inputs | ({"num_kept": array(num_kept)} if self.components.proportional else {})
+        return inputs | ({NUM_KEPT: array(num_kept)} if self.components.proportional else {})
 
     def candidates(self, left: Tensor | None = None) -> Tensor | None:
         """Which of the N tokens each image has, [B, N] bool; None: all of them. `left`: those that its tower left."""
@@ -100,12 +108,12 @@ class Selected:
 
     def equal_picks(self, got: Mapping[str, NDArray[Any]]) -> Tensor:
         """Which picks of a graph's outputs are these, as far as float32 can tell: bools, without those of no pick."""
-        order = torch.from_numpy(got["pick_order"])
+        order = torch.from_numpy(got[PICK_ORDER])
         same = order == self.picks
         if not same.all():
             same |= self._within_rounding(order)
         _, indices = keep(self.planes[0], order)
-        same &= torch.from_numpy(got["kept_indices"]) == indices
+        same &= torch.from_numpy(got[KEPT_INDICES]) == indices
         return same[(order >= 0) | (self.picks >= 0)]
 
     def _within_rounding(self, order: Tensor) -> Tensor:

@@ -39,7 +39,21 @@ from resprune.exporter.verify.question import Question, Selected, seeded
 from resprune.exporter.verify.reference import counts_within_rounding, keep, kept_counts, whole_groups
 from resprune.exporter.verify.text import after_text, agreeing, every_logit, every_position, whole_text
 from resprune.method import Selection
-from resprune.names import DECODER, KEPT_PLANES
+from resprune.names import (
+    DECODER,
+    EARLY_INDICES,
+    EMBED_TOKENS,
+    IMAGE_FEATURES,
+    KEPT_COUNTS,
+    KEPT_FEATURES,
+    KEPT_INDICES,
+    KEPT_PLANES,
+    PICK_ORDER,
+    TOKEN_MASK,
+    TOKEN_SELECT,
+    VISION_ENCODER,
+    VISION_SELECT,
+)
 from resprune.runtime.bundle.precisions import COMPONENTS, TABLE, Choice
 from resprune.runtime.families.preprocessor import PreparedImage
 from resprune.runtime.prompt.splice import Spliced, cut_picks
@@ -233,11 +247,11 @@ class Verifier:
         self, graph: Path, got: Mapping[str, NDArray[Any]], planes: list[Tensor]
     ) -> list[Difference]:
         """Each plane's kept rows against the rows that the graph's own picks have."""
-        order, features = torch.from_numpy(got["pick_order"]), self._components.features
+        order, features = torch.from_numpy(got[PICK_ORDER]), self._components.features
         names = (
             features
             if features[0] in got
-            else ["kept_features", *map(KEPT_PLANES.format, range(len(planes) - 1))]
+            else [KEPT_FEATURES, *map(KEPT_PLANES.format, range(len(planes) - 1))]
         )
         return [
             self._difference(graph.stem, name, got[name], keep(plane, order)[0])
@@ -259,23 +273,23 @@ class Verifier:
         question = self._question(self._images, SEEDS[0])
         num_kept = _shares(selection.k, len(question.nouns))
         inputs = question.inputs(num_kept)
-        fused = worker.run(graphs["vision_select"], inputs)
+        fused = worker.run(graphs[VISION_SELECT], inputs)
         pixels = {spec.name: inputs.pop(spec.name) for spec in self._components.vision.inputs}
-        encoded = worker.run(graphs["vision_encoder"], pixels)
+        encoded = worker.run(graphs[VISION_ENCODER], pixels)
         rows = {name: encoded[name] for name in self._components.features}
         planes = [torch.from_numpy(plane) for plane in rows.values()]
-        features = encoded["image_features"]
-        left = torch.from_numpy(encoded["token_mask"]) if "token_mask" in encoded else None
+        features = encoded[IMAGE_FEATURES]
+        left = torch.from_numpy(encoded[TOKEN_MASK]) if TOKEN_MASK in encoded else None
         candidates = question.candidates(left)
         token_mask = np.ones(features.shape[:2], bool) if candidates is None else array(candidates)
-        inputs |= {**rows, "token_mask": token_mask}
-        split = worker.run(graphs["token_select"], inputs)
-        every, order = planes[0], torch.from_numpy(split["pick_order"])
-        wanted = torch.from_numpy(fused["pick_order"])
+        inputs |= {**rows, TOKEN_MASK: token_mask}
+        split = worker.run(graphs[TOKEN_SELECT], inputs)
+        every, order = planes[0], torch.from_numpy(split[PICK_ORDER])
+        wanted = torch.from_numpy(fused[PICK_ORDER])
         # Against the rows of its own picks, as `compare_selection` does.
-        differences = self._kept_differences(graphs["token_select"], split, planes)
+        differences = self._kept_differences(graphs[TOKEN_SELECT], split, planes)
         _, indices = keep(every, order)
-        same = (order == wanted) & (torch.from_numpy(split["kept_indices"]) == indices)
+        same = (order == wanted) & (torch.from_numpy(split[KEPT_INDICES]) == indices)
         counted = {"split picks": _count(same[(order >= 0) | (wanted >= 0)])}
         if self._components.proportional:
             counted["split counts"] = _equal_counts(split, num_kept, every, candidates, question.attached_to)
@@ -303,10 +317,10 @@ class Verifier:
         prompt = torch.randint(
             self._vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(seed)
         )
-        selected = worker.run(graphs["vision_select"], question.inputs(torch.tensor([selection.k])))
+        selected = worker.run(graphs[VISION_SELECT], question.inputs(torch.tensor([selection.k])))
         # The graph's own picks and counts on both sides: they are judged in `compare_selection`.
-        picks = torch.from_numpy(selected["pick_order"])
-        counts = torch.from_numpy(selected.get("kept_counts", np.ones_like(selected["pick_order"])))
+        picks = torch.from_numpy(selected[PICK_ORDER])
+        counts = torch.from_numpy(selected.get(KEPT_COUNTS, np.ones_like(selected[PICK_ORDER])))
         model = self._holding(self._components.vision)
         planes = question.select(model, selection, *_kept_early(selected)).planes
         kept = [keep(plane, picks)[0] for plane in planes]
@@ -321,9 +335,9 @@ class Verifier:
             wanted = generate(
                 decoder, self._holding(decoder), text_config, self._embeds, whole, GREEDY_TOKENS
             )
-        embeds = worker.run(graphs["embed_tokens"], {"input_ids": array(prompt)})["inputs_embeds"][0]
+        embeds = worker.run(graphs[EMBED_TOKENS], {"input_ids": array(prompt)})["inputs_embeds"][0]
         spliced = self._spliced(prompt[0].tolist(), embeds, selected, where)
-        got = worker.greedy(graphs["embed_tokens"], graphs[DECODER], spliced, GREEDY_TOKENS)
+        got = worker.greedy(graphs[EMBED_TOKENS], graphs[DECODER], spliced, GREEDY_TOKENS)
         return got.tolist(), wanted.tolist()
 
     def _spliced(
@@ -333,8 +347,8 @@ class Verifier:
         rows, *planes = (selected[name][0] for name in self._components.features)
         image = PreparedImage.one_span({}, array(where.places), where.advance)
         indices, order, counts = (
-            selected["kept_indices"][0],
-            selected["pick_order"][0],
+            selected[KEPT_INDICES][0],
+            selected[PICK_ORDER][0],
             array(where.counts)[0],
         )
         kept = cut_picks(image, rows, indices, order, None, counts, planes)
@@ -366,7 +380,7 @@ class Verifier:
 
 def _kept_early(got: Mapping[str, NDArray[Any]]) -> tuple[Tensor, ...]:
     """The tokens [T, C] that a graph's tower kept, alone; nothing of one that does not select."""
-    return (torch.from_numpy(got["early_indices"]),) if "early_indices" in got else ()
+    return (torch.from_numpy(got[EARLY_INDICES]),) if EARLY_INDICES in got else ()
 
 
 def _shares(k: int, batch_size: int) -> Tensor:
@@ -382,7 +396,7 @@ def _equal_counts(
     attached_to: Tensor | None,
 ) -> Counted:
     """How many of a graph's `kept_counts` are the reference's for the same picks, as far as float32 can tell."""
-    order, counts = torch.from_numpy(got["pick_order"]), torch.from_numpy(got["kept_counts"])
+    order, counts = torch.from_numpy(got[PICK_ORDER]), torch.from_numpy(got[KEPT_COUNTS])
     if attached_to is not None:
         num_kept = whole_groups(attached_to, order, num_kept)
     first = order.masked_fill(torch.arange(order.shape[1]) >= num_kept[:, None], -1)

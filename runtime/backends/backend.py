@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from resprune.names import EMBED_TOKENS
 from resprune.runtime.backends.session import GraphRunner, SessionOptions
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.errors import ResPruneError
@@ -31,12 +32,12 @@ class Embedding:
 
     def __init__(self, graphs: GraphRunner) -> None:
         self.graphs = graphs
-        graphs.open("embed_tokens")
+        graphs.open(EMBED_TOKENS)
 
     def __call__(self, input_ids: Ints) -> Floats:
         """`input_ids` [B, S] → `inputs_embeds` [B, S, D] float32."""
         embeds: Floats
-        (embeds,) = self.graphs.run("embed_tokens", {"input_ids": input_ids}, ["inputs_embeds"])
+        (embeds,) = self.graphs.run(EMBED_TOKENS, {"input_ids": input_ids}, ["inputs_embeds"])
         return embeds
 
 

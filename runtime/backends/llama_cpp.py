@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from resprune.names import PLANE_EMBEDS, PLANE_FEATURES
+from resprune.names import EMBED_TOKENS, PLANE_EMBEDS, PLANE_FEATURES, VISION_SELECT
 from resprune.runtime.arguments import whole
 from resprune.runtime.backends.backend import (
     Backend,
@@ -84,13 +84,13 @@ def check(model: Model, bundle: Bundle) -> None:
             f"{path} has the architecture {one_line(found)} and the bundle's language model is {row.gguf} in GGUF; "
             "give the file of that model"
         )
-    width = bundle.graph("embed_tokens").outputs[0].shape[-1]
+    width = bundle.graph(EMBED_TOKENS).outputs[0].shape[-1]
     if lib.llama_model_n_embd(model.pointer) != width:
         raise ResPruneError(
             f"{path} has rows of {lib.llama_model_n_embd(model.pointer)} numbers and the bundle of {width}; "
             "give the file of the bundle's language model"
         )
-    outputs = bundle.graph("vision_select").outputs
+    outputs = bundle.graph(VISION_SELECT).outputs
     planes = sum(output.name.startswith(PLANE_FEATURES.format("")) for output in outputs)
     rows = lib.llama_model_n_embd_inp(model.pointer)
     if rows != width * (1 + planes):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from resprune.elements import FLOATS
-from resprune.names import DECODER
+from resprune.names import DECODER, EMBED_TOKENS, VISION_ENCODER, VISION_SELECT
 from resprune.runtime.errors import ResPruneError
 
 BLOCK_SIZES = (32, 64, 128)
@@ -20,10 +20,10 @@ BLOCK = BLOCK_SIZES[0]
 """How many do, unless --block says another."""
 COMPONENTS = ("vision", "decoder", "embed")
 GRAPHS = {
-    "vision_select": "vision",
-    "vision_encoder": "vision",
+    VISION_SELECT: "vision",
+    VISION_ENCODER: "vision",
     DECODER: "decoder",
-    "embed_tokens": "embed",
+    EMBED_TOKENS: "embed",
 }
 """The component of each graph that holds weights; any other graph is fp32."""
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from resprune.names import EARLY_AXIS, EARLY_RANKS, VISION_SELECT
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.manifest import Early, Range
 from resprune.runtime.errors import ResPruneError
@@ -74,7 +75,7 @@ class DynamicResolution:
     @staticmethod
     def from_bundle(bundle: Bundle) -> "DynamicResolution":
         """From the bundle's image processor and its vision graph's inputs."""
-        shapes = {spec.name: spec.shape for spec in bundle.graph("vision_select").inputs}
+        shapes = {spec.name: spec.shape for spec in bundle.graph(VISION_SELECT).inputs}
         window_patches = None
         if "window_patches" in shapes:  # [windows, patches of a window]
             shape = shapes["window_patches"]
@@ -174,7 +175,7 @@ class DynamicResolution:
         """What every such tower takes of an image: patches, where they are, and how many tokens it selects."""
         arrays: Arrays = {"pixel_values": patches, "patch_positions": patch_positions(grid)}
         if self.early is not None:
-            arrays["early_ranks"] = np.arange(self.early.left(grid.num_tokens))
+            arrays[EARLY_RANKS] = np.arange(self.early.left(grid.num_tokens))
         return arrays
 
     def batch(self, images: Sequence[PreparedImage]) -> Arrays:
@@ -205,7 +206,7 @@ class DynamicResolution:
         fewest, thin = -(-least // side**2), -(-most // side)
         left = {}
         if self.early is not None:
-            left = {"num_early": (self.early.left(least), self.early.left(usual), self.early.left(most))}
+            left = {EARLY_AXIS: (self.early.left(least), self.early.left(usual), self.early.left(most))}
         return left | {
             "batch_size": (1, 1, 1),
             "num_tokens": tokens,
