@@ -17,9 +17,11 @@ TASKS ?= resprune_scenes
 DEVICE ?= cpu
 COUNT ?= 5000
 DOCS ?= build/docs
-# What JetPack 6's Python 3.10 runs, the commands' modules and `resprune build` included.
+# What JetPack 6's Python 3.10 runs, every command's help and `resprune build` included; pyproject.toml has it for ruff.
 ON_DEVICES := -p resprune.runtime -p resprune.serving -p resprune.graphs -p resprune.exporter.tensorrt \
-	-m resprune.__main__ -m resprune.elements -m resprune.method -m resprune.names -m resprune.exporter.transaction
+	-m resprune.exporter.cli -m resprune.exporter.options -m resprune.exporter.transaction \
+	-m resprune.evaluation.cli -m resprune.evaluation.lmms_cli \
+	-m resprune -m resprune.__main__ -m resprune.elements -m resprune.method -m resprune.names
 OUT ?= build/$(notdir $(MODEL))-k$(K)$(if $(filter-out fp32,$(DTYPE)),-$(DTYPE))
 
 .PHONY: demo web export eval bench gpu-check test fuzz test-hosts test-extras lint docs wheel clean
