@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from docs.options import commands
+from resprune.runtime.families.table import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -116,6 +117,21 @@ def test_links_targets_and_files_exist(page):
     assert [name for name in named if not (ROOT / name).exists()] == []
     made = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"`make ([a-z-]+)", text)) <= made
+
+
+def test_the_families_are_those_of_the_table():
+    """Each in one row, with its aliases, or the first and the last of many, and its positions."""
+    _, table = README.read_text().split("| family | aliases for `export` | positions |\n|---|---|---|\n")
+    lines = table.partition("\n\n")[0].splitlines()
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    found = []
+    for names, aliases, positions in told:
+        families = [row for row in FAMILIES.values() if row.title in names]
+        found += families
+        known = [f"`{alias}`" for row in families for alias in row.aliases]
+        assert aliases in (", ".join(known), f"{known[0]} … {known[-1]}")
+        assert {positions} == {", ".join(row.defaults.positions) for row in families}
+    assert sorted(row.name for row in found) == sorted(FAMILIES)
 
 
 def test_every_command_of_a_page_has_words_that_resprune_takes():

@@ -42,7 +42,7 @@ class Question:
     mask: Tensor
 
     def inputs(self, num_kept: Tensor) -> dict[str, NDArray[Any]]:
-        """What `vision_select` takes, of which only families that need it have `num_kept` [B]."""
+        """What `vision_select` takes; `num_kept` [B] is an input of it only where attention is proportional."""
         inputs = feeds(self.components.vision, self.images)
         inputs |= {TEXT_EMBEDS: array(self.nouns), TEXT_MASK: array(self.mask)}
         if (protected := self.protected()) is not None:
