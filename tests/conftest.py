@@ -8,6 +8,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # What the tests' modules import stays. Garbage is looked for again after that, and not among those million objects.
 gc.disable()
+
+TINY = ("tiny", "tiny_gemma", "tiny_qwen", "tiny_tiles", "synthetic_family")
 
 Make = Callable[[str, Callable[[Path], Any]], Path]
 
@@ -79,11 +82,10 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(made_once: Make, traced_once: None) -> Callable[[str], Path]:
-    """Name of a variant of the modules `tests.tiny*` → its checkpoint; to be copied before it is changed."""
-    from tests import tiny, tiny_gemma, tiny_qwen, tiny_tiles
+    """Name of a variant of the TINY modules → its checkpoint; to be copied before it is changed."""
 
     def checkpoint(variant: str) -> Path:
-        modules: tuple[Any, ...] = (tiny, tiny_gemma, tiny_qwen, tiny_tiles)
+        modules: Iterator[Any] = (import_module(f"tests.{name}") for name in TINY)
         module = next(one for one in modules if variant in one.VARIANTS)
         return made_once(variant, lambda root: module.write_checkpoint(root, module.VARIANTS[variant]))
 
@@ -101,22 +103,23 @@ def traced_once(made_once: Make) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Callable[[str], Path], made_once: Make) -> Callable[..., Path]:
-    """Variant and the fields of `exporter.options.Options` → the bundle exported from it, once a session."""
+    """Variant, or "demo", and the fields of `exporter.options.Options` → its bundle, exported once a session."""
     from resprune.exporter.export import export
     from resprune.exporter.options import Options
 
     def bundle(variant: str, **options: Any) -> Path:
         asked = Options(**options)
         key = hashlib.sha256(repr(asked).encode()).hexdigest()[:12]
-        return made_once(f"{variant}-{key}", lambda out: export(str(tiny_checkpoint(variant)), out, asked))
+
+        def write(out: Path) -> None:
+            export("demo" if variant == "demo" else str(tiny_checkpoint(variant)), out, asked)
+
+        return made_once(f"{variant}-{key}", write)
 
     return bundle
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(made_once: Make, traced_once: None) -> Path:
+def demo_bundle(tiny_bundle: Callable[..., Path]) -> Path:
     """The trained demo model, exported with a ninth of its visual tokens as the README exports it."""
-    from resprune.exporter.export import export
-    from resprune.exporter.options import Options
-
-    return made_once("demo-k16", lambda out: export("demo", out, Options(k=16, split=True)))
+    return tiny_bundle("demo", k=16, split=True)

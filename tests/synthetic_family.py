@@ -47,6 +47,7 @@ NUM_TOKENS = sum(SPANS)
 ATTACHED_TO = [{2: 1, 4: 5, 8: 13, 9: 13}.get(row, -1) for row in range(NUM_TOKENS)]
 PLANE_LAYERS = (0, 1)
 SHAPE = tiny.Tiny(hidden=64, heads=4, kv_heads=2, layers=4, image_size=36, patch_size=9, seed=7)
+VARIANTS = {NAME: SHAPE}
 
 
 class SyntheticConfig(LlavaConfig):
@@ -161,10 +162,10 @@ def decode_by_hand(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]
     return (logits, *(kept for layer in cache.layers for kept in (layer.keys, layer.values)))
 
 
-def write_checkpoint(root: Path) -> Path:
+def write_checkpoint(root: Path, shape: tiny.Tiny) -> Path:
     """A checkpoint of the family, whose planes are as large as what they are added to."""
     with patch.dict(tiny.MODELS, {"llava": (SyntheticConfig, SyntheticModel)}):
-        tiny.write_checkpoint(root, SHAPE)
+        tiny.write_checkpoint(root, shape)
     config = json.loads((root / "config.json").read_text())
     assert config["model_type"] == NAME
     return root

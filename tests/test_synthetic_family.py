@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,25 +52,15 @@ QUESTIONS = (QUESTION, OTHER)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, traced_once: None) -> Iterator[Path]:
+def checkpoint(tiny_checkpoint: Callable[[str], Path]) -> Iterator[Path]:
     with synthetic.registered():
-        yield synthetic.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+        yield tiny_checkpoint(synthetic.NAME)
 
 
-@pytest.fixture(scope="module")
-def made(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Fields of `Options` → the bundle exported with them, once a module."""
-    bundles: dict[Options, Path] = {}
-
-    def bundle(**options: Any) -> Path:
-        key = Options(k=K, **options)
-        if key not in bundles:
-            bundles[key] = export(
-                str(checkpoint), tmp_path_factory.mktemp("bundle") / "out", key, lambda line: None
-            )
-        return bundles[key]
-
-    return bundle
+@pytest.fixture
+def made(checkpoint: Path, tiny_bundle: Callable[..., Path]) -> Callable[..., Path]:
+    """Fields of `Options` → the bundle exported with them."""
+    return partial(tiny_bundle, synthetic.NAME, k=K)
 
 
 @pytest.fixture(scope="module")

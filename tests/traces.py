@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import onnx_ir as ir
@@ -103,7 +103,9 @@ class _Seen:
             return [ir.to_proto(value).SerializeToString(deterministic=True)]
         if isinstance(value, FunctionType):
             cells = [cell.cell_contents for cell in value.__closure__ or ()]
-            return [value.__module__, value.__qualname__, value.__code__.co_code, value.__defaults__, cells]
+            return [value.__module__, value.__qualname__, value.__code__, value.__defaults__, cells]
+        if isinstance(value, CodeType):  # with the functions inside it, which are among its constants
+            return [value.co_code, value.co_consts, value.co_names]
         if isinstance(value, MethodType):
             return [value.__func__, value.__self__]
         if isinstance(value, Mapping):

@@ -28,10 +28,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tiny_bundle: Callable[..., Path]) -> Path:
     """The demo without its decoder, and its language model in F32 beside."""
-    out = tmp_path_factory.mktemp("without") / "bundle"
-    return export("demo", out, Options(k=16, gguf="f32", decoder=False))
+    return tiny_bundle("demo", k=16, gguf="f32", decoder=False)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from tests.exporter import hugging_face_qwen as qwen
 from tests.exporter.hugging_face import STEPS, picture
 from tests.runtime.pipelines import OTHER, QUESTION
 from tests.tiny import WIDE
-from tests.tiny_qwen import VARIANTS, write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -66,13 +65,12 @@ def test_batch(variant, attention, tiny_bundle, hugging_face):
         assert answer.token_ids == expected.token_ids
 
 
-def test_rotary_embeddings_of_three_axes(tmp_path):
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", VARIANTS["qwen25"])
-    bundle = export(str(checkpoint), tmp_path / "bundle", Options(k=5, optimize="ort"))
+def test_rotary_embeddings_of_three_axes(tiny_checkpoint, tiny_bundle):
+    bundle = tiny_bundle("qwen25", k=5, optimize="ort")
     pictures = [qwen.picture(5, 7), qwen.picture(12, 3)]
     with Pipeline.load(bundle) as vlm:
         answer = vlm.ask(pictures, QUESTION, max_new_tokens=STEPS, stream=False)
-    qwen.check(answer, qwen.HuggingFaceQwen(checkpoint), pictures, [5, 5])
+    qwen.check(answer, qwen.HuggingFaceQwen(tiny_checkpoint("qwen25")), pictures, [5, 5])
 
 
 def test_only_this_decoder_has_operators_of_onnx_runtime(tiny_bundle: Callable[..., Path]) -> None:

@@ -56,7 +56,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def whole(tiny_bundle: Callable[..., Path]) -> Path:
-    return tiny_bundle("clip-llama", k=TOKENS)
+    return tiny_bundle("clip-llama", k=TOKENS, split=True)
 
 
 def bundle_that_says(whole: Path, out: Path, settings: dict[str, Any]) -> Path:

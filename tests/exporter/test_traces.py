@@ -50,3 +50,20 @@ def test_only_like_components_have_one_fingerprint(tiny_checkpoint, tmp_path):
     assert kinds("embed") == [0, 0, 2, 0, 0, 0, 0, 0, 0, 0]
     assert kinds("vision") == [0, 0, 2, 3, 0, 5, 6, 0, 0, 0]
     assert kinds("decoder") == [0, 0, 2, 0, 4, 0, 0, 7, 8, 9]
+
+
+def test_functions_are_told_apart_by_their_constants_and_names(tiny_checkpoint):
+    components = taken_apart(tiny_checkpoint("clip-llama"))
+    functions = [
+        lambda x: x + 1,
+        lambda x: x + 2,
+        lambda x: (y + 1 for y in x),
+        lambda x: (y + 2 for y in x),
+        lambda x: torch.sin(x),
+        lambda x: torch.cos(x),
+    ]
+    prints = set()
+    for function in functions:
+        components.embed.module.function = function
+        prints.add(fingerprint(components.embed, components.model))
+    assert len(prints) == len(functions)

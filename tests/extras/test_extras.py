@@ -45,20 +45,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def places(made_once: Callable[..., Path]) -> dict[str, str]:
+def places(tiny_bundle: Callable[..., Path], demo_bundle: Path) -> dict[str, str]:
     """What RUNS name in braces."""
-    from resprune.exporter.export import export
-    from resprune.exporter.options import Options
-
-    asked = {
-        "bundle": Options(k=16, split=True),
-        "unrolled": Options(k=16, body="unrolled"),
-    }
-    made = {
-        name: made_once(f"extras-{name}", lambda out, one=options: export("demo", out, one))
-        for name, options in asked.items()
-    }
-    return {name: str(path) for name, path in made.items()} | {"demo": str(ROOT / "demo" / "model")}
+    unrolled = tiny_bundle("demo", k=16, body="unrolled")
+    return {"bundle": str(demo_bundle), "unrolled": str(unrolled), "demo": str(ROOT / "demo" / "model")}
 
 
 def test_every_extra_is_tried_or_named() -> None:

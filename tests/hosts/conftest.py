@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,20 +18,9 @@ Drive = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def exported(tiny_bundle: Callable[..., Path]) -> Callable[..., Path]:
     """The fields of `exporter.options.Options` → a bundle of the demo model."""
-    from resprune.exporter.export import export
-    from resprune.exporter.options import Options
-
-    made: dict[Options, Path] = {}
-
-    def bundle(**options: Any) -> Path:
-        key = Options(**options)
-        if key not in made:
-            made[key] = export("demo", tmp_path_factory.mktemp("bundles") / "demo", key)
-        return made[key]
-
-    return bundle
+    return partial(tiny_bundle, "demo")
 
 
 @pytest.fixture(scope="session")

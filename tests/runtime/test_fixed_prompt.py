@@ -70,7 +70,7 @@ def test_special_tokens_are_text_where_they_are_asked_to_be(
 
 
 def test_mrope_has_three_axes(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
-    found = write(tiny_bundle("qwen25", k=4), tmp_path / "prompt.json")
+    found = write(tiny_bundle("qwen25", share=0.4), tmp_path / "prompt.json")
     assert (found["positions"], found["position_axes"]) == ("original", 3)
 
 

@@ -11,6 +11,7 @@ from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.pipeline import Pipeline
 from tests.runtime.bundles import one_sentence
+from tests.runtime.pipelines import with_manifest
 
 PICTURE = Path(__file__).parents[2] / "demo" / "pictures" / "shapes.png"
 
@@ -57,9 +58,10 @@ def test_a_missing_package_is_one_line(bundle: Path, model: Path, monkeypatch: p
     one_sentence(caught.value)
 
 
-def test_positions_with_gaps_are_refused(tiny_bundle: Callable[..., Path], model: Path) -> None:
+def test_positions_with_gaps_are_refused(bundle: Path, model: Path, tmp_path: Path) -> None:
+    original = with_manifest(bundle, tmp_path, positions="original")
     with pytest.raises(ResPruneError, match="takes no gaps between the positions") as caught:
-        Pipeline.load(tiny_bundle("clip-llama", k=7, positions="original"), generator=llamacpp(model))
+        Pipeline.load(original, generator=llamacpp(model))
     one_sentence(caught.value)
 
 

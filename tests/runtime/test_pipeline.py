@@ -225,7 +225,7 @@ def test_a_conversation_of_any_form(vlm: Pipeline) -> None:
 
 
 def test_a_split_bundle_keeps_all_tokens_too(vlm: Pipeline, tiny_bundle: Callable[..., Path]) -> None:
-    every = Pipeline.load(tiny_bundle("clip-llama", share=1.0, split=True))
+    every = Pipeline.load(tiny_bundle("clip-llama", k=16, split=True))
     options: dict[str, Any] = {"tokens": "all", "max_new_tokens": STEPS, "stream": False}
     images: list[Any] = [picture(1), picture(2)]
     expected = every.ask(images, QUESTION, **options)

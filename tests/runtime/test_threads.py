@@ -3,17 +3,17 @@
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
+from pathlib import Path
 
 import psutil
 import pytest
 
 from resprune import Pipeline, ResPruneError
-from resprune.exporter.export import export
-from resprune.exporter.options import Options
 from resprune.runtime.answer import Answer
+from tests.runtime.pipelines import with_manifest
 from tests.runtime.ways import PICTURES, QUESTIONS, alone, wrong_at_once
 
 THREADS, ROUNDS, WARM_UP = 8, 200, 20
@@ -21,11 +21,13 @@ THREADS, ROUNDS, WARM_UP = 8, 200, 20
 
 @pytest.fixture(scope="module", params=[None, "ort"])
 def vlm(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, traced_once: None
+    request: pytest.FixtureRequest,
+    tiny_bundle: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Pipeline]:
-    out = tmp_path_factory.mktemp("demo") / "bundle"
-    export("demo", out, Options(k=16, split=True, positions="original", optimize=request.param))
-    with Pipeline.load(out, threads=1) as pipeline:
+    bundle = tiny_bundle("demo", k=16, split=True, optimize=request.param)
+    original = with_manifest(bundle, tmp_path_factory.mktemp("demo"), positions="original")
+    with Pipeline.load(original, threads=1) as pipeline:
         yield pipeline
 
 
