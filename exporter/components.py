@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resprune.runtime.bundle.manifest import TensorSpec
+from resprune.runtime.families.preprocessor import PreparedImage
 
 Sizes = Mapping[str, int]
 Samples = Callable[[Sizes, torch.Generator], tuple[Tensor, ...]]
@@ -104,9 +105,9 @@ class Components:
     """N, the visual tokens of one image; None where it varies."""
     max_tokens: int | None = None
     """The largest N there is, where it varies."""
-    places: Callable[[tuple[Tensor, ...]], tuple[Tensor, int]] | None = None
-    """For M-RoPE: the vision graph's inputs → where its image's tokens stand, [3, N] from the first, and how far
-    the text after them does."""
+    images: Callable[[tuple[Tensor, ...]], list[PreparedImage]] | None = None
+    """The vision graph's inputs → where the tokens of each of its images stand in a prompt; `arrays` are not looked at.
+    None: side by side, one position each."""
     plane_layers: tuple[int, ...] = ()
     """The decoder layers that planes are added after, one a plane. Plane i is the vision's output `plane_features.i`
     [B, N, D], gathered by the picks; its rows are in the decoder's input `plane_embeds.i` [B, S, D]."""

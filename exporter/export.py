@@ -117,7 +117,7 @@ class _Export:
             components = replace(components, vision=with_early(components.vision, self.early, mode))
         counts = (self.options.attention or plain) == "proportional"
         selection = selection_of(self.options, family, components, counts=counts, early=self.early)
-        write_draft(checkpoint, components, selection, self.work)
+        draft = write_draft(checkpoint, components, selection, self.work)
         if counts:
             components = proportional(components)
         if self.options.optimize:
@@ -137,6 +137,17 @@ class _Export:
 
         parts = (components.embed, components.vision, components.decoder)[: 2 + self.options.decoder]
         writer = GraphWriter(self.work, choice, stored)
+        manifest = replace(
+            draft.manifest,
+            format_version=EARLY if self.early else COUNTS if selection.counts else 1,
+            positions=positions,
+            graphs=writer.graphs,
+            versions=_versions(),
+            command=self.options.command,
+            optimize=self.options.optimize,
+            early=self.early,
+        )
+        bundle = replace(draft, manifest=manifest)
         with (
             ahead() as in_turn,
             traced_ahead(parts, components.model, mode) as graphs,
@@ -149,10 +160,10 @@ class _Export:
             written = in_turn(partial(write, part) for part in parts)
             tokenizer = Tokenizer.from_file(str(self.work / "tokenizer.json"))
             text = ids_of(tokenizer, int(components.decoder.outputs[0].shape[2]))
-            verifier = Verifier(components, stored, choice, text, whole=whole is not None)
-            verifier.prepare(selection)  # while the first graphs are traced
+            verifier = Verifier(bundle, components, stored, choice, text, whole=whole is not None)
+            verifier.prepare()  # while the first graphs are traced
             self._embed(next(written), components, verifier, worker)
-            self._vision(next(written), components, selection, verifier, worker)
+            self._vision(next(written), components, verifier, worker)
             if self.options.decoder:
                 self._decoder(next(written), components, verifier, worker)
             require(self.differences, self.counts, exact=verifier.exact, least=verifier.least)
@@ -161,8 +172,7 @@ class _Export:
             if not self.options.decoder:
                 note = "not compared: there is no decoder"
             elif verifier.has_decoder:
-                paths = {name: self.work / spec.file for name, spec in writer.graphs.items()}
-                answers = verifier.compare_greedy(worker, paths, selection, positions)
+                answers = verifier.compare_greedy(worker)
                 note = f"{self._count({'greedy tokens': equal_tokens(*answers)})}: {verdict(*answers)}"
             self._line("generation", None, note)
             require(self.differences, self.counts, exact=verifier.exact, least=verifier.least)
@@ -170,7 +180,7 @@ class _Export:
         for language in languages:
             self._language(language)
         level = verifier.level if self.options.decoder else "without decoder"
-        self._manifest(checkpoint, family, components, selection, positions, level, writer)
+        self._manifest(bundle.manifest, level, writer)
         total = read_bundle(self.work, check_hashes=False).nbytes
         of = selection.num_tokens or f"up to {selection.max_tokens}"
         self._line(str(self.out), total, f"K {selection.k} of {of}")
@@ -228,20 +238,16 @@ class _Export:
         self,
         paths: list[Path],
         components: Components,
-        selection: Selection,
         verifier: Verifier,
         worker: OrtWorker,
     ) -> None:
         fused, *split = paths
-        differences, counted = verifier.compare_selection(worker, fused, selection)
+        differences, counted = verifier.compare_selection(worker)
         self._compared(fused, differences, self._count(counted))
         if split:
             encoder, selector = split
             self._compared(encoder, verifier.compare(worker, components.vision, encoder), "")
-            graphs: dict[str, Path] = dict(
-                zip((VISION_SELECT, VISION_ENCODER, TOKEN_SELECT), paths, strict=True)
-            )
-            differences, counted = verifier.compare_split(worker, graphs, selection)
+            differences, counted = verifier.compare_split(worker)
             self._compared(selector, differences, self._count(counted))
 
     def _decoder(
@@ -325,16 +331,7 @@ class _Export:
             )
         return replace(checkpoint, image_processor={"max_pixels": self.options.max_pixels})
 
-    def _manifest(
-        self,
-        checkpoint: Checkpoint,
-        family: Family,
-        components: Components,
-        selection: Selection,
-        positions: str,
-        level: str,
-        writer: GraphWriter,
-    ) -> None:
+    def _manifest(self, manifest: Manifest, level: str, writer: GraphWriter) -> None:
         parity: dict[str, Any] = {"level": level, "outputs": {}}
         for row in self.differences:
             outputs = parity["outputs"].setdefault(row.graph, {})
@@ -347,31 +344,10 @@ class _Export:
         if self.layers:
             parity["layers"] = self.layers
         parity |= {what.replace(" ", "_"): f"{equal}/{total}" for what, (equal, total) in self.counts.items()}
-        write_manifest(
-            self.work,
-            Manifest(
-                format_version=EARLY if self.early else COUNTS if selection.counts else 1,
-                family=family.name,
-                model=checkpoint.name,
-                revision=checkpoint.revision,
-                selection=selection,
-                positions=positions,
-                image_token_id=components.image_token_id,
-                context_length=components.context_length,
-                graphs=writer.graphs,
-                files={
-                    name: spec
-                    for name, spec in describe_files(self.work, writer.files).items()
-                    if not name.startswith(".")
-                },
-                versions=_versions(),
-                command=self.options.command,
-                parity=parity,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                optimize=self.options.optimize,
-                early=self.early,
-            ),
-        )
+        described = describe_files(self.work, writer.files)
+        files = {name: spec for name, spec in described.items() if not name.startswith(".")}
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        write_manifest(self.work, replace(manifest, files=files, parity=parity, created=created))
 
 
 def _packed(choice: Choice) -> bool:

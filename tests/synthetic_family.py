@@ -97,6 +97,7 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
         dtype,
         plane_layers=PLANE_LAYERS,
         reference=decode_by_hand,
+        images=lambda inputs: [in_spans({})] * len(inputs[0]),
         protected=lambda inputs: torch.tensor(protected_rows()).expand(len(inputs[0]), -1),
         attached_to=lambda inputs: torch.tensor(ATTACHED_TO).expand(len(inputs[0]), -1),
         num_tokens=NUM_TOKENS,
@@ -171,6 +172,13 @@ def write_checkpoint(root: Path, shape: tiny.Tiny) -> Path:
     return root
 
 
+def in_spans(arrays: Arrays) -> PreparedImage:
+    """An image of these arrays, with words between its three spans."""
+    offsets = np.concatenate([np.arange(length) for length in SPANS])
+    rules = np.array(protected_rows()), np.array(ATTACHED_TO)
+    return PreparedImage(arrays, offsets, SPANS, SPANS, EXPANSION, *rules)
+
+
 @dataclass(frozen=True)
 class InSpans:
     """`FixedGrid`, whose tokens lie in three spans of the prompt with words between them."""
@@ -185,15 +193,7 @@ class InSpans:
 
     def __call__(self, image: Image.Image) -> PreparedImage:
         """As `FixedGrid`."""
-        return PreparedImage(
-            self.grid(image).arrays,
-            np.concatenate([np.arange(length) for length in SPANS]),
-            SPANS,
-            SPANS,
-            EXPANSION,
-            np.array(protected_rows()),
-            np.array(ATTACHED_TO),
-        )
+        return in_spans(self.grid(image).arrays)
 
     def batch(self, images: Sequence[PreparedImage]) -> Arrays:
         """As `FixedGrid`."""

@@ -34,6 +34,7 @@ from resprune.exporter.trace.attention import grouped_attention
 from resprune.names import IMAGE_FEATURES, PLANE_FEATURES, VISION_ENCODER
 from resprune.runtime.bundle.manifest import TensorSpec
 from resprune.runtime.errors import ResPruneError
+from resprune.runtime.families.preprocessor import PreparedImage
 from resprune.runtime.families.qwen2_vl import (
     DynamicResolution,
     Grid,
@@ -167,7 +168,7 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
         vision,
         dtype,
         max_tokens=processor.max_tokens,
-        places=lambda inputs: places_of(grid_of(inputs, config.vision_config.spatial_merge_size)),
+        images=lambda inputs: [placed(grid_of(inputs, config.vision_config.spatial_merge_size))],
     )
 
 
@@ -316,5 +317,6 @@ def grid_of(inputs: tuple[Tensor, ...], merge_size: int) -> Grid:
     return Grid(rows, columns, merge_size)
 
 
-def places_of(grid: Grid) -> tuple[Tensor, int]:
-    return torch.from_numpy(token_positions(grid)), max(grid.merged)
+def placed(grid: Grid) -> PreparedImage:
+    """Where an image's tokens stand in a prompt."""
+    return PreparedImage.one_span({}, token_positions(grid), max(grid.merged))

@@ -23,7 +23,7 @@ from resprune.exporter.families.qwen2_vl import (
     check_processor,
     grid_of,
     patches_component,
-    places_of,
+    placed,
     tower_facts,
 )
 from resprune.exporter.language import Rows, called, read_past
@@ -106,7 +106,7 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
         plane_layers=plane_layers,
         reference=partial(_decode, Rows(plane_layers)),
         max_tokens=processor.max_tokens,
-        places=lambda inputs: places_of(grid_of(inputs, vision.spatial_merge_size)),
+        images=lambda inputs: [placed(grid_of(inputs, vision.spatial_merge_size))],
     )
 
 

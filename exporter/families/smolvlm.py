@@ -19,7 +19,7 @@ from resprune.exporter.checkpoint.checkpoint import Checkpoint
 from resprune.exporter.checkpoint.side_files import image_processor_config
 from resprune.exporter.components import Components, Tower
 from resprune.exporter.families.merging import merge_order, of_tokens
-from resprune.exporter.families.tiles import tiles_component
+from resprune.exporter.families.tiles import tile_images, tiles_component
 from resprune.exporter.split import assemble, read_config, weightless_model
 from resprune.runtime.families.smolvlm import SplitImage, tower_side
 from resprune.runtime.families.tiles import Grid
@@ -81,7 +81,15 @@ def split_model(checkpoint: Checkpoint, dtype: torch.dtype, mode: FakeTensorMode
         places=_token_places,
     )
     vision = tiles_component(_Rows(model), blocks, processor.tiles, prepare, _features, tower, mode)
-    return assemble(checkpoint, model, vision, dtype, max_tokens=processor.max_tokens, padding="pack_indices")
+    return assemble(
+        checkpoint,
+        model,
+        vision,
+        dtype,
+        max_tokens=processor.max_tokens,
+        padding="pack_indices",
+        images=partial(tile_images, processor.tiles.tokens, prepare),
+    )
 
 
 def _features(model: Any, pixel_values: Tensor) -> Tensor:

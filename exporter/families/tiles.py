@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -95,6 +96,14 @@ def tiles_component(
     module = PackedTiles(rows)
     judge: Reference = reference
     return Component(VISION_ENCODER, module, inputs, outputs, samples, judge, tuple(blocks), tower=tower)
+
+
+def tile_images(
+    tokens: int, prepare: Callable[[Any], PreparedImage], inputs: tuple[Tensor, ...]
+) -> list[PreparedImage]:
+    """Where the tokens of the images stand whose tiles have `tokens` each (`Components.images`)."""
+    counts = ((inputs[1] >= 0).sum(dim=1) // tokens).tolist()
+    return [prepare(np.empty((count, 0))) for count in counts]
 
 
 def _tile_counts(images: int) -> list[int]:

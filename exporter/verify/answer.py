@@ -1,9 +1,10 @@
-"""A whole answer as the reference gives it: a prompt around one pruned image, and greedy tokens after it."""
+"""A whole answer as the reference gives it: a prompt around the spans of a pruned image, and tokens after it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resprune.exporter.components import Component
+from resprune.runtime.families.preprocessor import PreparedImage
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,8 @@ class Where:
     """[1, K], in the order of choice, -1 past the last."""
     counts: Tensor
     """[1, K]: how many tokens each kept one stands for, in the image's order."""
-    places: Tensor
-    """[N] or [3, N]: position ids of all the image's tokens, counted from its first."""
-    advance: int
-    """How far the text after the image is moved."""
+    image: PreparedImage
+    """Where all the image's tokens stand in a prompt."""
     positions: str
     """The policy for position ids."""
     two_way: bool
@@ -33,30 +33,37 @@ class Where:
 
 
 def splice(embeds: Tensor, planes: Sequence[Tensor], where: Where) -> tuple[Tensor, ...]:
-    """The decoder's inputs up to the past, for a prompt [1, S', D] with the image's rows in the middle.
+    """The decoder's inputs up to the past, for a prompt [1, S', D] of as long pieces of text around the image's spans.
 
     They are the embeddings [1, S, D], the mask [1, S], the position ids [1, S] or [3, 1, S], and what more is said of
-    each row. `planes` are [1, K, D] each, the main one first.
+    each row. `planes` are [1, K, D] each, the main one first. The pieces are those of `tensor_split`.
     """
-    half = embeds.shape[1] // 2
+    image = where.image
     kept = where.picks[0][where.picks[0] >= 0].sort().values
+    bounds = [0, *torch.searchsorted(kept, torch.tensor(image.spans).cumsum(0)).tolist()]
+    spans = [slice(*ends) for ends in pairwise(bounds)]
 
     def around(text: Tensor, rows: Tensor) -> Tensor:
-        return torch.cat([text[:, :half], rows[:, : len(kept)], text[:, half:]], dim=1)
+        first, *others = text.tensor_split(len(spans) + 1, dim=1)
+        each = zip(spans, others, strict=True)
+        return torch.cat([first, *(part for span, after in each for part in (rows[:, span], after))], dim=1)
 
     whole = around(embeds, planes[0])
     rows = [around(torch.zeros_like(embeds), plane) for plane in planes[1:]]
-    mask = torch.ones(whole.shape[:2], dtype=torch.int64)
-    mask[:, half : half + len(kept)] = where.counts[:, : len(kept)]
+    ones = torch.ones(embeds.shape[:2], dtype=torch.int64)
+    mask = around(ones, where.counts)
     if where.two_way:
-        rows.append(torch.zeros_like(mask).index_fill_(1, half + torch.arange(len(kept)), 1))
+        rows.append(around(0 * ones, torch.ones_like(where.counts)))
     if where.positions == "contiguous":
         return whole, mask, torch.arange(whole.shape[1])[None], *rows
-    axes = where.places.shape[:-1]
-    before = torch.arange(half).expand(*axes, -1)
-    after = (torch.arange(embeds.shape[1] - half) + half + where.advance).expand(*axes, -1)
-    position_ids = torch.cat([before, half + where.places[..., kept], after], dim=-1)[..., None, :]
-    return whole, mask, position_ids, *rows
+    offsets = torch.from_numpy(image.offsets)
+    first, *others = (len(text) for text in ones[0].tensor_split(len(spans) + 1))
+    position_ids, next_one = [torch.arange(first).expand(*offsets.shape[:-1], -1)], first
+    for span, advance, after in zip(spans, image.advances, others, strict=True):
+        text = next_one + advance + torch.arange(after)
+        position_ids += [next_one + offsets[..., kept[span]], text.expand(*offsets.shape[:-1], -1)]
+        next_one += advance + after
+    return whole, mask, torch.cat(position_ids, dim=-1)[..., None, :], *rows
 
 
 def generate(

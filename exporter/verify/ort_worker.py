@@ -11,7 +11,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
@@ -20,10 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resprune.exporter.lineage import die_with_parent
+from resprune.names import DECODER, EMBED_TOKENS, TEXT_EMBEDS, TEXT_MASK
+from resprune.runtime.backends.backend import LocalBackend, Piece, Request
 from resprune.runtime.backends.onnxruntime import OrtDecoder
 from resprune.runtime.backends.session import usual_threads
 from resprune.runtime.errors import ResPruneError
-from resprune.runtime.prompt.splice import Spliced
+from resprune.runtime.sampling import Sampling
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -53,15 +55,9 @@ class OrtWorker:
         """Outputs of one run of `graph` by name."""
         return cast(Arrays, self._ask("run", str(graph), inputs))
 
-    def greedy(
-        self,
-        embed: Path,
-        decoder: Path,
-        spliced: Spliced,
-        steps: int,
-    ) -> NDArray[np.int64]:
-        """`steps` greedy tokens after one prompt."""
-        return cast(NDArray[np.int64], self._ask("greedy", str(embed), str(decoder), spliced, steps))
+    def answer(self, embed: Path, decoder: Path, request: Request, sampling: Sampling) -> list[list[Piece]]:
+        """What `LocalBackend` answers, step by step, with these two graphs; no token ends an answer."""
+        return cast(list[list[Piece]], self._ask("answer", str(embed), str(decoder), request, sampling))
 
     def _ask(self, *request: Any) -> Any:
         assert self._process.stdin is not None
@@ -92,6 +88,40 @@ class OrtWorker:
         self._process.communicate()
 
 
+class WorkerBundle:
+    """The graphs of a bundle in that process, by their names: a `GraphRunner`, and a `Backend` without an end token.
+
+    `made` has all that each graph gave in its last run.
+    """
+
+    def __init__(self, worker: OrtWorker, paths: Mapping[str, Path]) -> None:
+        self._worker = worker
+        self._paths = paths
+        self.made: dict[str, Arrays] = {}
+
+    def open(self, graph: str) -> None:
+        """Nothing: each run opens its graph."""
+
+    def run(
+        self, graph: str, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]
+    ) -> list[NDArray[Any]]:
+        """The named outputs of one run; a row of text that is masked stands behind the others, and must not count."""
+        inputs = dict(feeds)
+        if TEXT_MASK in inputs:
+            inputs[TEXT_MASK] = np.pad(inputs[TEXT_MASK], ((0, 0), (0, 1)))
+            rows = ((0, 0), (0, 1), (0, 0))
+            inputs[TEXT_EMBEDS] = np.pad(inputs[TEXT_EMBEDS], rows, constant_values=1)
+        self.made[graph] = self._worker.run(self._paths[graph], inputs)
+        return [self.made[graph][name] for name in outputs]
+
+    def start(self, request: Request, sampling: Sampling) -> Iterator[list[Piece]]:
+        """The answers, which are whole when they come."""
+        return iter(self._worker.answer(self._paths[EMBED_TOKENS], self._paths[DECODER], request, sampling))
+
+    def close(self) -> None:
+        """Nothing: the worker is its owner's."""
+
+
 def _session(path: str, *, once: bool = False) -> Any:
     import onnxruntime
 
@@ -120,7 +150,7 @@ def _run(path: str, inputs: Arrays) -> Arrays:
     return dict(zip(names, session.run(names, inputs), strict=True))
 
 
-def _greedy(embed_path: str, decoder_path: str, spliced: Spliced, steps: int) -> NDArray[np.int64]:
+def _answer(embed_path: str, decoder_path: str, request: Request, sampling: Sampling) -> list[list[Piece]]:
     embed = _session(embed_path)
 
     def embed_tokens(ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -129,17 +159,11 @@ def _greedy(embed_path: str, decoder_path: str, spliced: Spliced, steps: int) ->
         return embeds
 
     decoder = OrtDecoder(_session(decoder_path), embed_tokens, in_place=False)
-    sequence = decoder.start(spliced)
-    tokens: list[int] = []
-    for step in range(steps):
-        if step:
-            sequence.step(np.array(tokens[-1:]))
-        tokens.append(int(sequence.logits[0].argmax()))
-    return np.array(tokens)
+    return list(LocalBackend(decoder, frozenset(), -1).start(request, sampling))
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    actions: dict[str, Callable[..., Any]] = {"run": _run, "greedy": _greedy}
+    actions: dict[str, Callable[..., Any]] = {"run": _run, "answer": _answer}
     while True:
         try:
             action, *arguments = pickle.load(requests)  # noqa: S301 - from our own parent

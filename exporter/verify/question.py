@@ -1,11 +1,13 @@
-"""A seeded question about seeded images: what `vision_select` takes of it, and what PyTorch selects."""
+"""A seeded question about seeded images: the runtime's walk over them, and what PyTorch selects."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -22,14 +24,14 @@ from resprune.exporter.verify.reference import (
 )
 from resprune.method import Selection
 from resprune.names import (
-    ATTACHED_TO,
     KEPT_INDICES,
-    NUM_KEPT,
     PICK_ORDER,
-    PROTECTED_MASK,
-    TEXT_EMBEDS,
-    TEXT_MASK,
 )
+from resprune.runtime.backends.backend import Embedding
+from resprune.runtime.backends.session import GraphRunner
+from resprune.runtime.bundle.files import Bundle
+from resprune.runtime.families.preprocessor import Arrays, PreparedImage
+from resprune.runtime.walk import Encoded, Walk
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,31 @@ class Question:
     nouns: Tensor
     mask: Tensor
 
-    def inputs(self, num_kept: Tensor) -> dict[str, NDArray[Any]]:
-        """What `vision_select` takes; `num_kept` [B] is an input of it only where attention is proportional."""
-        inputs = feeds(self.components.vision, self.images)
-        inputs |= {TEXT_EMBEDS: array(self.nouns), TEXT_MASK: array(self.mask)}
-        if (protected := self.protected()) is not None:
-            inputs[PROTECTED_MASK] = array(protected)
-        if self.attached_to is not None:
-            inputs[ATTACHED_TO] = array(self.attached_to)
-        return inputs | ({NUM_KEPT: array(num_kept)} if self.components.proportional else {})
+    @cached_property
+    def prepared(self) -> list[Encoded]:
+        """The images as the runtime has them before they are encoded, but for their pixels."""
+        if self.components.images is not None:
+            images = self.components.images(self.images)
+        else:
+            candidates = self.candidates()
+            if candidates is None:
+                candidates = torch.ones(len(self.nouns), self.components.num_tokens or 0)
+            counts = candidates.sum(dim=1).int().tolist()
+            images = [PreparedImage.one_span({}, np.arange(count), count) for count in counts]
+        rules = [
+            [None] * len(images) if rows is None else [array(row) for row in rows]
+            for rows in (self.protected(), self.attached_to)
+        ]
+        encoded = []
+        for image, *own in zip(images, *rules, strict=True):
+            protected, attached_to = (None if row is None else row[: image.num_tokens] for row in own)
+            encoded.append(Encoded(replace(image, protected=protected, attached_to=attached_to)))
+        return encoded
+
+    @property
+    def words(self) -> list[NDArray[np.float32]]:
+        """The nouns [M_i, D] of each image."""
+        return [array(rows[mask]) for rows, mask in zip(self.nouns, self.mask, strict=True)]
 
     def candidates(self, left: Tensor | None = None) -> Tensor | None:
         """Which of the N tokens each image has, [B, N] bool; None: all of them. `left`: those that its tower left."""
@@ -85,6 +103,18 @@ class Question:
         rules = self.candidates(left), self.protected(left), self.attached_to
         gain, picks = select(planes[0], self.nouns, self.mask, selection, *rules)
         return Selected(self, list(planes), gain, picks, left, early)
+
+
+class QuestionWalk(Walk):
+    """The runtime's walk, on a question's images."""
+
+    def __init__(self, bundle: Bundle, graphs: GraphRunner, question: Question) -> None:
+        super().__init__(bundle, graphs, Embedding(graphs))
+        self._question = question
+
+    def pixels(self, images: Sequence[PreparedImage]) -> Arrays:
+        """What the vision graph takes: seeded numbers, all images at once."""
+        return feeds(self._question.components.vision, self._question.images)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from resprune.exporter.verify.difference import (
     difference,
     text_difference,
 )
-from resprune.exporter.verify.feeds import array, feeds
+from resprune.exporter.verify.feeds import feeds
 from resprune.exporter.verify.layers import (
     chosen_layers,
     cut_out,
@@ -33,17 +34,15 @@ from resprune.exporter.verify.layers import (
     reference_of,
     unlike_layers,
 )
-from resprune.exporter.verify.ort_worker import OrtWorker
+from resprune.exporter.verify.ort_worker import OrtWorker, WorkerBundle
 from resprune.exporter.verify.pruning import pruned_picks
-from resprune.exporter.verify.question import Question, Selected, seeded
+from resprune.exporter.verify.question import Question, QuestionWalk, Selected, seeded
 from resprune.exporter.verify.reference import counts_within_rounding, keep, kept_counts, whole_groups
 from resprune.exporter.verify.text import after_text, agreeing, every_logit, every_position, whole_text
-from resprune.method import Selection
 from resprune.names import (
     DECODER,
     EARLY_INDICES,
     EMBED_TOKENS,
-    IMAGE_FEATURES,
     KEPT_COUNTS,
     KEPT_FEATURES,
     KEPT_INDICES,
@@ -51,13 +50,13 @@ from resprune.names import (
     PICK_ORDER,
     TOKEN_MASK,
     TOKEN_SELECT,
-    VISION_ENCODER,
     VISION_SELECT,
 )
+from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.precisions import COMPONENTS, TABLE, Choice
-from resprune.runtime.families.preprocessor import PreparedImage
-from resprune.runtime.prompt.splice import Spliced, cut_picks
-from resprune.runtime.prompt.splice import splice as runtime_splice
+from resprune.runtime.prompt.prompter import Prompt
+from resprune.runtime.sampling import Sampling
+from resprune.runtime.walk import SPLIT, step
 
 SIZES = {"batch_size": 3, "sequence_length": 4, "past_sequence_length": 6}
 """Other than while tracing, so that an axis that was taken for a constant shows."""
@@ -65,7 +64,6 @@ SEEDS = (20, 21, 22)
 """The first is enough, unless two scores or two logits are so close that rounding decides between them: then another
 image is tried. A graph that is wrong misses with all."""
 PROMPT_TOKENS = 8
-IMAGE_TOKEN = -1  # where the image stands in a prompt: no token of any vocabulary
 GREEDY_TOKENS = 32
 SELECTED = ("early picks", "picks", "kept counts", "split picks", "split counts")
 COUNTED = (*SELECTED, "greedy tokens")
@@ -76,6 +74,7 @@ class Verifier:
 
     def __init__(
         self,
+        bundle: Bundle,
         components: Components,
         stored: Mapping[str, StoredTensor],
         choice: Choice,
@@ -83,7 +82,11 @@ class Verifier:
         *,
         whole: bool,
     ) -> None:
-        """`text` are token ids [T] of running text for the decoder, which is compared `whole` or by layers."""
+        """`bundle` may get its graphs later; `text` are token ids [T] of running text for the decoder.
+
+        That is compared `whole` or by layers.
+        """
+        self._bundle, self._selection = bundle, bundle.manifest.selection
         self._components, self._stored = components, stored
         self._choice, self._text = choice, text
         self.exact: Collection[str] = ()
@@ -103,9 +106,9 @@ class Verifier:
         self._images = SIZES["batch_size"] if self.has_decoder else 1
         self._selected: dict[int, Selected] = {}
 
-    def prepare(self, selection: Selection) -> None:
+    def prepare(self) -> None:
         """Compute PyTorch's part of `compare_selection` and `compare_layers`, for which no graph is needed."""
-        self._wanted_selection(SEEDS[0], selection)
+        self._wanted_selection(SEEDS[0])
         if not self.has_decoder:
             _ = self._wanted_layers
 
@@ -206,20 +209,19 @@ class Verifier:
         row = text_difference(graph.stem, got, want, self._choice.of_file(graph.stem))
         return [row], {TEXT: (sum(same), len(same))}
 
-    def compare_selection(
-        self, worker: OrtWorker, graph: Path, selection: Selection
-    ) -> tuple[list[Difference], dict[str, Counted]]:
+    def compare_selection(self, worker: OrtWorker) -> tuple[list[Difference], dict[str, Counted]]:
         """`vision_select` against the reference: differences, and how many picks and counts are equal.
 
         Equal is also what float32 cannot tell from the reference's, see `picks_within_rounding` and
         `counts_within_rounding`.
         """
         differences: list[Difference] = []
+        graph, selection = self._path(VISION_SELECT), self._selection
         for seed in SEEDS:
-            selected = self._wanted_selection(seed, selection)
+            selected = self._wanted_selection(seed)
             question = selected.question
             num_kept = _shares(selection.k, len(question.nouns))
-            got = worker.run(graph, question.inputs(num_kept))
+            got = self._select(worker, question, num_kept)[VISION_SELECT]
             counted: dict[str, Counted] = {}
             for early in _kept_early(got):
                 assert selected.early is not None
@@ -258,108 +260,103 @@ class Verifier:
             for name, plane in zip(names, planes, strict=True)
         ]
 
-    def _wanted_selection(self, seed: int, selection: Selection) -> Selected:
+    def _wanted_selection(self, seed: int) -> Selected:
         """What PyTorch selects for a seeded question."""
         if seed not in self._selected:
             question = self._question(self._images, seed)
-            self._selected[seed] = question.select(self._holding(self._components.vision), selection)
+            self._selected[seed] = question.select(self._holding(self._components.vision), self._selection)
             self._make_room()
         return self._selected[seed]
 
-    def compare_split(
-        self, worker: OrtWorker, graphs: Mapping[str, Path], selection: Selection
-    ) -> tuple[list[Difference], dict[str, Counted]]:
+    def compare_split(self, worker: OrtWorker) -> tuple[list[Difference], dict[str, Counted]]:
         """`vision_encoder` and `token_select` against `vision_select`: rows and picks, and counts of their own."""
         question = self._question(self._images, SEEDS[0])
-        num_kept = _shares(selection.k, len(question.nouns))
-        inputs = question.inputs(num_kept)
-        fused = worker.run(graphs[VISION_SELECT], inputs)
-        pixels = {spec.name: inputs.pop(spec.name) for spec in self._components.vision.inputs}
-        encoded = worker.run(graphs[VISION_ENCODER], pixels)
-        rows = {name: encoded[name] for name in self._components.features}
-        planes = [torch.from_numpy(plane) for plane in rows.values()]
-        features = encoded[IMAGE_FEATURES]
+        num_kept = _shares(self._selection.k, len(question.nouns))
+        fused = self._select(worker, question, num_kept)[VISION_SELECT]
+        encoded, split = self._select(worker, question, num_kept, SPLIT).values()
+        planes = [torch.from_numpy(encoded[name]) for name in self._components.features]
         left = torch.from_numpy(encoded[TOKEN_MASK]) if TOKEN_MASK in encoded else None
-        candidates = question.candidates(left)
-        token_mask = np.ones(features.shape[:2], bool) if candidates is None else array(candidates)
-        inputs |= {**rows, TOKEN_MASK: token_mask}
-        split = worker.run(graphs[TOKEN_SELECT], inputs)
         every, order = planes[0], torch.from_numpy(split[PICK_ORDER])
         wanted = torch.from_numpy(fused[PICK_ORDER])
         # Against the rows of its own picks, as `compare_selection` does.
-        differences = self._kept_differences(graphs[TOKEN_SELECT], split, planes)
+        differences = self._kept_differences(self._path(TOKEN_SELECT), split, planes)
         _, indices = keep(every, order)
         same = (order == wanted) & (torch.from_numpy(split[KEPT_INDICES]) == indices)
         counted = {"split picks": _count(same[(order >= 0) | (wanted >= 0)])}
         if self._components.proportional:
-            counted["split counts"] = _equal_counts(split, num_kept, every, candidates, question.attached_to)
+            rules = question.candidates(left), question.attached_to
+            counted["split counts"] = _equal_counts(split, num_kept, every, *rules)
         return differences, counted
 
-    def compare_greedy(
-        self, worker: OrtWorker, graphs: Mapping[str, Path], selection: Selection, positions: str
-    ) -> tuple[list[int], list[int]]:
+    def compare_greedy(self, worker: OrtWorker) -> tuple[list[int], list[int]]:
         """A whole answer, and PyTorch's: greedy tokens after a seeded prompt with one pruned image."""
         for seed in SEEDS:
-            got, wanted = self._answers(worker, graphs, selection, positions, seed)
+            got, wanted = self._answers(worker, seed)
             if got == wanted or "greedy tokens" not in self.exact:
                 break
         return got, wanted
 
-    def _answers(
-        self,
-        worker: OrtWorker,
-        graphs: Mapping[str, Path],
-        selection: Selection,
-        positions: str,
-        seed: int,
-    ) -> tuple[list[int], list[int]]:
-        question = self._question(1, seed)
+    def _answers(self, worker: OrtWorker, seed: int) -> tuple[list[int], list[int]]:
+        question, selection, manifest = self._question(1, seed), self._selection, self._bundle.manifest
+        (encoded,) = question.prepared
         prompt = torch.randint(
             self._vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(seed)
         )
-        selected = worker.run(graphs[VISION_SELECT], question.inputs(torch.tensor([selection.k])))
+        prompt[prompt == manifest.image_token_id] = 0
+        first, *others = (part.tolist() for part in prompt[0].tensor_split(len(encoded.image.spans) + 1))
+        ids = [*first, *(each for part in others for each in (manifest.image_token_id, *part))]
+
+        walk, graphs = self._walk(worker, question, (VISION_SELECT, EMBED_TOKENS, DECODER))
+        asked = [Prompt([], "", ids, [], [])]
+        embeds = walk.embed(asked)
+        kept = walk.select([encoded], question.words, [selection.k])
+        request = walk.splice(embeds, asked, [kept])
+        answers, _ = walk.prefill(graphs, request, Sampling(max_new_tokens=GREEDY_TOKENS))
+        got: list[int] = []
+        while (pieces := step(answers)) is not None:
+            (piece,) = pieces
+            assert isinstance(piece, list)
+            got += piece
+
         # The graph's own picks and counts on both sides: they are judged in `compare_selection`.
+        selected = graphs.made[VISION_SELECT]
         picks = torch.from_numpy(selected[PICK_ORDER])
         counts = torch.from_numpy(selected.get(KEPT_COUNTS, np.ones_like(selected[PICK_ORDER])))
         model = self._holding(self._components.vision)
         planes = question.select(model, selection, *_kept_early(selected)).planes
-        kept = [keep(plane, picks)[0] for plane in planes]
-        count = planes[0].shape[1]
-        places = (torch.arange(count), count)
-        if self._components.places is not None:
-            places = self._components.places(question.images)
-        where = Where(picks, counts, *places, positions, self._components.two_way)
+        where = Where(picks, counts, encoded.image, manifest.positions, self._components.two_way)
         decoder, text_config = self._components.decoder, self._config.text_config
         with torch.no_grad():
-            whole = splice(self._embeds(prompt), kept, where)
-            wanted = generate(
-                decoder, self._holding(decoder), text_config, self._embeds, whole, GREEDY_TOKENS
-            )
-        embeds = worker.run(graphs[EMBED_TOKENS], {"input_ids": array(prompt)})["inputs_embeds"][0]
-        spliced = self._spliced(prompt[0].tolist(), embeds, selected, where)
-        got = worker.greedy(graphs[EMBED_TOKENS], graphs[DECODER], spliced, GREEDY_TOKENS)
-        return got.tolist(), wanted.tolist()
+            rows = [keep(plane, picks)[0] for plane in planes]
+            whole = splice(self._embeds(prompt), rows, where)
+            wanted = generate(decoder, self._holding(decoder), text_config, self._embeds, whole, len(got))
+        return got, wanted.tolist()
 
-    def _spliced(
-        self, prompt: list[int], embeds: NDArray[Any], selected: Mapping[str, NDArray[Any]], where: Where
-    ) -> Spliced:
-        """The same prompt as `answer.splice` makes, made of the graphs' outputs by the runtime."""
-        rows, *planes = (selected[name][0] for name in self._components.features)
-        image = PreparedImage.one_span({}, array(where.places), where.advance)
-        indices, order, counts = (
-            selected[KEPT_INDICES][0],
-            selected[PICK_ORDER][0],
-            array(where.counts)[0],
-        )
-        kept = cut_picks(image, rows, indices, order, None, counts, planes)
-        half = len(prompt) // 2
-        return runtime_splice(
-            [np.insert(embeds, half, 0, axis=0)],
-            [[*prompt[:half], IMAGE_TOKEN, *prompt[half:]]],
-            [[kept]],
-            image_token_id=IMAGE_TOKEN,
-            positions=where.positions,
-        )
+    def _select(
+        self,
+        worker: OrtWorker,
+        question: Question,
+        num_kept: Tensor,
+        graphs: Sequence[str] = (VISION_SELECT,),
+    ) -> dict[str, dict[str, NDArray[Any]]]:
+        """All that each of `graphs` gives while the runtime's walk selects by them."""
+        walk, made = self._walk(worker, question, graphs)
+        walk.select(question.prepared, question.words, num_kept.tolist())
+        return made.made
+
+    def _walk(
+        self, worker: OrtWorker, question: Question, graphs: Sequence[str]
+    ) -> tuple[QuestionWalk, WorkerBundle]:
+        """The runtime's walk over a question, as if the bundle had these graphs alone; and what runs them."""
+        paths = {graph: self._path(graph) for graph in graphs}
+        manifest = self._bundle.manifest
+        specs = {graph: manifest.graphs[graph] for graph in (VISION_SELECT, *graphs)}
+        bundle = replace(self._bundle, manifest=replace(manifest, graphs=specs))
+        runner = WorkerBundle(worker, paths)
+        return QuestionWalk(bundle, runner, question), runner
+
+    def _path(self, graph: str) -> Path:
+        return self._bundle.root / self._bundle.manifest.graphs[graph].file
 
     @property
     def _vocab_size(self) -> int:

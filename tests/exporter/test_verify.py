@@ -1,7 +1,8 @@
 """What counts as a miss."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,9 +31,10 @@ from resprune.exporter.verify.difference import (
 from resprune.exporter.verify.reference import keep, kept_counts
 from resprune.exporter.verify.verifier import SEEDS, Verifier
 from resprune.method import Selection
+from resprune.runtime import walk
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.bundle.precisions import TABLE, parse_dtype
-from resprune.runtime.prompt.splice import Spliced
+from resprune.runtime.prompt.splice import KeptTokens, Spliced, splice
 
 FP32, TEXT = parse_dtype("fp32"), torch.arange(30)
 
@@ -108,56 +110,109 @@ def test_two_answers_have_a_verdict(other: Iterable[int], says: str):
     assert equal_tokens(got, wanted) == (32 - len(list(other)), 32)
 
 
+@pytest.fixture
+def proof(
+    tiny_bundle: Callable[..., Path], tiny_checkpoint: Callable[[str], Path]
+) -> Callable[..., Verifier]:
+    """What verifies the exports of a variant, whose bundle is made with `options`; `selection` may be another."""
+
+    def verifier(
+        variant: str = "clip-llama",
+        options: Mapping[str, Any] = {"k": 7, "split": True},
+        selection: Selection | None = None,
+        *,
+        whole: bool = True,
+    ) -> Verifier:
+        bundle = read_bundle(tiny_bundle(variant, **options))
+        manifest = replace(bundle.manifest, selection=selection or bundle.manifest.selection)
+        checkpoint = resolve(str(tiny_checkpoint(variant)))
+        components = split_model(checkpoint, torch.float32, fake_mode())
+        if manifest.selection.counts:
+            components = proportional(components)
+        weights = find_weights(checkpoint, components.model)
+        return Verifier(replace(bundle, manifest=manifest), components, weights, FP32, TEXT, whole=whole)
+
+    return verifier
+
+
 def test_what_is_prepared_is_not_computed_again(
-    tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    proof: Callable[..., Verifier], monkeypatch: pytest.MonkeyPatch
 ):
     """And what ONNX Runtime returns, here zeros, is compared with it all the same."""
-    checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
-    components = split_model(checkpoint, torch.float32, mode)
-    verifier = Verifier(components, find_weights(checkpoint, components.model), FP32, TEXT, whole=False)
-    selection = Selection(k=5, num_tokens=16)
-    verifier.prepare(selection)
+    verifier = proof(selection=Selection(k=5, num_tokens=16), whole=False)
+    verifier.prepare()
     monkeypatch.delattr(question, "select")
     for name in ("reference_of", "blank"):
         monkeypatch.delattr(verify, name)
     zeros = dict.fromkeys(("pick_order", "kept_indices"), np.zeros((1, 5), np.int64))
-    zeros["image_features"] = np.zeros((1, 5, components.vision.outputs[0].shape[2]), np.float32)
+    zeros["image_features"] = np.zeros((1, 5, verifier._components.vision.outputs[0].shape[2]), np.float32)
     monkeypatch.setattr(verify, "SEEDS", SEEDS[:1])
-    worker = SimpleNamespace(run=lambda graph, inputs: zeros)
-    (features,), counted = verifier.compare_selection(worker, Path("vision_select.onnx"), selection)
+    (features,), counted = verifier.compare_selection(SimpleNamespace(run=lambda graph, inputs: zeros))
     assert not features.within
     assert counted["picks"][0] < 5
     assert verifier._wanted_layers[0] == [0, 1]
 
 
-def test_the_runtime_splices_the_prompt_of_the_graphs(
-    tiny_bundle: Callable[..., Path],
-    tiny_checkpoint: Callable[[str], Path],
+def one_row_on(kept: KeptTokens) -> KeptTokens:
+    """With the last row of the first span in the one behind it."""
+    first, second, *others = kept.spans
+    return replace(kept, spans=(first - 1, second + 1, *others))
+
+
+WRONG: list[tuple[Callable[[KeptTokens], KeptTokens], Callable[[Spliced], Spliced]]] = [
+    (lambda kept: kept, lambda made: replace(made, position_ids=made.position_ids[:, ::-1].copy())),
+    (lambda kept: kept, lambda made: replace(made, inputs_embeds=made.inputs_embeds[:, ::-1].copy())),
+    (lambda kept: replace(kept, rows=kept.rows[::-1].copy()), lambda made: made),
+]
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "wrong"),
+    [
+        ("clip-llama", {"k": 7, "split": True}, WRONG),
+        ("smolvlm", {"share": 1.0, "split": True}, [*WRONG, (one_row_on, lambda made: made)]),
+    ],
+)
+def test_an_export_proves_what_the_runtime_makes_of_the_graphs(
+    proof: Callable[..., Verifier],
     monkeypatch: pytest.MonkeyPatch,
+    variant: str,
+    options: dict[str, Any],
+    wrong: Sequence[tuple[Callable[[KeptTokens], KeptTokens], Callable[[Spliced], Spliced]]],
 ):
-    """So that an export proves that too: what it puts together wrongly gets another answer than PyTorch's."""
-    bundle = read_bundle(tiny_bundle("clip-llama", k=7, split=True))
-    graphs = {name: bundle.graph_path(name) for name in bundle.manifest.graphs}
-    checkpoint = resolve(str(tiny_checkpoint("clip-llama")))
-    components = split_model(checkpoint, torch.float32, fake_mode())
-    verifier = Verifier(components, find_weights(checkpoint, components.model), FP32, TEXT, whole=True)
-    splice = verify.runtime_splice
+    """With one span and with several: what it puts together wrongly gets another answer than PyTorch's."""
+    verifier = proof(variant, options)
     monkeypatch.setattr(verify, "SEEDS", SEEDS[:1])
     monkeypatch.setattr(verify, "GREEDY_TOKENS", 8)
-    worker = SimpleNamespace(
+    worker: Any = SimpleNamespace(
         run=lambda graph, inputs: ort_worker._run(str(graph), inputs),
-        greedy=lambda embed, decoder, *more: ort_worker._greedy(str(embed), str(decoder), *more),
+        answer=lambda embed, decoder, *more: ort_worker._answer(str(embed), str(decoder), *more),
+    )
+    assert (len(next(iter(verifier._question(1, SEEDS[0]).prepared)).image.spans) > 1) == (
+        variant == "smolvlm"
     )
 
-    def equal(change: Callable[[Spliced], Spliced]) -> bool:
-        monkeypatch.setattr(verify, "runtime_splice", lambda *given, **how: change(splice(*given, **how)))
-        got, wanted = verifier.compare_greedy(worker, graphs, bundle.manifest.selection, "original")
+    def equal() -> bool:
+        got, wanted = verifier.compare_greedy(worker)
         assert len(got) == len(wanted) == 8
         return got == wanted
 
-    assert equal(lambda made: made)
-    assert not equal(lambda made: replace(made, position_ids=made.position_ids[:, ::-1].copy()))
-    assert not equal(lambda made: replace(made, inputs_embeds=made.inputs_embeds[:, ::-1].copy()))
+    assert equal()
+    for change in wrong:
+        monkeypatch.setattr(walk, "splice", partial(wrongly, *change))
+        assert not equal()
+
+
+def wrongly(
+    of_kept: Callable[[KeptTokens], KeptTokens],
+    of_spliced: Callable[[Spliced], Spliced],
+    embeds: Any,
+    ids: Any,
+    kept: Sequence[Sequence[KeptTokens]],
+    **how: Any,
+) -> Spliced:
+    """`splice` of something else, or something else of it."""
+    return of_spliced(splice(embeds, ids, [[of_kept(one) for one in images] for images in kept], **how))
 
 
 def test_attached_rows_are_judged_with_their_owner() -> None:
@@ -188,13 +243,12 @@ def test_attached_rows_are_judged_with_their_owner() -> None:
 @pytest.mark.parametrize("what", ["picks", "kept counts"])
 @pytest.mark.parametrize("misses", range(len(SEEDS) + 1))
 def test_another_picture_is_tried_before_picks_and_counts_count_as_wrong(
-    misses: int, what: str, tiny_checkpoint: Callable[[str], Path]
+    misses: int, what: str, proof: Callable[..., Verifier]
 ):
     """The stand-in for ONNX Runtime reverses them in its first runs, as ties within rounding would."""
-    checkpoint, mode = resolve(str(tiny_checkpoint("clip-llama"))), fake_mode()
-    components = proportional(split_model(checkpoint, torch.float32, mode))
-    verifier = Verifier(components, find_weights(checkpoint, components.model), FP32, TEXT, whole=True)
-    selection = Selection(k=5, num_tokens=16)
+    selection = Selection(k=5, num_tokens=16, counts=True)
+    verifier = proof(selection=selection)
+    components = verifier._components
     runs: list[Path] = []
 
     def run(graph: Path, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +277,7 @@ def test_another_picture_is_tried_before_picks_and_counts_count_as_wrong(
         }
 
     worker: Any = SimpleNamespace(run=run)
-    differences, counted = verifier.compare_selection(worker, Path("vision_select.onnx"), selection)
+    differences, counted = verifier.compare_selection(worker)
     assert counted.keys() == {"picks", "kept counts"}
     for name, (equal, total) in counted.items():
         assert total == 15
