@@ -5,6 +5,7 @@ Checked against llama.cpp 0.5 (include/llama.h, src/llama-batch.cpp).
 
 import ctypes
 import os
+import threading
 import weakref
 from collections import deque
 from functools import cache
@@ -28,7 +29,15 @@ UBATCH = 512
 MOST_PROMPTS = 256
 """LLAMA_MAX_SEQ."""
 ERROR_LEVEL = 4
+_LOADING = threading.Lock()
 INSTALL = "pip install 'resprune[llamacpp]' (it compiles llama.cpp), and try again"
+
+
+class _Errors(threading.local):
+    """The errors that llama.cpp told a thread: it tells them to the one that called it."""
+
+    def __init__(self) -> None:
+        self.told: deque[str] = deque(maxlen=20)
 
 
 class _Library:
@@ -36,19 +45,24 @@ class _Library:
 
     def __init__(self) -> None:
         self.functions = _import()
-        self.errors: deque[str] = deque(maxlen=20)
+        self.errors = _Errors()
         self._listener = self.functions.llama_log_callback(self._hear)  # kept, for C holds no reference
         self.functions.llama_backend_init()
         self.functions.llama_log_set(self._listener, None)
 
     def _hear(self, level: int, text: bytes, data: object) -> None:
         if level == ERROR_LEVEL and text.strip():
-            self.errors.append(text.decode(errors="replace").strip())
+            self.errors.told.append(text.decode(errors="replace").strip())
+
+
+def library() -> _Library:
+    """One a process: llama.cpp has one listener, which must not be lost while it may speak to it."""
+    with _LOADING:
+        return _loaded()
 
 
 @cache
-def _library() -> _Library:
-    """One a process: llama.cpp has one listener."""
+def _loaded() -> _Library:
     return _Library()
 
 
@@ -64,10 +78,10 @@ class Model:
         self.threads = threads
         self.closed = False
         _require_gguf(path)
-        library = _library()
-        self.lib = library.functions
-        self._errors = library.errors
-        self._errors.clear()
+        loaded = library()
+        self.lib = loaded.functions
+        self._errors = loaded.errors
+        self._errors.told.clear()
         settings = self.lib.llama_model_default_params()
         settings.n_gpu_layers = gpu_layers
         self.pointer = self.lib.llama_model_load_from_file(str(path).encode(), settings)
@@ -77,9 +91,9 @@ class Model:
         self.vocabulary = self.lib.llama_model_get_vocab(self.pointer)
 
     def reason(self) -> str:
-        """The first error that llama.cpp told since it was last asked, from which the others follow."""
-        told = [*self._errors, "it says no reason"]
-        self._errors.clear()
+        """The first error that llama.cpp told this thread since it was last asked, from which the others follow."""
+        told = [*self._errors.told, "it says no reason"]
+        self._errors.told.clear()
         return one_line(told[0])
 
     def metadata(self, key: str) -> str | None:

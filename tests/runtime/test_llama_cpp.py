@@ -1,11 +1,17 @@
 """llama.cpp as a backend, as far as it goes where it is not installed; tests/hosts has the real one."""
 
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from resprune.runtime.backends import llama_library
 from resprune.runtime.backends.llama_cpp import llamacpp
 from resprune.runtime.cli import main
 from resprune.runtime.errors import ResPruneError
@@ -70,3 +76,32 @@ def test_proportional_attention_is_refused(tiny_bundle: Callable[..., Path], mod
     with pytest.raises(ResPruneError, match=r"llama\.cpp attends to every row alike") as caught:
         Pipeline.load(bundle, generator=llamacpp(model))
     one_sentence(caught.value)
+
+
+def test_threads_share_one_library_and_hear_their_own_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp calls its only listener, which must live; an error is told to the thread that made the call."""
+    listeners: list[Callable[[int, bytes, None], None]] = []
+    second = threading.Barrier(2)
+
+    def initialise() -> None:
+        with suppress(threading.BrokenBarrierError):  # whoever loads it too comes here as well
+            second.wait(0.1)
+
+    functions = SimpleNamespace(
+        llama_log_callback=lambda hear: hear,
+        llama_backend_init=initialise,
+        llama_log_set=lambda listener, data: listeners.append(listener),
+    )
+    monkeypatch.setattr(llama_library, "_import", lambda: functions)
+    monkeypatch.setattr(llama_library, "_loaded", cache(llama_library._Library))
+    told = threading.Barrier(2)
+
+    def fail(name: bytes) -> list[str]:
+        loaded = llama_library.library()
+        listeners[0](llama_library.ERROR_LEVEL, name, None)
+        told.wait(30)
+        return list(loaded.errors.told)
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(fail, (b"one", b"other"))) == [["one"], ["other"]]
+    assert len(listeners) == 1
