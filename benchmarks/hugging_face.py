@@ -85,7 +85,7 @@ class HuggingFace:
         )
         self.cache = DynamicCache()
         positions = torch.from_numpy(spliced.position_ids)
-        self.position = positions[..., -1:] + 1
+        self.position = torch.from_numpy(spliced.following)
         first = self.forward(torch.from_numpy(spliced.inputs_embeds).to(self.model.dtype), positions)
         return spliced.inputs_embeds.shape[1], first
 

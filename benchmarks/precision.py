@@ -102,7 +102,7 @@ class Opened:
         prompt = self.spliced(picture)
         length = prompt.inputs_embeds.shape[1] + len(ids)
         embeds = np.concatenate([prompt.inputs_embeds, self.walk.embed_tokens(ids[None])], axis=1)
-        following = prompt.position_ids[:, -1:] + 1 + np.arange(len(ids))
+        following = prompt.following + np.arange(len(ids))
         return Spliced(
             embeds, np.concatenate([prompt.position_ids, following], axis=1), np.ones((1, length), np.int64)
         )

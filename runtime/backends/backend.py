@@ -6,9 +6,10 @@ server, is a `Backend` of its own. Either is shared by all threads: all state of
 
 from collections import abc
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
+from weakref import finalize
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from resprune.runtime.prompt.prompter import Prompt
 from resprune.runtime.prompt.splice import Floats, Ints, KeptTokens, Spliced
 from resprune.runtime.sampling import Sampling, eos_token_ids
 
+T = TypeVar("T")
 Piece = list[int] | str | None
 """What an answer gained: token ids, [] for none; text where a server tells no ids; None: it was cut at a limit."""
 EmbedTokens = Callable[[Ints], Floats]
@@ -75,22 +77,50 @@ class Place:
     """Where a batch of sequences stands: the mask and positions that every decoder steps by.
 
     `attention_mask` [B, P + S] int64, as in `Spliced`, of all rows so far and the S that come next; `position_ids`
-    [B, S] or [3, B, S] int64 of the latter. Positions count on by one from the prompt's last.
+    [B, S] or [3, B, S] int64 of the latter, and `following` those of the token after them.
     """
 
     attention_mask: Ints
     position_ids: Ints
+    following: Ints
 
     @staticmethod
     def of(spliced: Spliced) -> "Place":
         """The place at the prompt, before the prefill."""
-        return Place(spliced.attention_mask, spliced.position_ids)
+        return Place(spliced.attention_mask, spliced.position_ids, spliced.following)
 
     def step(self) -> None:
         """Move on by one token a row: the mask gains a column of ones, `position_ids` become that token's."""
         more = np.ones((len(self.attention_mask), 1), np.int64)
         self.attention_mask = np.concatenate([self.attention_mask, more], axis=1)
-        self.position_ids = self.position_ids[..., -1:] + 1
+        self.position_ids, self.following = self.following, self.following + 1
+
+
+class Reading(Generic[T]):
+    """An iterator that frees what it reads from by `free`, once: at its end, when it fails, is closed, or is lost.
+
+    A generator that was not begun does nothing of the kind, whatever its `finally` says.
+    """
+
+    def __init__(self, items: Iterator[T], free: Callable[[], object]) -> None:
+        self._items = items
+        self._free = finalize(self, free)
+        self._free.atexit = False
+
+    def __iter__(self) -> "Reading[T]":
+        return self
+
+    def __next__(self) -> T:
+        try:
+            return next(self._items)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Abandon what has not been read."""
+        self._items = iter(())
+        self._free()
 
 
 @dataclass(frozen=True)
@@ -148,9 +178,12 @@ def answers(
     sequence: Sequence, sampling: Sampling, eos: frozenset[int], prompts: abc.Sequence[abc.Sequence[int]]
 ) -> Iterator[list[Piece]]:
     """What a local sequence writes after its prompts (see `generate`); it is closed at the end, or when dropped."""
-    with closing(sequence):
-        for tokens in generate(sequence, sampling, eos, prompts):
-            yield [[] if token is None else [token] for token in tokens]
+    steps = generate(sequence, sampling, eos, prompts)
+    return Reading(map(_pieces, steps), sequence.close)
+
+
+def _pieces(tokens: abc.Sequence[int | None]) -> list[Piece]:
+    return [[] if token is None else [token] for token in tokens]
 
 
 def local_backend(bundle: Bundle, decoder: Decoder) -> LocalBackend:
@@ -158,8 +191,15 @@ def local_backend(bundle: Bundle, decoder: Decoder) -> LocalBackend:
     return LocalBackend(decoder, eos_token_ids(bundle), bundle.manifest.image_token_id)
 
 
-def together(streams: abc.Sequence[Iterator[Piece]]) -> Iterator[list[Piece]]:
+def together(streams: abc.Sequence[Reading[Piece]]) -> Iterator[list[Piece]]:
     """What each of several answers gains next, [] for one that has ended, until all have."""
+    all_of_them = ExitStack()
+    for stream in streams:
+        all_of_them.callback(stream.close)
+    return Reading(_in_turns(streams), all_of_them.close)
+
+
+def _in_turns(streams: abc.Sequence[Iterator[Piece]]) -> Iterator[list[Piece]]:
     running = dict(enumerate(streams))
     while running:
         pieces: list[Piece] = [[] for _ in streams]

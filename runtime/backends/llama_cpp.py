@@ -17,6 +17,7 @@ from resprune.runtime.backends.backend import (
     BackendFactory,
     Embedding,
     Piece,
+    Place,
     Request,
     answers,
     closed_early,
@@ -185,16 +186,17 @@ class LlamaSequence:
             self.close()
             raise
         self.logits: Floats = np.stack(logits)
-        self._next: Ints = positions[0, :, -1] + 1
+        self._place = Place.of(spliced)
 
     def step(self, tokens: Ints) -> None:
         """Append one token a row, all in one decode."""
         if self._model.closed:
             raise closed_early()
+        self._place.step()
         batch = range(len(tokens))
-        self._context.decode(tokens.astype(np.int32), self._next[None], list(batch), every=True)
+        positions = self._place.position_ids.reshape(-1, len(tokens))[:1]  # of text, the same on every axis
+        self._context.decode(tokens.astype(np.int32), positions, list(batch), every=True)
         self.logits = np.stack([self._context.logits(row) for row in batch])
-        self._next = self._next + 1
 
     def close(self) -> None:
         """Free the cache."""

@@ -9,7 +9,6 @@ import base64
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from resprune.runtime.backends.backend import (
     BackendFactory,
     Embedding,
     Piece,
+    Reading,
     Request,
     expanded_ids,
     require_plain_attention,
@@ -49,7 +49,8 @@ SGLANG_WITH_POSITIONS = (0, 5, 23)
 class Question:
     """One prompt on its way to a server.
 
-    `expanded_ids` has an image token for each row that is kept; `position_ids` [S] or [3, S] are its numbers.
+    `expanded_ids` has an image token for each row that is kept; `position_ids` [S] or [3, S] are its numbers, and
+    `ahead` is how far the one after them is ahead of S.
     """
 
     prompt: Prompt
@@ -58,6 +59,7 @@ class Question:
     position_ids: Ints
     sampling: Sampling
     model: str | None
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,18 +167,18 @@ class ServerBackend:
             request.spliced.position_ids[..., row, present],
             sampling,
             self._model,
+            request.spliced.ahead(row),
         )
 
-    def _read(self, question: Question, exchange: Exchange) -> Iterator[Piece]:
-        with closing(exchange), _understood(self._server, self._api):
-            yield from _held(self._api.read(question, exchange.events()), question.sampling.max_new_tokens)
+    def _read(self, question: Question, exchange: Exchange) -> Reading[Piece]:
+        pieces = _held(self._api.read(question, exchange.events()), question.sampling.max_new_tokens)
+        return Reading(_understood(pieces, self._server, self._api), exchange.close)
 
 
-@contextmanager
-def _understood(target: Server, api: Api) -> Iterator[None]:
-    """An event that lacks what its API promises is one sentence."""
+def _understood(pieces: Iterator[Piece], target: Server, api: Api) -> Iterator[Piece]:
+    """The pieces; an event that lacks what its API promises is one sentence."""
     try:
-        yield
+        yield from pieces
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise ResPruneError(
             f"{target.url} sent an event that is not one of {api.title}'s ({type(error).__name__}: {one_line(error)}); "
@@ -355,12 +357,11 @@ def _sglang_body(question: Question) -> dict[str, Any]:
         "stream": True,
     }
     if question.images:
-        positions = question.position_ids
         data = {
             "format": "precomputed_embedding",
             "feature": np.concatenate([kept.rows for kept in question.images]).tolist(),
-            "mrope_positions": positions.tolist(),
-            "mrope_position_delta": int(positions.max()) + 1 - positions.shape[-1],
+            "mrope_positions": question.position_ids.tolist(),
+            "mrope_position_delta": question.ahead,
         }
         body["image_data"] = [data]
     return body

@@ -5,8 +5,10 @@ It could not be installed here, so nothing of this has run on it: calls follow t
 torch, which therefore only this file of the runtime imports, and only together with it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
+from inspect import getgeneratorlocals
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from resprune.runtime.backends.backend import (
     BackendFactory,
     Embedding,
     Piece,
+    Reading,
     Request,
     expanded_ids,
     require_images,
@@ -126,7 +129,7 @@ class PyTorchBackend:
                 )
                 for prompt, images in zip(request.prompts, request.images, strict=True)
             ]
-        return together([_new_tokens(result) for result in results])
+        return together([Reading(_new_tokens(result), partial(_abort, result)) for result in results])
 
     def close(self) -> None:
         """Shut TensorRT-LLM's workers down."""
@@ -175,7 +178,8 @@ class EngineBackend:
                 output_sequence_lengths=True,
                 **drawing,
             )
-        return self._read(steps, [len(row) for row in ids])
+        pieces = self._read(steps, [len(row) for row in ids])
+        return Reading(pieces, partial(_cancel, self._runner, steps))
 
     def close(self) -> None:
         """Give the engine back."""
@@ -249,7 +253,7 @@ class Angles:
             spliced.position_ids[:, row, spliced.attention_mask[row] > 0]
             for row in range(len(request.prompts))
         ]
-        deltas = [[int(rows.max()) + 1 - rows.shape[1]] for rows in positions]
+        deltas = [[spliced.ahead(row)] for row in range(len(positions))]
         return _package().layers.MropeParams(
             mrope_rotary_cos_sin=_tensor(np.stack([self.table(rows).reshape(-1) for rows in positions])),
             mrope_position_deltas=_tensor(np.asarray(deltas, np.int32)),
@@ -268,17 +272,24 @@ def _drawing(sampling: Sampling, names: dict[str, str]) -> dict[str, Any]:
 
 
 def _new_tokens(result: Any) -> Iterator[Piece]:
-    """What each event of a streamed result adds; hangs up if it is not read to its end."""
+    """What each event of a streamed result adds."""
     seen = 0
-    try:
-        with _faults("answer"):
-            for event in result:
-                tokens = event.outputs[0].token_ids
-                yield [int(token) for token in tokens[seen:]]
-                seen = len(tokens)
-    except GeneratorExit:
+    with _faults("answer"):
+        for event in result:
+            tokens = event.outputs[0].token_ids
+            yield [int(token) for token in tokens[seen:]]
+            seen = len(tokens)
+
+
+def _abort(result: Any) -> None:
+    if not result.finished:
         result.abort()
-        raise
+
+
+def _cancel(runner: Any, steps: Generator[dict[str, Any]]) -> None:
+    """Stop what `ModelRunnerCpp.generate` enqueued: it hands out no ids, and has none once it has ended."""
+    for number in getgeneratorlocals(steps).get("request_ids", ()):
+        runner.session.cancel_request(number)
 
 
 def _require_contiguous(bundle: Bundle) -> None:

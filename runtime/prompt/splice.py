@@ -62,9 +62,20 @@ class Spliced:
     attention_mask: Ints
     row_inputs: dict[str, Array] = field(default_factory=dict)
 
+    @property
+    def following(self) -> Ints:
+        """`position_ids` [B, 1] or [3, B, 1] of the token after each prompt: one past its furthest position."""
+        axes = (*range(self.position_ids.ndim - 2), -1)
+        furthest: Ints = self.position_ids.max(axis=axes, keepdims=True)
+        return furthest + np.ones_like(self.position_ids[..., :1])
+
+    def ahead(self, row: int) -> int:
+        """How far the position after prompt `row` is ahead of the number of its rows."""
+        return int(self.following[..., row, 0].max() - np.count_nonzero(self.attention_mask[row]))
+
     def room(self, context_length: int) -> int:
         """How many tokens an answer may have; `ResPruneError` if the longest prompt leaves none."""
-        length = int(self.position_ids.max()) + 1
+        length = int(self.following.max())
         if length >= context_length:
             raise ResPruneError(
                 f"the question is past the context: {length} tokens with its images, limit {context_length}; "

@@ -60,6 +60,7 @@ class Recorded:
     prompts: tuple[Any, ...] = ()
     sampling: Any = None
     aborted: int = 0
+    cancelled: tuple[int, ...] = ()
     shut_down: bool = False
 
 
@@ -136,13 +137,15 @@ class Result:
     def __init__(self, recorded: Recorded, tokens: Iterator[int], stops: set[int | None]) -> None:
         self.recorded, self.tokens, self.stops = recorded, tokens, stops
         self.outputs = [SimpleNamespace(token_ids=[])]
+        self.finished = False
 
     def __iter__(self) -> Iterator[Result]:
         for token in self.tokens:
             self.outputs[0].token_ids.append(token)
             yield self
             if token in self.stops:
-                return
+                break
+        self.finished = True
 
     def abort(self) -> None:
         self.recorded.aborted += 1
@@ -165,6 +168,10 @@ class ModelRunnerCpp:
         self.recorded = recorded
         self.vocab_size = VOCAB_SIZE
         self.max_prompt_embedding_table_size = recorded.table_size
+        self.session = SimpleNamespace(cancel_request=self._cancel)
+
+    def _cancel(self, id: int) -> None:
+        self.recorded.cancelled += (id,)
 
     @classmethod
     def from_dir(
@@ -218,7 +225,8 @@ class ModelRunnerCpp:
                 "seed": kwargs.get("random_seed"),
             }
             streams.append(self._tokens(ids, prompt_table[task], mrope_params, row, settings))
-        return self._stream([ids.tolist() for ids in batch_input_ids], streams, end_id)
+        numbers = list(range(7, 7 + len(streams)))
+        return self._stream([ids.tolist() for ids in batch_input_ids], streams, end_id, request_ids=numbers)
 
     def _tokens(
         self, ids: Tensor, table: Tensor, mrope: MropeParams | None, row: int, settings: dict[str, Any]
@@ -237,7 +245,7 @@ class ModelRunnerCpp:
 
     @staticmethod
     def _stream(
-        prompts: list[list[int]], streams: list[Iterator[int]], end_id: int | None
+        prompts: list[list[int]], streams: list[Iterator[int]], end_id: int | None, *, request_ids: list[int]
     ) -> Iterator[dict[str, Tensor]]:
         """Rows begin with the prompt, which streaming does not leave out, and are filled up with `end_id`."""
         written = [list(prompt) for prompt in prompts]

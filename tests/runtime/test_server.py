@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from resprune import Pipeline, ResPruneError
+from resprune.runtime.backends.http_client import Exchange
 from resprune.runtime.backends.servers import APIS, KEY_VARIABLE, server
 from resprune.runtime.bundle.files import read_bundle
 from resprune.runtime.cli import main
@@ -121,6 +122,31 @@ def test_an_answer_comes_while_it_is_written(bundle: Path, tiny_model: Model) ->
         assert len(answer._row.token_ids) < 6
         with pytest.raises(ResPruneError, match=r"silent for 1\.5 seconds"):
             list(pieces)
+
+
+def test_an_answer_nobody_reads_hangs_up(
+    bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left in its middle or before its first piece, dropped or closed."""
+    hung_up: list[Exchange] = []
+    close = Exchange.close
+
+    def closed(exchange: Exchange) -> None:
+        hung_up.append(exchange)
+        close(exchange)
+
+    with Wire(tiny_model, fault=Fault(after=6, silent=True)) as wire, remote(bundle, wire) as vlm:
+        monkeypatch.setattr(Exchange, "close", closed)
+        for begun in (True, False):
+            for how in (lambda answer: answer.close(), lambda answer: None):
+                answer = vlm.ask(picture(1), QUESTION, max_new_tokens=STEPS)
+                if begun:
+                    next(iter(answer))
+                before = len(hung_up)
+                how(answer)
+                del answer
+                assert len(hung_up) == before + 1
+                assert hung_up[-1]._connection.sock is None
 
 
 @pytest.mark.parametrize("variant", ["next-llama"])

@@ -133,6 +133,8 @@ def test_positions_of_three_axes() -> None:
         [0, 1, 2, 2, 3, 4],
         [0, 2, 1, 2, 3, 4],
     ]
+    assert result.following.tolist() == [[[5]], [[5]], [[5]]]
+    assert result.ahead(0) == 5 - 6
 
 
 def test_what_is_left_of_the_context_is_that_of_the_longest_prompt() -> None:
@@ -140,6 +142,8 @@ def test_what_is_left_of_the_context_is_that_of_the_longest_prompt() -> None:
     pictures = [[kept([0, 1], 4, 100)], [kept([1, 2], 9, 200)]]
     result = splice([embed(row) for row in ids], ids, pictures, image_token_id=IMAGE, positions="original")
     assert result.position_ids.max() == 6
+    assert result.following.tolist() == [[7], [3]]
+    assert [result.ahead(row) for row in (0, 1)] == [7 - 5, 3 - 2]
     assert [result.room(limit) for limit in (8, 10)] == [1, 3]
     with pytest.raises(ResPruneError, match="past the context: 7 tokens with its images, limit 7"):
         result.room(7)

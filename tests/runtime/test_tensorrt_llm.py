@@ -97,17 +97,30 @@ def test_sampling_reaches_it(
     assert sent.get("temperature") is None
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_answer_nobody_reads_is_aborted(
-    bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
+    """Left in its middle or before its first piece, dropped or closed; not one that was read to its end."""
     recorded = install(monkeypatch, tiny_model)
-    with Pipeline.load(bundle, generator=pytorch_backend("model")) as vlm:
+
+    def stopped() -> int:
+        return recorded.aborted + len(recorded.cancelled)
+
+    with Pipeline.load(bundle, generator=BACKENDS[backend]("model")) as vlm:
         for _ in vlm.ask(picture(1), QUESTION, max_new_tokens=200):
             break
-        assert recorded.aborted == 1
+        assert stopped() == 1
+        vlm.ask(picture(1), QUESTION, max_new_tokens=200)
+        assert stopped() == 2
+        unread = vlm.ask(picture(1), QUESTION, max_new_tokens=200)
+        unread.close()
+        assert stopped() == 3
         vlm.ask(picture(1), QUESTION, max_new_tokens=3, stream=False)
-        assert recorded.aborted == 1
-    assert recorded.shut_down
+        del unread
+        assert stopped() == 3
+    assert set(recorded.cancelled) <= {7}
+    assert recorded.shut_down == (backend == "pytorch")
 
 
 def test_a_tokenizer_that_adds_bos_gets_the_prompt_without_it(
