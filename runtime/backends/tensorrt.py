@@ -1,15 +1,16 @@
 """A bundle's graphs as TensorRT engines on the GPU at hand, in either flavour of TensorRT, without PyTorch.
 
-An engine is shared; whoever runs it has a `Lane` of its own: contexts, buffers that only grow, and a stream. Graphs
-that keep nothing share one lane and take turns; every sequence of the decoder has its own. Its cache never leaves the
-GPU: what one step writes as `present.*` the next reads as `past_key_values.*`, from one of two sets of buffers.
+An engine is shared; whoever runs it has a `Lane` of its own: contexts, buffers that only grow, and a stream. A graph
+that keeps nothing has one lane, whose users take turns; every sequence of the decoder has its own. Its cache never
+leaves the GPU: what one step writes as `present.*` the next reads as `past_key_values.*`, from one of two sets of
+buffers.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,8 @@ class Lane:
         self._buffers = {tensor.name: Buffer() for tensor in tensors}
         self._fed: list[Array] = []
         self.stream = Stream()
+        self.turn = Lock()
+        """For who shares the lane with others."""
 
     def launch(
         self,
@@ -187,6 +190,9 @@ class Engines:
             lane = self._lanes.get(graph)
             if lane is None:
                 lane = self._lanes[graph] = Lane(self.engine(graph))
+        with lane.turn:
+            if self._closed:  # since the lane was found
+                raise already_closed()
             made = lane.launch(feeds, {}, {})
             specs = {tensor.name: tensor for tensor in self._bundle.manifest.graphs[graph].outputs}
             arrays = [np.empty(made[name].shape, specs[name].dtype) for name in outputs]
@@ -199,10 +205,12 @@ class Engines:
         """Give back engines, buffers and streams; what is running ends first."""
         with self._turn:
             self._closed = True
-            for lane in self._lanes.values():
-                lane.close()
+            lanes = [*self._lanes.values()]
             self._lanes.clear()
             self._engines.clear()
+        for lane in lanes:
+            with lane.turn:
+                lane.close()
 
 
 class TensorRTDecoder:

@@ -1,7 +1,8 @@
 """A stand-in for a GPU and its TensorRT, so that all but these two can be judged on a CPU.
 
-Device memory is host memory, handed out full of NaNs and watched at its ends; an "engine" is the path of its graph,
-which ONNX Runtime runs on what lies at the addresses it is told. Its objects have the methods of the real ones, whose
+Device memory is host memory, handed out full of NaNs and watched at its ends; what is put on a stream runs when that is
+waited for, and not before; an "engine" is the path of its graph, which ONNX Runtime runs on what then lies at the
+addresses it was told. Its objects have the methods of the real ones, whose
 presence `tests/runtime/test_tensorrt.py` checks, and none besides. It says nothing about TensorRT itself.
 """
 
@@ -11,6 +12,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -22,7 +24,7 @@ from resprune.exporter.tensorrt.profiles import Limits, profiles
 from resprune.runtime.backends.engines import graph_sources, set_name, target_name
 from resprune.runtime.backends.session import SessionOptions, open_session
 from resprune.runtime.bundle.files import Bundle, describe_file, read_bundle, write_manifest
-from resprune.runtime.bundle.manifest import EngineSet, EngineSpec
+from resprune.runtime.bundle.manifest import EngineSet, EngineSpec, axis_names, axis_size
 
 FLAVOUR, VERSION = "tensorrt-rtx", "0.0.stand-in"
 GUARD = 64
@@ -56,7 +58,7 @@ class Cuda:
     properties: Properties = field(default_factory=Properties)
     blocks: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
     allocations: int = 0
-    streams: set[int] = field(default_factory=set)
+    streams: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
     streams_made: int = 0
     turn: Any = field(default_factory=RLock)
     cudaMemcpyKind = CopyKind  # noqa: N815
@@ -73,15 +75,17 @@ class Cuda:
     def cudaStreamCreate(self) -> tuple[Status, int]:  # noqa: N802
         with self.turn:
             self.streams_made += 1
-            self.streams.add(self.streams_made)
+            self.streams[self.streams_made] = []
             return Status.cudaSuccess, self.streams_made
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[Status]:  # noqa: N802
-        assert stream in self.streams
+        waiting = self.streams[stream]
+        while waiting:
+            waiting.pop(0)()
         return (Status.cudaSuccess,)
 
     def cudaStreamDestroy(self, stream: int) -> tuple[Status]:  # noqa: N802
-        self.streams.remove(stream)
+        del self.streams[stream]
         return (Status.cudaSuccess,)
 
     def cudaMalloc(self, size: int) -> tuple[Status, int]:  # noqa: N802
@@ -104,9 +108,11 @@ class Cuda:
         return (Status.cudaSuccess,)
 
     def cudaMemcpyAsync(self, to: int, from_: int, size: int, kind: CopyKind, stream: int) -> tuple[Status]:  # noqa: N802
-        assert stream in self.streams
-        self.check(to if kind is CopyKind.cudaMemcpyHostToDevice else from_, size)
-        ctypes.memmove(to, from_, size)
+        def copy() -> None:
+            self.check(to if kind is CopyKind.cudaMemcpyHostToDevice else from_, size)
+            ctypes.memmove(to, from_, size)
+
+        self.streams[stream].append(copy)
         return (Status.cudaSuccess,)
 
     def in_use(self) -> int:
@@ -146,7 +152,6 @@ class IExecutionContext:
         self._profile = self._stream = 0
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
-        self._made: dict[str, np.ndarray[Any, Any]] = {}
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         assert stream in self._engine.cuda.streams
@@ -155,7 +160,6 @@ class IExecutionContext:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self._shapes[name] = shape
-        self._made = {}
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -164,30 +168,26 @@ class IExecutionContext:
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self._outputs()[name].shape
+        inputs, outputs = self._engine.spec.inputs, self._engine.spec.outputs
+        sizes = {
+            axis: size
+            for spec in inputs
+            for axis, size in zip(spec.shape, self._shapes[spec.name], strict=True)
+            if isinstance(axis, str)
+        }
+        (spec,) = (spec for spec in outputs if spec.name == name)
+        if all(each in sizes for axis in spec.shape for each in axis_names(axis)):
+            return tuple(axis_size(axis, sizes) for axis in spec.shape)
+        blank = {spec.name: np.zeros(self._shapes[spec.name], spec.dtype) for spec in inputs}
+        (made,) = self._engine.session.run([name], blank)
+        return tuple(made.shape)
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == self._stream, "a context that two streams run"
-        for name, array in self._outputs().items():
-            self._engine.cuda.check(self._addresses[name], array.nbytes)
-            ctypes.memmove(self._addresses[name], array.ctypes.data, array.nbytes)
+        run = partial(self._engine._run, dict(self._shapes), dict(self._addresses))
+        self._engine.cuda.streams[stream].append(run)
         self._engine.runs.append((self._engine.graph, self._profile))
         return True
-
-    def _outputs(self) -> dict[str, np.ndarray[Any, Any]]:
-        """What the run will give, made when the first shape of it is asked for."""
-        if self._made:
-            return self._made
-        session = self._engine.session
-        feeds = {}
-        for spec in self._engine.spec.inputs:
-            array = np.empty(self._shapes[spec.name], spec.dtype)
-            self._engine.cuda.check(self._addresses[spec.name], array.nbytes)
-            ctypes.memmove(array.ctypes.data, self._addresses[spec.name], array.nbytes)
-            feeds[spec.name] = array
-        names = [spec.name for spec in self._engine.spec.outputs]
-        self._made = dict(zip(names, map(np.ascontiguousarray, session.run(names, feeds)), strict=True))
-        return self._made
 
 
 class ICudaEngine:
@@ -195,6 +195,19 @@ class ICudaEngine:
         self.graph, self.cuda, self.runs = graph, cuda, runs
         self.spec = bundle.manifest.graphs[graph]
         self.session = open_session(bundle, graph, SessionOptions(threads=1))
+
+    def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        feeds = {}
+        for spec in self.spec.inputs:
+            array = np.empty(shapes[spec.name], spec.dtype)
+            self.cuda.check(addresses[spec.name], array.nbytes)
+            ctypes.memmove(array.ctypes.data, addresses[spec.name], array.nbytes)
+            feeds[spec.name] = array
+        names = [spec.name for spec in self.spec.outputs]
+        for name, array in zip(names, self.session.run(names, feeds), strict=True):
+            made = np.ascontiguousarray(array)
+            self.cuda.check(addresses[name], made.nbytes)
+            ctypes.memmove(addresses[name], made.ctypes.data, made.nbytes)
 
     def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> IExecutionContext:
         assert strategy is ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from tests.runtime.ways import PICTURES, QUESTIONS, alone, wrong_at_once
 
 OPTIONS = SessionOptions(threads=1)
 STEPS = 40
+THREADS, ROUNDS = 8, 24
 # As other tests export them.
 MODELS: dict[str, dict[str, Any]] = {
     "clip-llama": {"k": 7},
@@ -145,21 +147,49 @@ def test_answers_at_once_are_those_given_alone(place: Place, bundles: Callable[[
     """In turns in one thread, in many threads, some left unread; and all they had is given back."""
     root = bundles("clip-llama")
     place.equip(root)
-    with Pipeline.load(root, engines=place.flavour) as vlm, ThreadPoolExecutor(4) as threads:
-        wanted = alone(vlm, PICTURES[:2])
-        assert len({str(tokens) for tokens in wanted.values()}) > 10, "shows nothing"
+    with Pipeline.load(root, engines=place.flavour) as vlm, ThreadPoolExecutor(THREADS) as threads:
+        wanted = alone(vlm)
+        assert len({str(tokens) for tokens in wanted.values()}) > 20, "shows nothing"
         gc.collect()
         before = held(place)
         reading = [iter(vlm.ask(path, QUESTIONS[0], max_new_tokens=8)) for path in PICTURES]
         in_turns = ["".join(pieces) for pieces in zip(*zip_longest(*reading, fillvalue=""), strict=True)]
         assert in_turns == [vlm.ask(path, QUESTIONS[0], max_new_tokens=8).text for path in PICTURES]
-        assert wrong_at_once(vlm, wanted, threads, range(4), 12) == []
+        assert wrong_at_once(vlm, wanted, threads, range(THREADS), ROUNDS) == []
         unread = vlm.ask(PICTURES[0], QUESTIONS[0])
         next(iter(unread))
         assert place.cuda is None or held(place) > before
         del unread, reading
         assert held(place) == before
     assert held(place) == (0, 0)
+
+
+def test_a_graph_that_runs_keeps_no_other_waiting(
+    stand_in: Place, bundles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of an open answer embeds its token while another thread's image is encoded; closing waits for both."""
+    engines = Engines(FLAVOUR, with_engines(bundles("clip-llama")), OPTIONS)
+    encoder = engines.engine("vision_encoder")._engine
+    running, go_on, run = Event(), Event(), encoder._run
+
+    def waits(*given: Any) -> None:
+        running.set()
+        assert go_on.wait(60)
+        run(*given)
+
+    monkeypatch.setattr(encoder, "_run", waits)
+    pixels = {"pixel_values": np.zeros((1, 3, 32, 32), np.float32)}
+    with ThreadPoolExecutor(2) as threads:
+        encoded = threads.submit(engines.run, "vision_encoder", pixels, ["image_features"])
+        assert running.wait(60)
+        (embeds,) = engines.run("embed_tokens", {"input_ids": np.array([[300]])}, ["inputs_embeds"])
+        assert embeds.shape == (1, 1, 48)
+        assert not encoded.done()
+        closed = threads.submit(engines.close)
+        go_on.set()
+        closed.result()
+    assert encoded.result()[0].shape == (1, 16, 48)
+    assert held(stand_in) == (0, 0)
 
 
 def held(place: Place) -> tuple[int, int]:

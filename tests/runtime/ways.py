@@ -33,13 +33,20 @@ def batch(vlm: Pipeline, path: Path, question: str) -> list[list[int]]:
     return [answer.token_ids for answer in answers]
 
 
+def hold(vlm: Pipeline, path: Path, question: str) -> list[list[int]]:
+    """An answer that waits unread while others come and go."""
+    held = vlm.ask(path, question, max_new_tokens=8)
+    other = vlm.ask(path, QUESTIONS[2], max_new_tokens=8).token_ids
+    return [other, held.token_ids]
+
+
 def abandon(vlm: Pipeline, path: Path, question: str) -> list[list[int]]:
     """A reader that stops after the first piece."""
     next(iter(vlm.ask(path, question, max_new_tokens=8)))
     return []
 
 
-WAYS: tuple[Ask, ...] = (ask, look, chat, batch, abandon)
+WAYS: tuple[Ask, ...] = (ask, look, chat, batch, hold, abandon)
 
 
 def alone(vlm: Pipeline, pictures: Iterable[Path] = PICTURES) -> dict[Case, list[list[int]]]:
