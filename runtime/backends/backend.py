@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
-from weakref import finalize
 
 import numpy as np
 
@@ -104,8 +103,7 @@ class Reading(Generic[T]):
 
     def __init__(self, items: Iterator[T], free: Callable[[], object]) -> None:
         self._items = items
-        self._free = finalize(self, free)
-        self._free.atexit = False
+        self._free: Callable[[], object] | None = free
 
     def __iter__(self) -> "Reading[T]":
         return self
@@ -119,8 +117,12 @@ class Reading(Generic[T]):
 
     def close(self) -> None:
         """Abandon what has not been read."""
-        self._items = iter(())
-        self._free()
+        free, self._free = self._free, None
+        if free is not None:
+            self._items = iter(())
+            free()
+
+    __del__ = close
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,9 @@ class Backend(Protocol):
     def start(self, request: Request, sampling: Sampling) -> Iterator[list[Piece]]:
         """Take the prompts in, then yield what each answer gained, one entry a prompt, until all have ended.
 
-        The token that ended an answer is among its ids. Dropping the iterator abandons the answers. Raises
-        `ResPruneError`, here or while the answers are read, for what the user can put right.
+        The token that ended an answer is among its ids. Dropping the iterator abandons the answers, even before the
+        first is read: see `Reading`. Raises `ResPruneError`, here or while the answers are read, for what the user can
+        put right.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -62,7 +63,7 @@ class Spliced:
     attention_mask: Ints
     row_inputs: dict[str, Array] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def following(self) -> Ints:
         """`position_ids` [B, 1] or [3, B, 1] of the token after each prompt: one past its furthest position."""
         axes = (*range(self.position_ids.ndim - 2), -1)
