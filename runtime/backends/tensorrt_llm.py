@@ -288,8 +288,9 @@ def _abort(result: Any) -> None:
 
 def _cancel(runner: Any, steps: Generator[dict[str, Any]]) -> None:
     """Stop what `ModelRunnerCpp.generate` enqueued: it hands out no ids, and has none once it has ended."""
+    executor = getattr(runner, "session", None) or runner.executor  # as versions have it
     for number in getgeneratorlocals(steps).get("request_ids", ()):
-        runner.session.cancel_request(number)
+        executor.cancel_request(number)
 
 
 def _require_contiguous(bundle: Bundle) -> None:
