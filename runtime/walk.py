@@ -173,14 +173,10 @@ class Walk:
         if self.splits and any(one.features is None for one in encoded):
             encoded = self.encode([one.image for one in encoded])
         kept: list[KeptTokens] = []
-        if any(
-            budget > self.manifest.selection.k for budget in budgets
-        ):  # those are kept whole, without the selector
+        most = self.manifest.selection.k
+        if max(budgets) > most:  # those are kept whole, without the selector
             for one, words, budget in zip(encoded, text, budgets, strict=True):
-                if budget > self.manifest.selection.k:
-                    kept.append(_whole(one))
-                else:
-                    kept += self._select_batch([one], [words], [budget])
+                kept += [_whole(one)] if budget > most else self._select_batch([one], [words], [budget])
             return kept
         for start, stop in self._batches(len(encoded)):
             of_batch = slice(start, stop)
@@ -276,8 +272,8 @@ class Walk:
 
     def _batches(self, count: int) -> list[tuple[int, int]]:
         """Which images go through a graph together."""
-        step = self.preprocessor.max_batch or count
-        return [(start, min(start + step, count)) for start in range(0, count, step)]
+        most = self.preprocessor.max_batch or count
+        return [(start, min(start + most, count)) for start in range(0, count, most)]
 
 
 def step(answers: Iterator[list[Piece]]) -> list[Piece] | None:

@@ -55,7 +55,7 @@ from resprune.names import (
 from resprune.runtime.bundle.files import Bundle
 from resprune.runtime.bundle.precisions import COMPONENTS, TABLE, Choice
 from resprune.runtime.prompt.prompter import Prompt
-from resprune.runtime.sampling import Sampling
+from resprune.runtime.sampling import LARGEST_ID, Sampling
 from resprune.runtime.walk import SPLIT, step
 
 SIZES = {"batch_size": 3, "sequence_length": 4, "past_sequence_length": 6}
@@ -351,9 +351,10 @@ class Verifier:
         paths = {graph: self._path(graph) for graph in graphs}
         manifest = self._bundle.manifest
         specs = {graph: manifest.graphs[graph] for graph in (VISION_SELECT, *graphs)}
-        bundle = replace(self._bundle, manifest=replace(manifest, graphs=specs))
+        # However many tokens are kept: what a context has no room for, the runtime refuses of questions.
+        manifest = replace(manifest, graphs=specs, context_length=LARGEST_ID)
         runner = WorkerBundle(worker, paths)
-        return QuestionWalk(bundle, runner, question), runner
+        return QuestionWalk(replace(self._bundle, manifest=manifest), runner, question), runner
 
     def _path(self, graph: str) -> Path:
         return self._bundle.root / self._bundle.manifest.graphs[graph].file
