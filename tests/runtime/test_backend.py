@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from resprune import Pipeline
-from resprune.runtime.backends.backend import Backend, Embedding, Piece, Request
+from resprune.runtime.backends.backend import Backend, Embedding, Piece, Reading, Request, together
 from resprune.runtime.backends.onnxruntime import onnxruntime_backend
 from resprune.runtime.backends.session import SessionOptions
 from resprune.runtime.bundle.files import Bundle
@@ -81,3 +82,33 @@ def test_text_without_ids_is_taken_as_it_comes(bundle: Path) -> None:
     assert pieces[1] == f" {tokenizer.id_to_token(ids[1])}"
     assert answer.text == " ".join(tokenizer.id_to_token(token) for token in ids)
     assert answer.token_ids == []
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("how", ["closed", "dropped", "read to its end", "failed"])
+def test_what_an_answer_is_read_from_is_freed_once(begun: bool, how: str) -> None:
+    freed: list[int] = []
+
+    def tokens() -> Iterator[Piece]:
+        yield [1]
+        if how == "failed":
+            raise RuntimeError("broken")
+        yield [2]
+
+    def stream(number: int) -> Reading[Piece]:
+        return Reading(tokens(), lambda: freed.append(number))
+
+    answers: Any = together([stream(0), stream(1)])
+    if begun:
+        assert next(answers) == [[1], [1]]
+    assert freed == []
+    if how == "closed":
+        answers.close()
+        assert next(answers, None) is None
+    elif how == "read to its end":
+        assert list(answers)[-1] == [[], []]
+    elif how == "failed":
+        with pytest.raises(RuntimeError, match="broken"):
+            list(answers)
+    del answers
+    assert sorted(freed) == [0, 1]
