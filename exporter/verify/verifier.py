@@ -38,7 +38,14 @@ from resprune.exporter.verify.ort_worker import OrtWorker, WorkerBundle
 from resprune.exporter.verify.pruning import pruned_picks
 from resprune.exporter.verify.question import Question, QuestionWalk, Selected, seeded
 from resprune.exporter.verify.reference import counts_within_rounding, keep, kept_counts, whole_groups
-from resprune.exporter.verify.text import after_text, agreeing, every_logit, every_position, whole_text
+from resprune.exporter.verify.text import (
+    after_text,
+    agreeing,
+    every_logit,
+    every_position,
+    knows_text,
+    whole_text,
+)
 from resprune.names import (
     DECODER,
     EARLY_INDICES,
@@ -53,7 +60,7 @@ from resprune.names import (
     VISION_SELECT,
 )
 from resprune.runtime.bundle.files import Bundle
-from resprune.runtime.bundle.precisions import COMPONENTS, TABLE, Choice
+from resprune.runtime.bundle.precisions import COMPONENTS, TABLE, Choice, Precision
 from resprune.runtime.prompt.prompter import Prompt
 from resprune.runtime.sampling import LARGEST_ID, Sampling
 from resprune.runtime.walk import SPLIT, step
@@ -81,19 +88,21 @@ class Verifier:
         text: Tensor,
         *,
         whole: bool,
+        decoder: bool = True,
     ) -> None:
         """`bundle` may get its graphs later; `text` are token ids [T] of running text for the decoder.
 
-        That is compared `whole` or by layers.
+        That is compared `whole` or by layers, or there is no `decoder`.
         """
         self._bundle, self._selection = bundle, bundle.manifest.selection
         self._components, self._stored = components, stored
         self._choice, self._text = choice, text
+        self._judges_text = whole and decoder
         self.exact: Collection[str] = ()
-        vision, decoder, embed = (TABLE[getattr(choice, part)].exact for part in COMPONENTS)
-        if vision:
-            self.exact = COUNTED if decoder and embed else SELECTED
-        self.least = {TEXT: choice.of(DECODER).agreement}
+        exact = {part: TABLE[getattr(choice, part)].exact for part in COMPONENTS}
+        if exact["vision"]:
+            self.exact = COUNTED if all(exact.values()) else SELECTED
+        self.least: dict[str, float] = {}
         config: Any = copy.deepcopy(components.model.config)
         config._attn_implementation = "sdpa"
         self._config: Any = config
@@ -166,8 +175,9 @@ class Verifier:
             got = worker.run(cut, feeds(self._components.decoder, inputs))
         finally:
             cut.unlink()
+        row = self._choice.of_file(graph.stem)
         differences = [
-            self._difference(graph.stem, name, values, want)
+            difference(graph.stem, name, values, want, row.of_layers(name))
             for (name, values), want in zip(got.items(), wanted, strict=True)
         ]
         return differences, chosen
@@ -197,17 +207,28 @@ class Verifier:
 
     def compare_text(self, worker: OrtWorker, graph: Path) -> tuple[list[Difference], dict[str, Counted]]:
         """The decoder's logits at every position of running text, and how many have PyTorch's most likely token."""
-        component = self._components.decoder
-        inputs = whole_text(component, self._embeds(self._text))
-        want = every_logit(component, self._holding(component), inputs)
+        inputs, want = self._wanted_text
+        row = self._row(graph.stem)
+        self.least = {TEXT: row.agreement}
         wide = every_position(graph)
         try:
-            got = worker.run(wide, feeds(component, inputs))["logits"][0]
+            got = worker.run(wide, feeds(self._components.decoder, inputs))["logits"][0]
         finally:
             wide.unlink()
         same = agreeing(torch.from_numpy(got), want)
-        row = text_difference(graph.stem, got, want, self._choice.of_file(graph.stem))
-        return [row], {TEXT: (sum(same), len(same))}
+        return [text_difference(graph.stem, got, want, row)], {TEXT: (sum(same), len(same))}
+
+    @cached_property
+    def _wanted_text(self) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The decoder's inputs of running text, and its logits of every position."""
+        component = self._components.decoder
+        inputs = whole_text(component, self._embeds(self._text))
+        return inputs, every_logit(component, self._holding(component), inputs)
+
+    @cached_property
+    def _knows_text(self) -> bool:
+        """Whether the weights are trained as far as can be told: a decoder that is compared by layers tells nothing."""
+        return self._judges_text and knows_text(self._wanted_text[1], self._text)
 
     def compare_selection(self, worker: OrtWorker) -> tuple[list[Difference], dict[str, Counted]]:
         """`vision_select` against the reference: differences, and how many picks and counts are equal.
@@ -373,7 +394,12 @@ class Verifier:
         return seeded(self._components, self._embeds, self._vocab_size, sizes, seed)
 
     def _difference(self, graph: str, output: str, got: NDArray[Any], want: Tensor) -> Difference:
-        return difference(graph, output, got, want, self._choice.of_file(graph))
+        return difference(graph, output, got, want, self._row(graph))
+
+    def _row(self, graph: str) -> Precision:
+        """What a graph is judged by."""
+        row = self._choice.of_file(graph)
+        return row if self._knows_text else row.of_untaught()
 
 
 def _kept_early(got: Mapping[str, NDArray[Any]]) -> tuple[Tensor, ...]:

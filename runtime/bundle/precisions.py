@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from resprune.elements import FLOATS
 from resprune.names import DECODER, EMBED_TOKENS, VISION_ENCODER, VISION_SELECT
@@ -44,8 +44,13 @@ class Precision:
     snr: float
     """Least signal-to-noise ratio of an output in dB: 20 is a noise of a tenth, 6 of a half."""
     agreement: float
-    """Least share of positions in running text with PyTorch's most likely token. It catches a graph that is wrong:
-    random weights, whose logits are all alike, reach no more, and trained ones far more (docs/precision.md)."""
+    """Least share of positions in running text with PyTorch's most likely token."""
+    untaught: tuple[float, float]
+    """In place of `snr` and `agreement` where the weights know no text: the logits of random ones are all alike, and
+    each layer makes more of what the one before it lost."""
+    layers: tuple[float, float]
+    """In place of `snr`, of the cache and of the logits, where a few layers are run alone: little adds up there, but
+    whether the weights know text is not seen."""
     embeds_for: tuple[str, ...]
     """The element types of tower and decoder beside which embeddings can be it; none: it is for products alone."""
     alone: tuple[str, ...] = ()
@@ -62,6 +67,16 @@ class Precision:
     head_bits: int | None = None
     """As `bits`, of the output head: rounding it to 4 bits costs more than rounding all layers."""
 
+    def of_untaught(self) -> Precision:
+        """The row for weights that know no text."""
+        snr, agreement = self.untaught
+        return replace(self, snr=snr, agreement=agreement)
+
+    def of_layers(self, output: str) -> Precision:
+        """The row for an output of a few layers that are run alone."""
+        cache, logits = self.layers
+        return replace(self, snr=logits if output == "logits" else cache)
+
 
 TABLE = {
     row.word: row
@@ -74,6 +89,8 @@ TABLE = {
             atol=1e-4,
             snr=60,
             agreement=0.99,
+            untaught=(60, 0.99),
+            layers=(60, 60),
             embeds_for=("float32",),
             text_atol=1e-4,
             exact=True,
@@ -84,8 +101,10 @@ TABLE = {
             "float16",
             "GPUs, TensorRT; a CPU widens it",
             atol=5e-2,
-            snr=30,
-            agreement=0.9,
+            snr=40,
+            agreement=0.97,
+            untaught=(30, 0.9),
+            layers=(50, 40),
             embeds_for=FLOATS,
             text_atol=5e-2,
         ),
@@ -95,8 +114,10 @@ TABLE = {
             "bfloat16",
             "TensorRT, CUDA",
             atol=1e-1,
-            snr=15,
-            agreement=0.6,
+            snr=25,
+            agreement=0.85,
+            untaught=(14, 0.6),
+            layers=(32, 25),
             embeds_for=("bfloat16",),
         ),
         Precision(
@@ -105,8 +126,10 @@ TABLE = {
             "float32",
             "CPUs",
             atol=0.35,
-            snr=8,
-            agreement=0.3,
+            snr=12,
+            agreement=0.7,
+            untaught=(8, 0.3),
+            layers=(23, 14),
             embeds_for=(),
             alone=("int8", "int8", "fp32"),
             quantized=True,
@@ -117,8 +140,10 @@ TABLE = {
             "float32",
             "ONNX Runtime: CPU, CUDA, WebGPU",
             atol=0.15,
-            snr=14,
-            agreement=0.6,
+            snr=18,
+            agreement=0.85,
+            untaught=(14, 0.6),
+            layers=(25, 14),
             embeds_for=FLOATS,
             quantized=True,
             bits=8,
@@ -130,8 +155,10 @@ TABLE = {
             "float32",
             "ONNX Runtime: CPU, CUDA, WebGPU",
             atol=1.0,
-            snr=4,
-            agreement=0.2,
+            snr=6.5,
+            agreement=0.5,
+            untaught=(4, 0.2),
+            layers=(9, 4),
             embeds_for=FLOATS,
             alone=("fp32", "q4", "fp32"),
             quantized=True,
@@ -144,8 +171,10 @@ TABLE = {
             "float16",
             "ONNX Runtime: CUDA, WebGPU",
             atol=1.0,
-            snr=4,
-            agreement=0.2,
+            snr=6.5,
+            agreement=0.5,
+            untaught=(4, 0.2),
+            layers=(9, 4),
             embeds_for=("float16",),
             alone=("fp16", "q4f16", "fp16"),
             quantized=True,

@@ -131,7 +131,12 @@ def test_every_row_is_whole() -> None:
         assert parse_dtype(",".join(f"{part}={getattr(choice, part)}" for part in COMPONENTS)) == choice
         assert re.search(rf"^\| {row.word} \|.*\| {re.escape(row.runs)} \|$", page, re.MULTILINE)
         assert 0 < row.atol <= 1
-        assert row.snr > 2.5, "an output that lost three quarters has 2.5 dB"
+        (snr, agreement), (cache, logits), percent = row.untaught, row.layers, 100 * row.agreement
+        noise = rf"{row.snr:g} dB( \({snr:g}\))? \| {cache:g} dB, {logits:g} dB"
+        bounds = rf"{noise} \| {percent:g} %( \({100 * agreement:g}\))?"
+        assert re.search(rf"^\| {row.word} \| {bounds} \|$", page, re.MULTILINE)
+        assert row.untaught[0] > 2.5, "an output that lost three quarters has 2.5 dB"
+        assert row.snr > 6.1, "an output that lost half has 6"
 
 
 @pytest.mark.parametrize("name", PRESETS)
