@@ -160,8 +160,15 @@ class _Export:
             written = in_turn(partial(write, part) for part in parts)
             tokenizer = Tokenizer.from_file(str(self.work / "tokenizer.json"))
             text = ids_of(tokenizer, int(components.decoder.outputs[0].shape[2]))
-            at_once = {"whole": whole is not None, "decoder": self.options.decoder}
-            verifier = Verifier(bundle, components, stored, choice, text, **at_once)
+            verifier = Verifier(
+                bundle,
+                components,
+                stored,
+                choice,
+                text,
+                whole=whole is not None,
+                decoder=self.options.decoder,
+            )
             verifier.prepare()  # while the first graphs are traced
             self._embed(next(written), components, verifier, worker)
             self._vision(next(written), components, verifier, worker)

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from resprune.exporter.tensorrt.profiles import Limits, profiles
+from resprune.exporter.tensorrt.limits import Limits
+from resprune.exporter.tensorrt.profiles import profiles
 from resprune.runtime.backends.engines import graph_sources, set_name, target_name
 from resprune.runtime.backends.session import SessionOptions, open_session
 from resprune.runtime.bundle.files import Bundle, describe_file, read_bundle, write_manifest

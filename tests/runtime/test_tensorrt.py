@@ -18,7 +18,7 @@ import pytest
 
 from resprune import Pipeline, ResPruneError
 from resprune.exporter.tensorrt.engines import build
-from resprune.exporter.tensorrt.profiles import Limits
+from resprune.exporter.tensorrt.limits import Limits
 from resprune.runtime.backends.backend import Embedding
 from resprune.runtime.backends.cuda import Buffer, gpu_at_hand
 from resprune.runtime.backends.engines import WIDENED_BY, choose_engines, installed_flavours
