@@ -43,7 +43,7 @@ from resprune.exporter.verify.text import (
     agreeing,
     every_logit,
     every_position,
-    knows_text,
+    trained,
     whole_text,
 )
 from resprune.names import (
@@ -226,9 +226,9 @@ class Verifier:
         return inputs, every_logit(component, self._holding(component), inputs)
 
     @cached_property
-    def _knows_text(self) -> bool:
+    def _trained(self) -> bool:
         """Whether the weights are trained as far as can be told: a decoder that is compared by layers tells nothing."""
-        return self._judges_text and knows_text(self._wanted_text[1], self._text)
+        return self._judges_text and trained(self._wanted_text[1], self._text)
 
     def compare_selection(self, worker: OrtWorker) -> tuple[list[Difference], dict[str, Counted]]:
         """`vision_select` against the reference: differences, and how many picks and counts are equal.
@@ -399,7 +399,7 @@ class Verifier:
     def _row(self, graph: str) -> Precision:
         """What a graph is judged by."""
         row = self._choice.of_file(graph)
-        return row if self._knows_text else row.of_untaught()
+        return row if self._trained else row.of_untaught()
 
 
 def _kept_early(got: Mapping[str, NDArray[Any]]) -> tuple[Tensor, ...]:

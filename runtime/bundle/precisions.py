@@ -46,11 +46,11 @@ class Precision:
     agreement: float
     """Least share of positions in running text with PyTorch's most likely token."""
     untaught: tuple[float, float]
-    """In place of `snr` and `agreement` where the weights know no text: the logits of random ones are all alike, and
+    """In place of `snr` and `agreement` where the weights are not trained: the logits of random ones are all alike, and
     each layer makes more of what the one before it lost."""
     layers: tuple[float, float]
     """In place of `snr`, of the cache and of the logits, where a few layers are run alone: little adds up there, but
-    whether the weights know text is not seen."""
+    whether the weights are trained is not seen."""
     embeds_for: tuple[str, ...]
     """The element types of tower and decoder beside which embeddings can be it; none: it is for products alone."""
     alone: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class Precision:
     """As `bits`, of the output head: rounding it to 4 bits costs more than rounding all layers."""
 
     def of_untaught(self) -> Precision:
-        """The row for weights that know no text."""
+        """The row for weights that are not trained."""
         snr, agreement = self.untaught
         return replace(self, snr=snr, agreement=agreement)
 

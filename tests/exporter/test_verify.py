@@ -31,7 +31,7 @@ from resprune.exporter.verify.difference import (
     verdict,
 )
 from resprune.exporter.verify.reference import keep, kept_counts
-from resprune.exporter.verify.text import knows_text
+from resprune.exporter.verify.text import trained
 from resprune.exporter.verify.verifier import SEEDS, Verifier
 from resprune.method import Selection
 from resprune.runtime import walk
@@ -53,7 +53,7 @@ def test_nan_is_a_miss():
 
 @pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)
 def test_a_graph_that_loses_half_of_an_output_fails_in_every_precision(row: Precision):
-    """Three quarters, if the weights know no text."""
+    """Three quarters, if the weights are not trained."""
     want = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(40, 50, generator=torch.Generator().manual_seed(1))
     for judge, lost in (
@@ -92,15 +92,16 @@ WORDS = torch.randint(300, (256,), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 2.0, 7.0])
-def test_random_weights_know_no_text_however_sure_they_are(spread: float):
-    """Nor do trained ones whose tokens are in disorder; some that guess the next token now and then do."""
-    assert not knows_text(logits_of(WORDS, 0, spread), WORDS)
-    assert knows_text(logits_of(WORDS, 4 + spread**2, spread), WORDS)
-    assert not knows_text(logits_of(WORDS, 4 + spread**2, spread), WORDS.flip(0))
+def test_random_weights_are_not_trained_however_sure_they_are(spread: float):
+    """Those are which guess the next token now and then, or are sure of another as random ones are not."""
+    assert not trained(logits_of(WORDS, 0, spread), WORDS)
+    assert not trained(logits_of(WORDS, spread, spread), WORDS.flip(0))
+    assert trained(logits_of(WORDS, 4 + spread**2, spread), WORDS)
+    assert trained(logits_of(WORDS, 6 * spread, spread), WORDS.flip(0))
 
 
 @pytest.mark.parametrize(("height", "lost"), [(0, 0.5), (0, 0.75), (6, 0.5), (6, 0.3)])
-def test_what_knows_text_may_lose_less_of_it(
+def test_what_is_trained_may_lose_less_of_its_logits(
     height: float,
     lost: float,
     proof: Callable[..., Verifier],
