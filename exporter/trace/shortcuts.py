@@ -26,6 +26,7 @@ _registry = cache(ONNXRegistry.from_torchlib)
 """The translations of 500 operators, for which the sources of each are read; an export changes none."""
 _decompositions = cache(_decomp.create_onnx_friendly_decomposition_table)
 _rewrite = RewriteRule.try_rewrite
+_ = dynamo.fake_tensor_cache_enabled  # to fail here, not in a trace
 
 
 def _decomposed(registered: set[Any]) -> dict[Any, Any]:
@@ -51,9 +52,11 @@ class _Promoter(_TypePromotionInterpreter):
 
 def _try_rewrite(rule: RewriteRule, model: ir.Model, graph: Any, node: ir.Node, **options: Any) -> Any:
     """A rule's own, where its pattern ends with such an operator; most end with another."""
-    if rule._target_pattern.output_nodes[0].op.matches(node.op_type):
-        return _rewrite(rule, model, graph, node, **options)
-    return None
+    try:
+        may_match = rule._target_pattern.output_nodes[0].op.matches(node.op_type)
+    except AttributeError:  # of an onnxscript that has it elsewhere
+        may_match = True
+    return _rewrite(rule, model, graph, node, **options) if may_match else None
 
 
 @contextmanager
@@ -66,7 +69,7 @@ def shortcuts() -> Iterator[None]:
         # Where in Python each of its nodes was made: the graph has it no more. Older versions do not have the switch.
         patch.object(config, "do_not_emit_stack_traces", True, create=True),
         # What an operator gives for some shapes: to keep it costs more than to compute it again where it is asked for.
-        patch.object(dynamo, "fake_tensor_cache_enabled", False),
+        dynamo.patch(fake_tensor_cache_enabled=False),
         patch.object(_decomp, "create_onnx_friendly_decomposition_table", _decomposed),
         patch.object(ONNXRegistry, "from_torchlib", staticmethod(_registry)),
         patch.object(RewriteRule, "try_rewrite", _try_rewrite),

@@ -33,7 +33,7 @@ from resprune.runtime.bundle.manifest import TensorSpec
 
 try:
     from resprune.exporter.trace.shortcuts import shortcuts
-except ImportError:  # of a torch without them
+except (ImportError, AttributeError):  # of a torch, or an onnxscript, without them
     shortcuts = nullcontext  # type: ignore[assignment]
 
 OPSET = 20

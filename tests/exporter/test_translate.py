@@ -1,5 +1,7 @@
 """One trace is enough for what the families are made of, and where it is not there is a second."""
 
+import importlib.util
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,8 +12,12 @@ import onnxruntime
 import pytest
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnxscript.rewriter import RewriteRule
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.onnx._internal.exporter import _decomp
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx._internal.fx.passes import type_promotion
 
 from resprune.exporter.checkpoint.checkpoint import resolve
 from resprune.exporter.checkpoint.weightless import fake_mode
@@ -54,6 +60,29 @@ def test_the_graph_is_that_of_tracing_twice(
     assert once.weights == twice.weights
     operators, wanted = (Counter(node.op_type for node in one.model.graph.node) for one in (once, twice))
     assert operators == wanted
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (_decomp, "create_onnx_friendly_decomposition_table"),
+        (ONNXRegistry, "from_torchlib"),
+        (RewriteRule, "try_rewrite"),
+        (type_promotion, "_TypePromotionInterpreter"),
+    ],
+)
+def test_without_a_private_name_exports_go_on(
+    owner: object, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(owner, name)
+    monkeypatch.delitem(sys.modules, shortcuts.__module__)
+    spec = importlib.util.spec_from_file_location("tracer_of_another_torch", tracer.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    anew = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, anew)  # dataclasses look for it there
+    spec.loader.exec_module(anew)
+    assert anew.shortcuts is nullcontext
 
 
 class Mixed(nn.Module):
