@@ -16,7 +16,9 @@ def wilson(hits: float, trials: int) -> tuple[float, float]:
     center = share + Z * Z / (2 * trials)
     spread = Z * math.sqrt(share * (1 - share) / trials + Z * Z / (4 * trials * trials))
     scale = 1 + Z * Z / trials
-    return (center - spread) / scale, (center + spread) / scale
+    low, high = (center - spread) / scale, (center + spread) / scale
+    # Of all hits or of none it ends at their share, which rounding misses.
+    return max(0.0, min(low, share)), min(1.0, max(high, share))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,13 @@ def test_wilson_of_a_published_example():
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
 
 
+def test_an_interval_has_its_share_in_it():
+    for trials in range(1, 2001):  # rounding left the share of all hits outside for a quarter of them
+        for hits in (0, trials):
+            low, high = wilson(hits, trials)
+            assert 0 <= low <= hits / trials <= high <= 1
+
+
 def test_paired_counts_and_exact_p():
     first = np.array([True] * 6 + [False] * 3 + [True])
     second = np.array([False] * 6 + [True] + [False] * 2 + [True])
