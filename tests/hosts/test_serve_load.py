@@ -29,11 +29,11 @@ QUESTIONS = [
 BAD: list[dict[str, Any]] = [{"n": 2}, {"model": "other"}, {"max_tokens": "many"}, {"messages": []}]
 
 
-def body_of(image: str, question: str, tokens: int) -> dict[str, Any]:
+def body_of(model: str, image: str, question: str, tokens: int) -> dict[str, Any]:
     url = data_url((PICTURES / image).read_bytes())
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
     return {
-        "model": "demo",
+        "model": model,
         "messages": [{"role": "user", "content": content}],
         "resprune": {"tokens": tokens},
     }
@@ -60,7 +60,7 @@ def test_load(exported: Callable[..., Path], capsys: pytest.CaptureFixture[str])
         def whole(case: tuple[str, str, int], changed: dict[str, Any]) -> httpx.Response:
             """The answer; one that is told to come again does."""
             while True:
-                response = client.post(endpoint, json=body_of(*case) | changed)
+                response = client.post(endpoint, json=body_of(bundle.name, *case) | changed)
                 if response.status_code != 429:
                     return response
                 time.sleep(0.2 * random.random() * int(response.headers["retry-after"]))
@@ -77,7 +77,7 @@ def test_load(exported: Callable[..., Path], capsys: pytest.CaptureFixture[str])
                 split = urlsplit(url)
                 connection = http.client.HTTPConnection(split.hostname or "", split.port, timeout=60)
                 changed = {"stream": True, "temperature": 2, "max_tokens": 500}
-                sent = json.dumps(body_of(*case) | changed)
+                sent = json.dumps(body_of(bundle.name, *case) | changed)
                 connection.request("POST", endpoint, sent, {"Content-Type": "application/json"})
                 if number % 2:
                     connection.getresponse().read(1)
