@@ -5,8 +5,8 @@ server, is a `Backend` of its own. Either is shared by all threads: all state of
 """
 
 from collections import abc
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -194,12 +194,14 @@ def local_backend(bundle: Bundle, decoder: Decoder) -> LocalBackend:
     return LocalBackend(decoder, eos_token_ids(bundle), bundle.manifest.image_token_id)
 
 
-def together(streams: abc.Sequence[Reading[Piece]]) -> Iterator[list[Piece]]:
-    """What each of several answers gains next, [] for one that has ended, until all have."""
-    all_of_them = ExitStack()
-    for stream in streams:
-        all_of_them.callback(stream.close)
-    return Reading(_in_turns(streams), all_of_them.close)
+def together(streams: Iterable[Reading[Piece]]) -> Iterator[list[Piece]]:
+    """What each of several answers gains next, [] for one that has ended, until all have.
+
+    `streams` may begin the answers one by one: if one cannot begin, those before it are closed.
+    """
+    with ExitStack() as all_of_them:
+        begun = [all_of_them.enter_context(closing(stream)) for stream in streams]
+        return Reading(_in_turns(begun), all_of_them.pop_all().close)
 
 
 def _in_turns(streams: abc.Sequence[Iterator[Piece]]) -> Iterator[list[Piece]]:

@@ -5,10 +5,10 @@ It could not be installed here, so nothing of this has run on it: calls follow t
 torch, which therefore only this file of the runtime imports, and only together with it.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from inspect import getgeneratorlocals
+from inspect import getgeneratorlocals, isgenerator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +118,7 @@ class PyTorchBackend:
                 detokenize=False,
                 **drawing,
             )
-            results = [
+            results = (
                 self._llm.generate_async(
                     {
                         "prompt": self._text(prompt),
@@ -128,8 +128,8 @@ class PyTorchBackend:
                     streaming=True,
                 )
                 for prompt, images in zip(request.prompts, request.images, strict=True)
-            ]
-        return together([Reading(_new_tokens(result), partial(_abort, result)) for result in results])
+            )
+            return together(Reading(_new_tokens(result), partial(_abort, result)) for result in results)
 
     def close(self) -> None:
         """Shut TensorRT-LLM's workers down."""
@@ -286,10 +286,14 @@ def _abort(result: Any) -> None:
         result.abort()
 
 
-def _cancel(runner: Any, steps: Generator[dict[str, Any]]) -> None:
-    """Stop what `ModelRunnerCpp.generate` enqueued: it hands out no ids, and has none once it has ended."""
+def _cancel(runner: Any, steps: Iterator[dict[str, Any]]) -> None:
+    """Stop what `ModelRunnerCpp.generate` enqueued: it hands out no ids, and has none once it has ended.
+
+    They are found in the generator that it returns; from any other iterator nothing can be stopped.
+    """
     executor = getattr(runner, "session", None) or runner.executor  # as versions have it
-    for number in getgeneratorlocals(steps).get("request_ids", ()):
+    known = getgeneratorlocals(steps) if isgenerator(steps) else {}
+    for number in known.get("request_ids", ()):
         executor.cancel_request(number)
 
 

@@ -4,6 +4,8 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,46 @@ def test_an_answer_nobody_reads_is_aborted(
         assert stopped() == 3
     assert set(recorded.cancelled) <= {7}
     assert recorded.shut_down == (backend == "pytorch")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("the queue is full"), ResPruneError("the tokenizer adds other special tokens")]
+)
+@pytest.mark.parametrize("place", ["_text", "_llm.generate_async"])
+def test_a_prompt_that_is_not_taken_aborts_those_before_it(
+    bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception
+) -> None:
+    recorded = install(monkeypatch, tiny_model)
+    vlm = Pipeline.load(bundle, generator=pytorch_backend("model"))
+    taken, take = count(1), attrgetter(place)(vlm._backend)
+
+    def third_fails(*given: Any, **named: Any) -> Any:
+        if next(taken) == 3:
+            raise error
+        return take(*given, **named)
+
+    *within, name = place.split(".")
+    monkeypatch.setattr(attrgetter(*within)(vlm._backend) if within else vlm._backend, name, third_fails)
+    with pytest.raises(ResPruneError, match=str(error)):
+        vlm.ask_batch([picture(1), picture(2), picture(3), picture(4)], [QUESTION] * 4)
+    assert len(recorded.prompts) == recorded.aborted == 2
+
+
+def test_steps_that_are_no_generator_are_read_and_left(
+    bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their request ids cannot be seen, so nothing is cancelled."""
+    recorded = install(monkeypatch, tiny_model)
+    vlm = Pipeline.load(bundle, generator=engine_backend("engine"))
+    told = vlm.ask(picture(1), QUESTION, max_new_tokens=3).token_ids
+    generator: Any = vlm._backend
+    generate = generator._runner.generate
+    monkeypatch.setattr(generator._runner, "generate", lambda **given: iter(list(generate(**given))))
+    assert vlm.ask(picture(1), QUESTION, max_new_tokens=3).token_ids == told
+    unread = vlm.ask(picture(1), QUESTION, max_new_tokens=3)
+    next(iter(unread))
+    unread.close()
+    assert recorded.cancelled == ()
 
 
 def test_a_tokenizer_that_adds_bos_gets_the_prompt_without_it(
