@@ -226,13 +226,13 @@ class Angles:
 
     def __init__(self, bundle: Bundle, rotary: Rotary) -> None:
         config = bundle.json("config.json")
-        text = config.get("text_config") or config
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         try:
+            text = config.get("text_config") or config
+            rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
             width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
             theta = float(rope.get("rope_theta") or text["rope_theta"])
             self._axes = rotary(rope["mrope_section"], width // 2)
-        except (KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ResPruneError(
                 f"config.json in {bundle.root} does not say how positions turn ({error}); export it again"
             ) from None

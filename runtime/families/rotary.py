@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from resprune.runtime.errors import shown
+
 Ints = npt.NDArray[np.int64]
 Rotary = Callable[[Sequence[int], int], Ints]
 """`mrope_section`, and how many angles a head has → the axis of each, [count]; `ValueError` if they do not fit."""
@@ -12,14 +14,23 @@ Rotary = Callable[[Sequence[int], int], Ints]
 
 def blocks(sections: Sequence[int], count: int) -> Ints:
     """All of t, then all of h, then all of w."""
-    axes = np.repeat(np.arange(3), sections)
-    if len(axes) != count:
-        raise ValueError(f"mrope_section {sections} is not of the {count} angles of a head")
-    return axes
+    return np.repeat(np.arange(3), _fitting(sections, count))
 
 
 def interleaved(sections: Sequence[int], count: int) -> Ints:
     """t, h, w in turns, as long as h and w have some left; all others are t's."""
-    places = np.arange(count)
-    axes: Ints = np.where(places < 3 * np.asarray(sections)[places % 3], places % 3, 0)
+    sizes, places = np.array(_fitting(sections, count)), np.arange(count)
+    axes: Ints = np.where(places < 3 * sizes[places % 3], places % 3, 0)
     return axes
+
+
+def _fitting(sections: object, count: int) -> list[int]:
+    """`sections` if they are three whole numbers from 0 that come to `count`; else `ValueError`."""
+    if (
+        not isinstance(sections, Sequence)
+        or len(sections) != 3
+        or not all(type(size) is int and size >= 0 for size in sections)
+        or sum(sections) != count
+    ):
+        raise ValueError(f"mrope_section {shown(sections)} is not of the {count} angles of a head")
+    return [*sections]

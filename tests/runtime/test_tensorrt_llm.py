@@ -22,7 +22,7 @@ from resprune import Pipeline, ResPruneError
 from resprune.runtime.backends.backend import BackendFactory
 from resprune.runtime.backends.tensorrt_llm import Angles, PyTorchBackend, engine_backend, pytorch_backend
 from resprune.runtime.bundle.files import Bundle, read_bundle
-from resprune.runtime.families.rotary import blocks
+from resprune.runtime.families.rotary import Rotary, blocks, interleaved
 from resprune.runtime.families.table import FAMILIES, Family
 from tests.runtime.bundles import bundle_of_files
 from tests.runtime.fake_tensorrt_llm import install
@@ -254,14 +254,39 @@ def test_the_angles_are_those_of_the_model(family: Family, tmp_path: Path, layou
     np.testing.assert_array_equal(table[7:, :, 0], 1)
 
 
+SECTIONS = (
+    [4, 4, 4],
+    [1, 1, 1],
+    [0, -5, 13],
+    [4, 4],
+    [4, 2, 2, 0],
+    [4, 2, 2.5],
+    [4, True, 3],
+    [4, 4, "0"],
+    "abc",
+    None,
+    8,
+)
+ROPE = {"rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+
+
+@pytest.mark.parametrize("rotary", [blocks, interleaved])
 @pytest.mark.parametrize(
     "config",
     [
         {"hidden_size": 8},
-        {"head_dim": 16, "rope_theta": 1e4, "rope_scaling": {"mrope_section": [4, 4, 4]}},
+        *({"head_dim": 16, "rope_parameters": ROPE | {"mrope_section": sections}} for sections in SECTIONS),
+        {"head_dim": 16, "rope_parameters": {"rope_theta": 1e4}},
+        {"head_dim": 16, "rope_parameters": ROPE | {"rope_theta": 10**400}},
+        {"head_dim": 16, "rope_parameters": [4, 2, 2]},
+        {"hidden_size": 16, "num_attention_heads": 0, "rope_parameters": ROPE},
+        {"text_config": "none"},
     ],
-    ids=["none", "too many"],
 )
-def test_a_config_without_angles_is_one_sentence(config: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ResPruneError, match="does not say how positions turn"):
-        Angles(bundle_of_files(tmp_path, {"config.json": json.dumps(config)}), blocks)
+def test_a_config_without_angles_is_one_sentence(
+    config: dict[str, Any], rotary: Rotary, tmp_path: Path
+) -> None:
+    written = bundle_of_files(tmp_path, {"config.json": json.dumps(config)})
+    with pytest.raises(ResPruneError, match="does not say how positions turn") as raised:
+        Angles(written, rotary)
+    assert "\n" not in str(raised.value)
