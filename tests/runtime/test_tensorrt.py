@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock, Semaphore
 from typing import Any
 
 import numpy as np
@@ -167,7 +167,10 @@ def test_answers_at_once_are_those_given_alone(place: Place, bundles: Callable[[
 def test_a_graph_that_runs_keeps_no_other_waiting(
     stand_in: Place, bundles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step of an open answer embeds its token while another thread's image is encoded; closing waits for both."""
+    """A step of an open answer embeds its token while another thread's image is encoded; closing waits for both.
+
+    What waited for that image does not begin once it is closed.
+    """
     engines = Engines(FLAVOUR, with_engines(bundles("clip-llama")), OPTIONS)
     encoder = engines.engine("vision_encoder")._engine
     running, go_on, run = Event(), Event(), encoder._run
@@ -179,17 +182,39 @@ def test_a_graph_that_runs_keeps_no_other_waiting(
 
     monkeypatch.setattr(encoder, "_run", waits)
     pixels = {"pixel_values": np.zeros((1, 3, 32, 32), np.float32)}
-    with ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(3) as threads:
         encoded = threads.submit(engines.run, "vision_encoder", pixels, ["image_features"])
         assert running.wait(60)
         (embeds,) = engines.run("embed_tokens", {"input_ids": np.array([[300]])}, ["inputs_embeds"])
         assert embeds.shape == (1, 1, 48)
         assert not encoded.done()
+        lane = engines._lanes["vision_encoder"]
+        turn = Announced(lane.turn)
+        monkeypatch.setattr(lane, "turn", turn)
+        late = threads.submit(engines.run, "vision_encoder", pixels, ["image_features"])
+        assert turn.asked.acquire(timeout=60)
         closed = threads.submit(engines.close)
+        assert turn.asked.acquire(timeout=60)
         go_on.set()
         closed.result()
+    with pytest.raises(ResPruneError, match="the pipeline is closed; load it again"):
+        late.result()
     assert encoded.result()[0].shape == (1, 16, 48)
     assert held(stand_in) == (0, 0)
+
+
+class Announced:
+    """A lock that says when it is asked for."""
+
+    def __init__(self, lock: Lock) -> None:
+        self.lock, self.asked = lock, Semaphore(0)
+
+    def __enter__(self) -> None:
+        self.asked.release()
+        self.lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.release()
 
 
 def held(place: Place) -> tuple[int, int]:
