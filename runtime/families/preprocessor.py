@@ -28,7 +28,7 @@ class PreparedImage:
     each is attached to, −1 for none: it is kept if and only if that one is, which is attached to none itself.
 
     Raises:
-        ValueError: a token that is attached to one that is attached itself.
+        ValueError: `attached_to` has not N entries, or one that is neither −1 nor a token that is attached to none.
 
     """
 
@@ -41,10 +41,14 @@ class PreparedImage:
     attached_to: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for chains, whose tokens no selection would keep."""
-        to = self.attached_to
-        if to is not None and (to[to[to >= 0]] >= 0).any():
-            raise ValueError("a token is attached to one that is attached itself; attach both to the first")
+        """Raise `ValueError` for what no selection could keep together."""
+        to, count = self.attached_to, self.num_tokens
+        if to is None:
+            return
+        if to.shape != (count,) or (to < -1).any() or (to >= count).any() or (to[to[to >= 0]] >= 0).any():
+            raise ValueError(
+                f"attached_to should say of each of the {count} tokens -1, or a token that is attached to none itself"
+            )
 
     @staticmethod
     def one_span(arrays: Arrays, offsets: npt.NDArray[np.int64], advance: int) -> "PreparedImage":

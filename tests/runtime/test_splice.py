@@ -1,6 +1,7 @@
 """Kept rows in the prompt's place for the picture, under both ways of numbering."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,9 +108,15 @@ def test_an_image_whose_first_group_has_no_room_keeps_nothing() -> None:
     assert result.position_ids.tolist() == [[0, 4]]
 
 
-def test_chains_of_attached_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match="attached to one that is attached itself"):
-        replace(image(3), attached_to=np.array([-1, 0, 1]))
+@pytest.mark.parametrize(
+    "attached_to",
+    [[-1, 0, 1], [1, 0, -1], [0, -1, -1], [5, -1, -1], [3, -1, -1], [-2, -1, -1], [1, -1], [[-1, 0, 0]]],
+)
+def test_tokens_attached_to_what_is_kept_by_no_pick_are_refused(attached_to: list[Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"each of the 3 tokens -1, or a token that is attached to none itself"
+    ):
+        replace(image(3), attached_to=np.array(attached_to))
 
 
 def test_places_that_nothing_fills_are_left_out() -> None:
