@@ -207,7 +207,7 @@ class Model:
     def _keep(self, encoded: Encoded, order: Ints) -> KeptTokens:
         """The rows that stay of an image, ascending by index whatever the order they were picked in."""
         tokens, counts = encoded.tokens, None
-        if self.manifest.attention == "proportional" and len(order):
+        if self.manifest.selection.counts and len(order):
             kept, every = np.sort(order), tokens.candidates
             places = stands_for(tokens.rows[every], np.searchsorted(every, kept))
             counts = np.bincount(places, minlength=len(kept))

@@ -227,8 +227,8 @@ class Walk:
         if ATTACHED_TO in inputs:
             feeds[ATTACHED_TO] = _padded([image.attached_to for image in images], images, -1)
         outputs = [rows, KEPT_INDICES, PICK_ORDER, *map(planes.format, range(self._planes))]
-        proportional = self.manifest.attention == "proportional"
-        if proportional:
+        counting = self.manifest.selection.counts
+        if counting:
             feeds[NUM_KEPT] = np.array(budgets, np.int64)
             outputs.append(KEPT_COUNTS)
         early = self._early and not features
@@ -236,7 +236,7 @@ class Walk:
         arrays = self._graphs.run(graph, feeds, outputs)
         if early:
             left = [mask[: one.num_tokens] for mask, one in zip(arrays.pop(), images, strict=True)]
-        counts = arrays.pop() if proportional else [None] * len(images)
+        counts = arrays.pop() if counting else [None] * len(images)
         return [
             cut_picks(image, rows_of, indices, order, budget, counts_of, planes_of, left_of)
             for image, budget, counts_of, left_of, rows_of, indices, order, *planes_of in zip(

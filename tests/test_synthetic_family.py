@@ -171,7 +171,7 @@ def check(vlm: Pipeline, oracle: synthetic.Oracle, answer: Answer, seeds: list[i
         k,
         vlm.manifest.positions,
         STEPS,
-        proportional=vlm.manifest.attention == "proportional",
+        proportional=vlm.manifest.selection.counts,
     )
     assert [picks.pick_order.tolist() for picks in answer.images] == orders
     assert answer.token_ids == tokens

@@ -240,7 +240,7 @@ def require_images(request: Request, title: str) -> None:
 
 def require_plain_attention(bundle: Bundle, title: str) -> None:
     """`ResPruneError` for a bundle with proportional attention. `title` names the backend, which ignores counts."""
-    if bundle.manifest.attention != "plain":
+    if bundle.manifest.selection.counts:
         raise ResPruneError(
             f"{title} attends to every row alike, and this bundle was exported with --attention "
             f"{bundle.manifest.attention}; export it again with --attention plain"
