@@ -42,6 +42,8 @@ COUNTS = 2
 EARLY = 3
 """The format version that came with a first selection inside the vision tower."""
 OPTIMIZE = ("ort",)
+SELECTION = ("k", "num_tokens", "alpha", "scale", "body", "max_tokens", "share", "form")
+"""Its keys, as they are written; `attention` says the rest."""
 FLAVOURS = ("tensorrt", "tensorrt-rtx")
 
 
@@ -168,7 +170,7 @@ class Manifest:
     def to_json(self) -> str:
         """Text of `resprune.json`; raises `ValueError` for a number JSON has no way to write (NaN)."""
         table = dataclasses.asdict(self)
-        del table["selection"]["counts"]
+        table["selection"] = {key: table["selection"][key] for key in SELECTION}
         last = {key: table.pop(key) for key in ("early", "engines")}
         table |= {"attention": self.attention} | last
         return json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
