@@ -6,16 +6,17 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from resprune.exporter.options import VERIFY, Options
+from resprune.exporter.options import VERIFY, Options, taken
 from resprune.method import BODIES, FORMS, SCALES
 from resprune.runtime.backends.formats import GGUF_TYPE, GGUF_TYPES
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.manifest import ATTENTION, LANGUAGE_GGUF, OPTIMIZE, POSITIONS
-from resprune.runtime.bundle.precisions import BLOCK_SIZES, PRESETS, parse_dtype, words
+from resprune.runtime.bundle.precisions import BLOCK_SIZES, PRESETS, words
 from resprune.runtime.errors import ResPruneError, printable, require_packages, require_python
 
 NEEDED = (
@@ -63,7 +64,7 @@ def register_export(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--dtype",
-        type=_dtype,
+        type=_field("dtype"),
         metavar="WORD",
         help=f"precision of the weights: {words()}, or one for each component, as in vision=int8,decoder=q4,embed=q8 "
         f"(default: {Options.dtype})",
@@ -96,8 +97,8 @@ def register_export(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--alpha",
-        type=float,
-        help="strength of the question's guidance, 0 for none (default: the family's, mostly 1)",
+        type=_field("alpha", float),
+        help="strength of the question's guidance, 0 for none (default: the family's)",
     )
     parser.add_argument(
         "--scale",
@@ -108,15 +109,16 @@ def register_export(subparsers: Any) -> None:
     parser.add_argument(
         "--positions",
         choices=POSITIONS,
-        help="position ids of the pruned prompt (default: the family's, mostly contiguous)",
+        help="position ids of the pruned prompt (default: the family's)",
     )
     parser.add_argument(
         "--attention",
         choices=ATTENTION,
-        help="proportional: a kept token counts for those it stands for as well (default: the family's, mostly plain)",
+        help="proportional: a kept token counts for those it stands for as well (default: the family's)",
     )
     parser.add_argument(
         "--early",
+        type=_field("early"),
         metavar="LAYER:TOKENS",
         help="a first selection inside the vision tower: after LAYER blocks only TOKENS of an image or tile go on, as "
         "in 8:288 or 33%%:50%% (default: none)",
@@ -152,7 +154,7 @@ def register_export(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--max-pixels",
-        type=int,
+        type=_field("max_pixels", int),
         metavar="PIXELS",
         help="largest image, for families that take any size (default: the checkpoint's own limit)",
     )
@@ -183,8 +185,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     from resprune.exporter.checkpoint.checkpoint import require_model
     from resprune.exporter.transaction import require_free
 
-    options = _options(arguments)
-    options.check()
+    options = _options(arguments).check()
     require_free(arguments.out, force=arguments.force)
     require_model(arguments.model, revision=arguments.revision)
     from resprune.exporter.export import export
@@ -254,9 +255,14 @@ def _gguf(runtime: str | None, precision: str | None) -> str | None:
     return precision or GGUF_TYPE if runtime == "gguf" else None
 
 
-def _dtype(text: str) -> str:
-    try:
-        parse_dtype(text)
-    except ResPruneError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
+def _field(name: str, kind: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """An argument's type: a `kind` that the field of `Options` takes."""
+
+    def read(text: str) -> Any:
+        try:
+            return taken(name, kind(text))
+        except ResPruneError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    read.__name__ = kind.__name__  # for argparse's "invalid float value"
+    return read

@@ -75,7 +75,7 @@ def export(model: str, out: Path, options: Options, report: Report = print) -> P
     Returns `out`. `report` gets one line a stage. Raises `ResPruneError` for what the user can put right and
     `ParityError` if a graph differs from PyTorch by more than it may.
     """
-    options.check()
+    options = options.check()
     with new_directory(out, force=options.force) as work:
         _Export(model, out, options, report, work).run()
     return out

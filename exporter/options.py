@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from resprune.method import SettingError, Settings, check, share_of
+from resprune.method import SettingError, Settings, setting, share_of
+from resprune.runtime.arguments import choice, flag, instance, text, whole
 from resprune.runtime.backends.formats import GGUF_TYPES
 from resprune.runtime.budget import Budget
 from resprune.runtime.bundle.manifest import ATTENTION, OPTIMIZE, POSITIONS, Early
@@ -17,22 +21,15 @@ if TYPE_CHECKING:
     from resprune.exporter.components import Components
 
 VERIFY = ("auto", "full", "layers")
-CHOICES: dict[str, tuple[object, ...]] = {
-    "block": BLOCK_SIZES,
-    "optimize": OPTIMIZE,
-    "positions": POSITIONS,
-    "attention": ATTENTION,
-    "gguf": GGUF_TYPES,
-    "verify": VERIFY,
-}
-"""What a field can be beside its default; those of `Settings` have their rules there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Settings):
     """What the user may choose: the selection's `Settings`, with either `k` or `share`, and how it is exported.
 
-    A field is the option of `resprune export` of its name (docs/options.md). `early` is a first selection inside the
+    A field is the option of `resprune export` of its name (docs/options.md), but for five: `k` and `share` are -k,
+    `language_checkpoint` is --for trtllm, `gguf` is --for gguf with its --gguf-type, and `decoder` False is
+    --without-decoder. `command` is what the manifest says made the bundle. `early` is a first selection inside the
     vision tower, as `EarlyRequest.parse` reads it. `positions` and `attention` None mean the family's default,
     `max_pixels` None the checkpoint's own limit; `chat_template` is a file that takes the place of the checkpoint's
     template; `language_checkpoint` writes the language model once more as a plain Hugging Face checkpoint, `gguf` as a
@@ -57,37 +54,31 @@ class Options(Settings):
     force: bool = False
     command: str = "resprune export"
 
-    def check(self) -> None:
-        """Raise `ResPruneError` for a value that makes no sense, and for two that exclude each other."""
-        try:
-            check(**vars(self))
-        except SettingError as error:
-            raise ResPruneError(f"{error.name} should be {error.wanted}, not {shown(error.got)}") from None
-        for name, known in CHOICES.items():
-            value = getattr(self, name)
-            if value != getattr(Options, name) and value not in known:
-                words = ", ".join(map(str, known))
-                raise ResPruneError(f"{name} should be one of {words}, not {shown(value)}")
-        if (self.k is None) == (self.share is None):
+    def check(self) -> Options:
+        """These options, with NumPy's numbers as Python's.
+
+        Raises `ResPruneError` for a value that makes no sense, and for two that exclude each other.
+        """
+        checked = replace(
+            self, **{one.name: taken(one.name, getattr(self, one.name)) for one in fields(self)}
+        )
+        if (checked.k is None) == (checked.share is None):
             raise ResPruneError("give the tokens to keep either as a number or as a share")
-        if self.max_pixels is not None and self.max_pixels < 1:
+        if checked.optimize and parse_dtype(checked.dtype).element == "bfloat16":
             raise ResPruneError(
-                f"--max-pixels {self.max_pixels} is no size of an image; give a number from 1"
+                "optimize makes a decoder of ONNX Runtime's operators, and its CPU kernels of them know no bf16; "
+                "let dtype be fp16 or fp32, or leave optimize out"
             )
-        if self.early is not None:
-            EarlyRequest.parse(self.early)
-        if parse_dtype(self.dtype).element == "bfloat16" and self.optimize:
+        if checked.optimize and not checked.decoder:
             raise ResPruneError(
-                "--optimize ort makes a decoder of ONNX Runtime's operators, and its CPU kernels of them know no bf16; "
-                "give --dtype fp16 or fp32, or leave it out"
+                "optimize is of the decoder, and there is to be none; leave out one of the two"
             )
-        if self.optimize and not self.decoder:
-            raise ResPruneError("--optimize is of the decoder; leave out that or --without-decoder")
-        if self.attention == "proportional" and (self.language_checkpoint or self.gguf):
+        if checked.attention == "proportional" and (checked.language_checkpoint or checked.gguf):
             raise ResPruneError(
-                "--for writes the language model for runtimes that attend to every row alike, which is not what "
-                "--attention proportional is for; leave out one of the two"
+                "a language model by itself is for runtimes that attend to every row alike, which is not what "
+                "proportional attention is for; leave out one of the two"
             )
+        return checked
 
 
 @dataclass(frozen=True)
@@ -107,7 +98,7 @@ class EarlyRequest:
             request = None
         if request is None or request.layer.everything or request.tokens.everything:
             raise ResPruneError(
-                f"--early {text} is not LAYER:TOKENS; give numbers from 1, as in 8:288, or shares, as in 33%:50%"
+                f"early {shown(text)} is not LAYER:TOKENS; give numbers from 1, as in 8:288, or shares, as in 33%:50%"
             )
         return request
 
@@ -140,3 +131,56 @@ class EarlyRequest:
                 f"--early keeps {tokens} of the {tower.tokens} tokens of an image or tile; give 1 to {tower.tokens - 1}"
             )
         return Early(layer, tokens, tower.tokens, share if tower.varies else None)
+
+
+def _parsed(parse: Callable[[str], object]) -> Callable[[Any, str], str]:
+    """The rule of a text that `parse` understands."""
+
+    def rule(value: Any, name: str) -> str:
+        parse(text(value, name))
+        return str(value)
+
+    return rule
+
+
+def _block(value: Any, name: str) -> int:
+    size = whole(value, name, 1)
+    if size not in BLOCK_SIZES:
+        raise ResPruneError(f"{name} should be one of {', '.join(map(str, BLOCK_SIZES))}, not {shown(size)}")
+    return size
+
+
+RULES: dict[str, Callable[[Any, str], Any]] = {
+    "dtype": _parsed(parse_dtype),
+    "block": _block,
+    "optimize": partial(choice, choices=OPTIMIZE),
+    "split": flag,
+    "positions": partial(choice, choices=POSITIONS),
+    "attention": partial(choice, choices=ATTENTION),
+    "early": _parsed(EarlyRequest.parse),
+    "language_checkpoint": flag,
+    "gguf": partial(choice, choices=GGUF_TYPES),
+    "decoder": flag,
+    "max_pixels": partial(whole, least=1, most=sys.maxsize),
+    "chat_template": partial(instance, kind=Path, wanted="a Path"),
+    "revision": text,
+    "verify": partial(choice, choices=VERIFY),
+    "force": flag,
+    "command": text,
+}
+"""Of each field what takes its value, or raises `ResPruneError`; those of `Settings` have their rules there."""
+
+
+def taken(name: str, value: Any) -> Any:
+    """`value` as the field of `Options` has it; `ResPruneError` for one that is none.
+
+    None is one where it is the default.
+    """
+    if value is None and getattr(Options, name) is None:
+        return None
+    if name in RULES:
+        return RULES[name](value, name)
+    try:
+        return setting(name, value)
+    except SettingError as error:
+        raise ResPruneError(f"{name} should be {error.wanted}, not {shown(error.got)}") from None

@@ -4,6 +4,7 @@ Command line, graphs and manifest read them here; only the standard library is i
 """
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 SCALES = ("minmax", "clamp", "shifted")
 BODIES = ("loop", "unrolled")
 FORMS = ("quadratic", "linear")
+MAX_ALPHA = (2 - 2**-23) * 2.0**127
+"""The largest float32, which it is in a graph."""
 
 TIE = 1e-5
 """Scores within a factor (1 - TIE) of the largest are tied; the lowest index among them is picked. Cosines within TIE
@@ -26,32 +29,57 @@ class SettingError(ValueError):
     """A value that no selection has: the `name` of the setting, what it should be in words, and what it is."""
 
     def __init__(self, name: str, wanted: str, got: object) -> None:
-        super().__init__(f"{name} should be {wanted}, not {got!r}")
+        super().__init__(name, wanted, got)
         self.name, self.wanted, self.got = name, wanted, got
 
+    def __str__(self) -> str:
+        return f"{self.name} should be {self.wanted}, not {self.got!r}"
 
-def _counts(value: object) -> bool:
-    return isinstance(value, int) and value >= 1
+
+def _number(convert: Callable[[Any], Any], least: float, most: float) -> Callable[[Any], Any]:
+    """What makes an int or a float from `least` to `most` of a number, NumPy's too, and raises for anything else."""
+
+    def made(value: Any) -> Any:
+        number = convert(value)
+        if isinstance(value, bool | str | bytes) or not least <= number <= most:
+            raise ValueError
+        return number
+
+    return made
 
 
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("k", "num_tokens", "max_tokens"), ("a whole number from 1", _counts)),
-    "share": ("above 0 and at most 1", lambda share: isinstance(share, int | float) and 0 < share <= 1),
-    "alpha": ("a number from 0", lambda alpha: isinstance(alpha, int | float) and 0 <= alpha < math.inf),
+def _one_of(known: tuple[Any, ...]) -> Callable[[Any], Any]:
+    return lambda value: known[known.index(value)]
+
+
+_WHOLE = ("a whole number from 1", _number(operator.index, 1, math.inf))
+_RULES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    **dict.fromkeys(("k", "num_tokens", "max_tokens"), _WHOLE),
+    "share": ("above 0 and at most 1", _number(float, math.ulp(0), 1)),
+    "alpha": (f"a number from 0 to {MAX_ALPHA:.2e}", _number(float, 0, MAX_ALPHA)),
     **{
-        name: (f"one of {', '.join(known)}", known.__contains__)
+        name: (f"one of {', '.join(known)}", _one_of(known))
         for name, known in (("scale", SCALES), ("body", BODIES), ("form", FORMS))
     },
+    "counts": ("True or False", _one_of((False, True))),
 }
+"""Of each setting what it should be, in words, and what makes it of a value, or raises."""
+
+
+def setting(name: str, value: object) -> Any:
+    """`value` as the setting has it, NumPy's numbers as Python's; raises `SettingError` for one that is none."""
+    wanted, made = _RULES[name]
+    try:
+        return made(value)
+    except Exception:  # what an object's own __index__, __float__ or __eq__ raises
+        raise SettingError(name, wanted, value) from None
 
 
 def check(**settings: object) -> None:
     """Raise `SettingError` for the first of the settings, by name, that is none; None has not been set."""
     for name, value in settings.items():
-        if name in _RULES and value is not None:
-            wanted, holds = _RULES[name]
-            if not holds(value):
-                raise SettingError(name, wanted, value)
+        if value is not None:
+            setting(name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +111,8 @@ class Selection(Settings):
     """What a selection is made for; a manifest has all of it but `counts`, which its `attention` says.
 
     Raises:
-        SettingError: a value that no selection has, or more tokens to keep than there are.
+        SettingError: a value that no selection has, None for one without a default of None, or more tokens to keep
+            than there are.
 
     """
 
@@ -99,7 +128,10 @@ class Selection(Settings):
 
     def __post_init__(self) -> None:
         """Raise `SettingError`."""
-        check(**vars(self))
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is not None or one.default is not None:
+                object.__setattr__(self, one.name, setting(one.name, value))
         for name, most in (("num_tokens", self.num_tokens), ("max_tokens", self.max_tokens)):
             if most is not None and self.k > most:
                 raise SettingError("k", f"at most {name} = {most}", self.k)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from resprune.elements import FLOATS
 from resprune.names import DECODER, EMBED_TOKENS, VISION_ENCODER, VISION_SELECT
-from resprune.runtime.errors import ResPruneError
+from resprune.runtime.errors import ResPruneError, shown
 
 BLOCK_SIZES = (32, 64, 128)
 """Numbers of a packed weight that may share a scale."""
@@ -249,7 +249,7 @@ def parse_dtype(text: str) -> Choice:
         component, _, word = part.partition("=")
         if component not in chosen or chosen[component]:
             raise ResPruneError(
-                f"--dtype {text}: each part should be a component and its precision, as in "
+                f"dtype {shown(text)}: each part should be a component and its precision, as in "
                 f"vision=int8,decoder=q4,embed=q8; the components are {', '.join(COMPONENTS)}, each at most once"
             )
         chosen[component] = _row(word).word
@@ -259,13 +259,13 @@ def parse_dtype(text: str) -> Choice:
     if TABLE[choice.vision].element != element:
         fitting = words(row for row in TABLE.values() if row.element == element)
         raise ResPruneError(
-            f"--dtype {text}: with decoder={choice.decoder} the tower can be {fitting}; the two are traced as one "
+            f"dtype {text}: with decoder={choice.decoder} the tower can be {fitting}; the two are traced as one "
             "model, so their arithmetic is of one type"
         )
     if element not in TABLE[choice.embed].embeds_for:
         fitting = words(row for row in TABLE.values() if element in row.embeds_for)
         raise ResPruneError(
-            f"--dtype {text}: with decoder={choice.decoder} the embeddings can be {fitting}; they are looked up, not "
+            f"dtype {text}: with decoder={choice.decoder} the embeddings can be {fitting}; they are looked up, not "
             "multiplied"
         )
     return choice
@@ -277,5 +277,5 @@ def _plain(element: str) -> str:
 
 def _row(word: str) -> Precision:
     if word not in TABLE:
-        raise ResPruneError(f"{word or 'nothing'} is no precision; --dtype takes {words()}")
+        raise ResPruneError(f"{shown(word)} is no precision; dtype takes {words()}")
     return TABLE[word]

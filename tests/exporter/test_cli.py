@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,26 @@ def test_k_out_of_range(k, sentence, tiny_checkpoint, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("alpha", ["-1", "nan", "inf"])
-def test_a_strength_that_is_none(alpha, tmp_path, capsys):
-    status, told = run(capsys, "no such model", tmp_path / "out", "-k", 5, f"--alpha={alpha}")
-    assert (status, told) == (2, f"resprune: alpha should be a number from 0, not {float(alpha)}\n")
-
-
-def test_a_strength_that_is_no_number(tmp_path, capsys):
-    status, told = run(capsys, "no such model", tmp_path / "out", "-k", 5, "--alpha=abc")
-    assert (status, told.count("\n")) == (2, 1)
-    assert "argument --alpha: invalid float value: 'abc'" in told
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--alpha", "-1", "alpha should be a number from 0 to 3.40e+38, not -1.0"),
+        ("--alpha", "nan", "alpha should be a number from 0 to 3.40e+38, not nan"),
+        ("--alpha", "1e300", "alpha should be a number from 0 to 3.40e+38, not 1e+300"),
+        ("--alpha", "abc", "invalid float value: 'abc'"),
+        ("--max-pixels", "0", f"max_pixels should be 1 to {sys.maxsize}, not 0"),
+        ("--max-pixels", "1.5", "invalid int value: '1.5'"),
+        (
+            "--early",
+            "8",
+            "early '8' is not LAYER:TOKENS; give numbers from 1, as in 8:288, or shares, as in 33%:50%",
+        ),
+        ("--dtype", "fp12", "'fp12' is no precision; dtype takes fp32, fp16, bf16, int8, q8, q4, q4f16"),
+    ],
+)
+def test_a_value_that_is_none_names_the_option(option, value, says, tmp_path, capsys):
+    status, told = run(capsys, "no such model", tmp_path / "out", "-k", 5, f"{option}={value}")
+    assert (status, told) == (2, f"resprune: argument {option}: {says}; see resprune export --help\n")
 
 
 def test_an_output_that_exists_is_refused_before_anything_is_read(tmp_path, capsys):

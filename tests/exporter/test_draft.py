@@ -18,7 +18,7 @@ from resprune.exporter.export import export
 from resprune.exporter.families import split_model
 from resprune.exporter.options import Options
 from resprune.exporter.selection import selection_of
-from resprune.method import Settings
+from resprune.method import SettingError, Settings
 from resprune.runtime.bundle.files import Bundle, read_bundle
 from resprune.runtime.errors import ResPruneError
 from resprune.runtime.prompt.prompter import Prompter
@@ -38,6 +38,18 @@ def draft(root: Path, out: Path) -> Bundle:
     components = split_model(checkpoint, torch.float32, fake_mode())
     every = selection_of(Settings(share=1.0), family, components, counts=False)
     return write_draft(checkpoint, components, every, out)
+
+
+def test_a_selection_says_what_is_wrong_of_it(tiny_checkpoint):
+    checkpoint = resolve(str(tiny_checkpoint("clip-llama")))
+    family, components = family_of(checkpoint), split_model(checkpoint, torch.float32, fake_mode())
+    with pytest.raises(
+        ResPruneError, match="-k 17 is more than the 16 visual tokens of an image; give 1 to 16"
+    ):
+        selection_of(Settings(k=17), family, components, counts=False)
+    for wrong in (Settings(k=4, alpha=-1.0), Settings(k=4, scale="zz")):
+        with pytest.raises(SettingError, match=r"(alpha|scale) should be"):
+            selection_of(wrong, family, components, counts=False)
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

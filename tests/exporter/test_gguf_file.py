@@ -183,7 +183,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
     ("options", "said"),
     [
         (["--gguf-type", "f32"], "--gguf-type is for --for gguf"),
-        (["--without-decoder", "--optimize", "ort"], "--optimize is of the decoder"),
+        (["--without-decoder", "--optimize", "ort"], "optimize is of the decoder"),
         (["--for", "gguf", "--attention", "proportional"], "attend to every row alike"),
     ],
 )

@@ -100,5 +100,5 @@ def test_heads_that_the_operator_does_not_take_are_refused(tiny_checkpoint, tmp_
 
 
 def test_bf16_is_refused(tmp_path):
-    with pytest.raises(ResPruneError, match="know no bf16; give --dtype fp16 or fp32, or leave it out"):
+    with pytest.raises(ResPruneError, match="know no bf16; let dtype be fp16 or fp32"):
         export("demo", tmp_path / "bundle", Options(k=7, optimize="ort", dtype="bf16"))

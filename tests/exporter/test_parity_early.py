@@ -114,8 +114,8 @@ def test_other_precisions(variant, early, dtype, tiny_bundle):
 @pytest.mark.parametrize(
     ("variant", "early", "says"),
     [
-        ("clip-llama", "0:9", "0:9 is not LAYER:TOKENS; give numbers from 1"),
-        ("clip-llama", "50%:all", "50%:all is not LAYER:TOKENS"),
+        ("clip-llama", "0:9", "'0:9' is not LAYER:TOKENS; give numbers from 1"),
+        ("clip-llama", "50%:all", "'50%:all' is not LAYER:TOKENS"),
         ("clip-llama", "2:9", "takes hidden states 2"),
         ("clip-llama", "1:16", "give 1 to 15"),
         ("clip-llama", "3:9", "give 1 to 1"),

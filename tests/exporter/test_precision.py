@@ -89,7 +89,7 @@ def test_which_graphs_a_precision_changes(dtype: str, graph: str, word: str) -> 
 @pytest.mark.parametrize(
     ("dtype", "says"),
     [
-        ("q5", "q5 is no precision; --dtype takes fp32, fp16, bf16, int8, q8, q4, q4f16"),
+        ("q5", "'q5' is no precision; dtype takes fp32, fp16, bf16, int8, q8, q4, q4f16"),
         ("tower=q4", "each part should be a component"),
         ("decoder=q4,decoder=q8", "each at most once"),
         ("vision=fp16,decoder=q4", "with decoder=q4 the tower can be fp32, int8, q8, q4"),
