@@ -96,10 +96,8 @@ class Walk:
         self.preprocessor: Preprocessor = family.preprocessor(bundle)
         self._axes = (family.position_axes,) if family.position_axes > 1 else ()
         self._graphs = graphs
-        encoder = self.manifest.graphs.get(VISION_ENCODER) or self.manifest.graphs.get(VISION_SELECT)
-        names = {tensor.name for tensor in encoder.outputs} if encoder else set()
         self._early = self.manifest.early is not None
-        self._planes = sum(name.startswith(PLANE_FEATURES.format("")) for name in names)
+        self._planes = self.manifest.num_planes
         self.embed_tokens = embed_tokens
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from resprune.names import EMBED_TOKENS, PLANE_EMBEDS, PLANE_FEATURES, VISION_SELECT
+from resprune.names import EMBED_TOKENS, PLANE_EMBEDS
 from resprune.runtime.arguments import whole
 from resprune.runtime.backends.backend import (
     Backend,
@@ -91,8 +91,7 @@ def check(model: Model, bundle: Bundle) -> None:
             f"{path} has rows of {lib.llama_model_n_embd(model.pointer)} numbers and the bundle of {width}; "
             "give the file of the bundle's language model"
         )
-    outputs = bundle.graph(VISION_SELECT).outputs
-    planes = sum(output.name.startswith(PLANE_FEATURES.format("")) for output in outputs)
+    planes = bundle.manifest.num_planes
     rows = lib.llama_model_n_embd_inp(model.pointer)
     if rows != width * (1 + planes):
         raise ResPruneError(

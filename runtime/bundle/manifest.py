@@ -16,7 +16,7 @@ from typing import Any
 
 from resprune.elements import ELEMENTS
 from resprune.method import Selection, SettingError, check, share_of
-from resprune.names import DECODER
+from resprune.names import DECODER, PLANE_FEATURES, VISION_ENCODER, VISION_SELECT
 from resprune.runtime.bundle import fields, precisions
 from resprune.runtime.errors import ResPruneError, shown
 
@@ -161,6 +161,13 @@ class Manifest:
     def has_decoder(self) -> bool:
         """Whether it can answer by itself: an export --without-decoder left that to something else."""
         return DECODER in self.graphs
+
+    @property
+    def num_planes(self) -> int:
+        """How many further planes the features of an image have."""
+        graph = self.graphs.get(VISION_ENCODER) or self.graphs.get(VISION_SELECT)
+        plane = PLANE_FEATURES.format("")
+        return sum(tensor.name.startswith(plane) for tensor in graph.outputs) if graph else 0
 
     @property
     def attention(self) -> str:

@@ -263,6 +263,17 @@ def test_a_share_is_rounded_up_but_not_by_rounding_errors(share: float, num_toke
     assert share_of(share, num_tokens) == kept
 
 
+def test_planes_are_counted_where_images_come_out() -> None:
+    """Of the encoder where there is one: the fused graph may have them too, and other graphs take them."""
+    planes = tuple(TensorSpec(f"plane_features.{index}", "float32", (1, 4, 8)) for index in range(3))
+    rows = TensorSpec("image_features", "float32", (1, 4, 8))
+    vision = dataclasses.replace(GRAPH, outputs=(rows, *planes))
+    selector = dataclasses.replace(GRAPH, inputs=(rows, *planes), outputs=(rows,))
+    graphs = ({"vision_select": vision}, {"vision_encoder": vision, "token_select": selector}, {})
+    assert [dataclasses.replace(MANIFEST, graphs=one).num_planes for one in graphs] == [3, 3, 0]
+    assert MANIFEST.num_planes == 0
+
+
 def test_a_manifest_that_names_no_form_has_the_quadratic_one() -> None:
     top = json.loads(MANIFEST.to_json())
     assert top["selection"].pop("form") == "linear"
