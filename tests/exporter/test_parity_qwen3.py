@@ -32,7 +32,9 @@ def whole(tiny_bundle: Callable[..., Path], variant: str) -> Path:
     return tiny_bundle(variant, share=1.0, split=True)
 
 
-@pytest.mark.parametrize(("sections", "width"), [([24, 20, 20], 128), ([2, 3, 3], 16), ([8, 4, 4], 40)])
+@pytest.mark.parametrize(
+    ("sections", "width"), [([24, 20, 20], 128), ([2, 3, 3], 16), ([8, 4, 4], 40), ([0, 9, 2], 16)]
+)
 def test_axes_are_mixed_as_theirs_are(sections, width):
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
     rotary = Qwen3VLTextRotaryEmbedding(Qwen3VLTextConfig(head_dim=width, rope_parameters=rope))

@@ -255,8 +255,6 @@ def test_the_angles_are_those_of_the_model(family: Family, tmp_path: Path, layou
 
 
 SECTIONS = (
-    [4, 4, 4],
-    [1, 1, 1],
     [0, -5, 13],
     [4, 4],
     [4, 2, 2, 0],
@@ -290,3 +288,11 @@ def test_a_config_without_angles_is_one_sentence(
     with pytest.raises(ResPruneError, match="does not say how positions turn") as raised:
         Angles(written, rotary)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("sections", [[4, 4, 4], [1, 1, 1]])
+def test_sections_of_another_sum_are_refused_in_blocks(sections: list[int], tmp_path: Path) -> None:
+    """Interleaved, the model's own code takes them: tests/exporter/test_parity_qwen3.py."""
+    config = {"head_dim": 16, "rope_parameters": ROPE | {"mrope_section": sections}}
+    with pytest.raises(ResPruneError, match="does not say how positions turn"):
+        Angles(bundle_of_files(tmp_path, {"config.json": json.dumps(config)}), blocks)
