@@ -40,8 +40,6 @@ from resprune.runtime.sampling import Sampling, eos_token_ids, named_settings
 if TYPE_CHECKING:
     import torch
 
-"""What the families that they can take call these backends, in their rows."""
-
 
 def pytorch_backend(model: str | Path) -> BackendFactory:
     """What `Pipeline.load(bundle, generator=…)` takes to answer with TensorRT-LLM's PyTorch backend.
@@ -319,7 +317,7 @@ def _package() -> Any:
 
 
 def _tensor(array: npt.NDArray[Any]) -> "torch.Tensor":
-    import torch
+    import torch  # TensorRT-LLM brings it: it takes its tensors, and no other backend comes here
 
     return torch.from_numpy(np.ascontiguousarray(array))
 

@@ -28,7 +28,8 @@ class PreparedImage:
     each is attached to, −1 for none: it is kept if and only if that one is, which is attached to none itself.
 
     Raises:
-        ValueError: `attached_to` has not N entries, or one that is neither −1 nor a token that is attached to none.
+        ValueError: `protected` or `attached_to` has not N entries, or `attached_to` one that is neither −1 nor a token
+            that is attached to none.
 
     """
 
@@ -43,6 +44,8 @@ class PreparedImage:
     def __post_init__(self) -> None:
         """Raise `ValueError` for what no selection could keep together."""
         to, count = self.attached_to, self.num_tokens
+        if self.protected is not None and self.protected.shape != (count,):
+            raise ValueError(f"protected should say of each of the {count} tokens whether it is always kept")
         if to is None:
             return
         if to.shape != (count,) or (to < -1).any() or (to >= count).any() or (to[to[to >= 0]] >= 0).any():

@@ -119,6 +119,12 @@ def test_tokens_attached_to_what_is_kept_by_no_pick_are_refused(attached_to: lis
         replace(image(3), attached_to=np.array(attached_to))
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_protected_says_something_of_each_token(count: int) -> None:
+    with pytest.raises(ValueError, match="protected should say of each of the 3 tokens"):
+        replace(image(3), protected=np.ones(count, bool))
+
+
 def test_places_that_nothing_fills_are_left_out() -> None:
     features = np.array([[10.0], [20.0], [0.0]], np.float32)
     result = cut_picks(image(3), features, np.array([1, 2, -1]), np.array([2, 1, -1]), None)
